@@ -1,0 +1,159 @@
+"""Knobs and knob spaces: one configuration of the model, and the ordered set of all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pacevlm.errors import BudgetError, KnobError
+
+TIERS = ("low", "medium", "high")
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """One configuration: vision tier, experts per token, and transformer blocks that run."""
+
+    tier: str
+    top_k: int
+    num_blocks: int
+
+    def __str__(self) -> str:
+        return f"{self.tier}/{self.top_k}/{self.num_blocks}"
+
+    @classmethod
+    def parse(cls, text: str) -> Knobs:
+        """Read `tier/top_k/num_blocks`, for example `high/8/16`; raises KnobError on anything else."""
+        parts = text.split("/")
+        try:
+            tier, top_k, num_blocks = parts[0], int(parts[1]), int(parts[2])
+        except (IndexError, ValueError):
+            parts = []
+        if len(parts) != 3:
+            raise KnobError(f"knobs {text!r} are not of the form tier/top_k/num_blocks, for example high/8/16")
+        return cls(tier, top_k, num_blocks)
+
+
+@dataclass(frozen=True)
+class KnobSpace:
+    """The ordered product of the three knob lists, cheapest first; index and configuration map one to one.
+
+    The index of a configuration is `(tier_index * len(top_ks) + top_k_index) * len(num_blocks) + num_blocks_index`,
+    so that an array over the space reshapes to `(tiers, top_ks, num_blocks)`.
+
+    Raises:
+        KnobError: a list is empty, unsorted, repeats a value or holds a value below 1.
+    """
+
+    tiers: tuple[str, ...] = TIERS
+    top_ks: tuple[int, ...] = (4, 5, 6, 7, 8)
+    num_blocks: tuple[int, ...] = (12, 13, 14, 15, 16)
+
+    def __post_init__(self) -> None:
+        # JSON and command lines give lists: fix the types once, here.
+        object.__setattr__(self, "tiers", tuple(self.tiers))
+        object.__setattr__(self, "top_ks", tuple(int(k) for k in self.top_ks))
+        object.__setattr__(self, "num_blocks", tuple(int(n) for n in self.num_blocks))
+        if not self.tiers or len(set(self.tiers)) != len(self.tiers):
+            raise KnobError(f"tiers {self.tiers} must be a non-empty list without repetition, cheapest first")
+        for name, values in (("top_ks", self.top_ks), ("num_blocks", self.num_blocks)):
+            if not values or list(values) != sorted(set(values)) or values[0] < 1:
+                raise KnobError(f"{name} {values} must be a non-empty, strictly increasing list of numbers from 1")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Number of values per knob: `(tiers, top_ks, num_blocks)`."""
+        return len(self.tiers), len(self.top_ks), len(self.num_blocks)
+
+    @property
+    def num_stage2(self) -> int:
+        """Number of (top_k, num_blocks) pairs, the actions of stage 2."""
+        return len(self.top_ks) * len(self.num_blocks)
+
+    @property
+    def full(self) -> Knobs:
+        """The configuration that runs everything."""
+        return Knobs(self.tiers[-1], self.top_ks[-1], self.num_blocks[-1])
+
+    @property
+    def cheapest(self) -> Knobs:
+        """The configuration with every knob at its lowest value."""
+        return Knobs(self.tiers[0], self.top_ks[0], self.num_blocks[0])
+
+    def __len__(self) -> int:
+        return math.prod(self.shape)
+
+    def __iter__(self) -> Iterator[Knobs]:
+        return (self[i] for i in range(len(self)))
+
+    def __contains__(self, knobs: object) -> bool:
+        return (
+            isinstance(knobs, Knobs)
+            and knobs.tier in self.tiers
+            and knobs.top_k in self.top_ks
+            and knobs.num_blocks in self.num_blocks
+        )
+
+    def __getitem__(self, index: int) -> Knobs:
+        if not 0 <= index < len(self):
+            raise KnobError(f"knob index {index} is outside 0..{len(self) - 1}")
+        tier_index, pair = divmod(index, self.num_stage2)
+        top_k_index, num_blocks_index = divmod(pair, len(self.num_blocks))
+        return Knobs(self.tiers[tier_index], self.top_ks[top_k_index], self.num_blocks[num_blocks_index])
+
+    def index(self, knobs: Knobs) -> int:
+        """Position of a configuration; raises KnobError with the allowed values if it is not in the space."""
+        if knobs not in self:
+            raise KnobError(
+                f"knobs {knobs} are not in this space: tier one of {self.tiers}, top_k one of {self.top_ks}, "
+                f"num_blocks one of {self.num_blocks}"
+            )
+        pair = self.top_ks.index(knobs.top_k) * len(self.num_blocks) + self.num_blocks.index(knobs.num_blocks)
+        return self.tiers.index(knobs.tier) * self.num_stage2 + pair
+
+    def pair(self, index: int) -> tuple[int, int]:
+        """(top_k, num_blocks) of stage-2 action `index`."""
+        if not 0 <= index < self.num_stage2:
+            raise KnobError(f"stage-2 action {index} is outside 0..{self.num_stage2 - 1}")
+        top_k_index, num_blocks_index = divmod(index, len(self.num_blocks))
+        return self.top_ks[top_k_index], self.num_blocks[num_blocks_index]
+
+    def check_model(self, *, max_top_k: int, max_num_blocks: int, min_num_blocks: int = 1) -> None:
+        """Refuse values that a model cannot run.
+
+        Args:
+            max_top_k: experts per block of the model.
+            max_num_blocks: transformer blocks of the model.
+            min_num_blocks: blocks that always run (those up to and including the latency token's).
+
+        Raises:
+            KnobError: a top_k or num_blocks value lies outside what the model has.
+        """
+        bad_k = [k for k in self.top_ks if k > max_top_k]
+        if bad_k:
+            raise KnobError(f"top_k {bad_k} asked for, but the model has {max_top_k} experts per block; use 1..{max_top_k}")
+        bad_n = [n for n in self.num_blocks if not min_num_blocks <= n <= max_num_blocks]
+        if bad_n:
+            raise KnobError(
+                f"num_blocks {bad_n} asked for, but the model runs {min_num_blocks}..{max_num_blocks} blocks"
+            )
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """The three lists, ready for JSON."""
+        return {"tiers": list(self.tiers), "top_ks": list(self.top_ks), "num_blocks": list(self.num_blocks)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Sequence[Any]]) -> KnobSpace:
+        """Inverse of `to_dict`; raises KnobError on unknown or missing keys."""
+        if set(values) != {"tiers", "top_ks", "num_blocks"}:
+            raise KnobError(f"a knob space has the keys tiers, top_ks and num_blocks, not {sorted(values)}")
+        return cls(tuple(values["tiers"]), tuple(values["top_ks"]), tuple(values["num_blocks"]))
+
+
+def check_budget_ms(budget_ms: object) -> float:
+    """Return a budget as a float; raises BudgetError unless it is a positive, finite number of milliseconds."""
+    if isinstance(budget_ms, bool) or not isinstance(budget_ms, (int, float)) or not math.isfinite(budget_ms) or budget_ms <= 0:
+        raise BudgetError(f"budget_ms is {budget_ms!r}; it must be a positive, finite number of milliseconds, for example 80")
+    return float(budget_ms)

@@ -1,0 +1,412 @@
+"""MolmoE for transformers: OLMoE decoder, CLIP vision tower, original checkpoint names, fused experts in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+
+from pacevlm.models.molmoe.configuration_molmoe import MolmoEConfig
+from pacevlm.models.molmoe.experts import route, run_experts
+from pacevlm.models.molmoe.vision import VisionBackbone
+
+Rope = tuple[Tensor, Tensor]
+
+
+class MolmoERMSNorm(nn.Module):
+    """RMSNorm with float32 statistics; the weight multiplies after the cast back."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., width)` to the same shape."""
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+
+
+def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> Rope:
+    """Cosines and sines of the half-split rotation (Su et al. 2021), float32, each `(batch, 1, tokens, head_dim)`."""
+    powers = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    angles = position_ids[:, None, :, None].float() * (1.0 / theta**powers)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, rope: Rope) -> Tensor:
+    cos, sin = rope
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class MolmoEAttention(nn.Module):
+    """Self-attention with its pre-norm; queries and keys are normalised over all heads at once."""
+
+    def __init__(self, config: MolmoEConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.n_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim_
+        kv_width = self.num_kv_heads * self.head_dim
+        self.splits = [config.d_model, kv_width, kv_width]
+        self.attn_norm = MolmoERMSNorm(config.d_model, config.layer_norm_eps)
+        self.att_proj = nn.Linear(config.d_model, sum(self.splits), bias=False)
+        self.q_norm = MolmoERMSNorm(config.d_model, config.layer_norm_eps)
+        self.k_norm = MolmoERMSNorm(kv_width, config.layer_norm_eps)
+        self.attn_out = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed and rotated queries, keys and values, each `(batch, heads, tokens, head_dim)`."""
+        q, k, v = self.att_proj(self.attn_norm(x)).split(self.splits, dim=-1)
+        q, k = self._heads(self.q_norm(q)), self._heads(self.k_norm(k))
+        return _rotate(q, rope), _rotate(k, rope), self._heads(v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+        """Mix values and project out; `mask` is True where a query may look, `(batch, 1, queries, keys)`.
+
+        Returns:
+            `(batch, queries, d_model)`, to be added to the residual stream.
+        """
+        gqa = self.num_kv_heads != self.num_heads
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
+        out: Tensor = self.attn_out(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class MolmoEExperts(nn.Module):
+    """All experts of a block in two fused tensors."""
+
+    def __init__(self, config: MolmoEConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(config.moe_num_experts, 2 * config.expert_dim, config.d_model))
+        self.down_proj = nn.Parameter(torch.zeros(config.moe_num_experts, config.d_model, config.expert_dim))
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, keep: Tensor | None = None) -> Tensor:
+        """See `run_experts`."""
+        return run_experts(x, weights, experts, self.gate_up_proj, self.down_proj, keep)
+
+
+class MolmoEMoE(nn.Module):
+    """Mixture of experts with its pre-norm; `top_k` may differ from row to row."""
+
+    def __init__(self, config: MolmoEConfig) -> None:
+        super().__init__()
+        self.top_k = config.moe_top_k
+        self.ff_norm = MolmoERMSNorm(config.d_model, config.layer_norm_eps)
+        self.gate = nn.Linear(config.d_model, config.moe_num_experts, bias=False)
+        self.experts = MolmoEExperts(config)
+
+    def forward(self, x: Tensor, top_k: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Experts' output for the residual stream, and router logits.
+
+        Args:
+            x: `(batch, tokens, d_model)`.
+            top_k: experts per token: one number, one per row `(batch,)`, or None for the trained one.
+
+        Returns:
+            `(batch, tokens, d_model)` and `(batch, tokens, experts)`.
+        """
+        batch, tokens, width = x.shape
+        flat = self.ff_norm(x).reshape(-1, width)
+        logits = self.gate(flat)
+        keep = None
+        if isinstance(top_k, Tensor):
+            widest = int(top_k.max())
+            if bool((top_k != widest).any()):
+                per_token = top_k.repeat_interleave(tokens)
+                keep = torch.arange(widest, device=x.device) < per_token[:, None]
+        else:
+            widest = self.top_k if top_k is None else top_k
+        weights, experts = route(logits, widest, x.dtype)
+        out = self.experts(flat, weights, experts, keep)
+        return out.view(batch, tokens, width), logits.view(batch, tokens, -1)
+
+
+class MolmoEBlock(nn.Module):
+    """One decoder block: attention, then experts, both pre-normed and residual."""
+
+    def __init__(self, config: MolmoEConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.attn = MolmoEAttention(config)
+        self.mlp = MolmoEMoE(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope,
+        mask: Tensor | None,
+        cache: Cache | None = None,
+        top_k: int | Tensor | None = None,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the block; returns the residual stream `(batch, tokens, d_model)` and the router logits."""
+        q, k, v = self.attn.project(x, rope)
+        if cache is not None:
+            k, v = cache.update(k, v, self.index)
+        x = x + self.attn.attend(q, k, v, mask, is_causal)
+        mixed, router_logits = self.mlp(x, top_k)
+        return x + mixed, router_logits
+
+
+class MolmoEEmbedding(nn.Module):
+    """Token embeddings: the base matrix and the extra rows, looked up as if concatenated."""
+
+    def __init__(self, config: MolmoEConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.zeros(config.num_embeddings, config.d_model))
+        self.new_embedding = nn.Parameter(torch.zeros(config.additional_vocab_size, config.d_model))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """`(batch, tokens)` to `(batch, tokens, d_model)`; negative ids (padding) read row 0."""
+        ids = input_ids.clamp(min=0)
+        base = self.embedding.shape[0]
+        if self.new_embedding.shape[0] == 0:
+            return F.embedding(ids, self.embedding)
+        # Two lookups instead of concatenating the matrices, which would copy the whole table at every step.
+        extra = ids >= base
+        out = F.embedding(ids.clamp(max=base - 1), self.embedding)
+        return torch.where(extra.unsqueeze(-1), F.embedding((ids - base).clamp(min=0), self.new_embedding), out)
+
+
+class MolmoETransformer(nn.Module):
+    """Embedding, blocks and final norm, under the checkpoint's names."""
+
+    def __init__(self, config: MolmoEConfig) -> None:
+        super().__init__()
+        self.wte = MolmoEEmbedding(config)
+        self.blocks = nn.ModuleList(MolmoEBlock(config, i) for i in range(config.n_layers))
+        self.ln_f = MolmoERMSNorm(config.d_model, config.layer_norm_eps)
+
+
+class MolmoEPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by the MolmoE classes."""
+
+    config_class = MolmoEConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = False
+    _no_split_modules = ["MolmoEBlock", "_ResidualBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        # transformers marks loaded parameters, and its init functions leave those alone; plain in-place calls would not.
+        from transformers import initialization as init
+
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (nn.LayerNorm, MolmoERMSNorm)):
+            init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm):
+                init.zeros_(module.bias)
+        else:
+            # Bare parameters: embeddings, fused experts, class and position vectors.
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=std)
+
+
+class MolmoEModel(MolmoEPreTrainedModel):
+    """MolmoE without its output head."""
+
+    def __init__(self, config: MolmoEConfig) -> None:
+        super().__init__(config)
+        self.transformer = MolmoETransformer(config)
+        self.vision_backbone = VisionBackbone(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.transformer.wte
+
+    def image_features(self, images: Tensor, image_masks: Tensor) -> Tensor:
+        """Features of a batch of crops: `(batch, crops, patches, pixels)` to `(batch, crops, cells, d_model)`."""
+        batch, crops = images.shape[:2]
+        features = self.vision_backbone(images.flatten(0, 1), image_masks.flatten(0, 1))
+        return features.view(batch, crops, *features.shape[1:])
+
+    def embed(self, input_ids: Tensor, features: Tensor | None = None, image_input_idx: Tensor | None = None) -> Tensor:
+        """Token embeddings with the image features added at their places.
+
+        Args:
+            input_ids: `(batch, tokens)`.
+            features: `(batch, crops, cells, d_model)`.
+            image_input_idx: `(batch, crops, cells)`, position of each cell in its row; negative means unused.
+
+        Returns:
+            `(batch, tokens, d_model)`.
+        """
+        x: Tensor = self.transformer.wte(input_ids)
+        if features is None or image_input_idx is None:
+            return x
+        batch, tokens, width = x.shape
+        row = torch.arange(batch, device=x.device).view(-1, 1, 1) * tokens
+        used = image_input_idx >= 0
+        place = (image_input_idx.long() + row)[used]
+        return x.reshape(-1, width).index_add(0, place, features[used].to(x.dtype)).view(batch, tokens, width)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        images: Tensor | None = None,
+        image_masks: Tensor | None = None,
+        image_input_idx: Tensor | None = None,
+        image_features: Tensor | None = None,
+        subsegment_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+        output_router_logits: bool = False,
+        top_k_per_block: list[int] | None = None,
+        removed_blocks: tuple[int, ...] | list[int] = (),
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Run the decoder on text and, on the first call of a generation, an image.
+
+        Args:
+            input_ids: `(batch, tokens)`; -1 is padding.
+            attention_mask: `(batch, past + tokens)`, 1 for real tokens; or a boolean `(batch, 1, tokens, past + tokens)`.
+            position_ids: `(batch, tokens)`; counted over real tokens if None.
+            inputs_embeds: `(batch, tokens, d_model)` instead of ids.
+            images, image_masks, image_input_idx: what the processor returns, `(batch, crops, ...)`.
+            image_features: `(batch, crops, cells, d_model)` already computed, instead of `images`.
+            subsegment_ids: `(batch, tokens)`; token i sees j <= i only where seg[i] <= seg[j] (packed questions).
+            top_k_per_block: experts per token, one number per block of the checkpoint.
+            removed_blocks: blocks that are skipped.
+
+        Raises:
+            ValueError: neither ids nor embeddings are given, or subsegment_ids come without position_ids.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if inputs_embeds is None:
+            assert input_ids is not None
+            if images is not None and image_features is None and past == 0:
+                assert image_masks is not None
+                image_features = self.image_features(images, image_masks)
+            inputs_embeds = self.embed(input_ids, image_features if past == 0 else None, image_input_idx)
+            if attention_mask is None and past == 0:
+                attention_mask = (input_ids != -1).long()
+        x = inputs_embeds
+        batch, tokens, _ = x.shape
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, past + tokens, dtype=torch.long, device=x.device)
+        if position_ids is None:
+            if subsegment_ids is not None or attention_mask.dim() != 2:
+                raise ValueError("position_ids are required with subsegment_ids or a four-dimensional mask")
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
+        is_causal = False
+        if attention_mask.dim() == 4:
+            mask: Tensor | None = attention_mask
+        else:
+            keys = torch.arange(past + tokens, device=x.device)
+            mask = keys[None, :] <= keys[past:, None]
+            mask = mask[None, None] & attention_mask[:, None, None, :].bool()
+            if subsegment_ids is not None:
+                mask = mask & (subsegment_ids[:, None, :, None] <= subsegment_ids[:, None, None, :])
+            # Padding rows may see nothing; let them see themselves, so that softmax stays finite. Nobody reads them.
+            mask = mask | (keys[None, :] == keys[past:, None])
+        rope = rope_tables(position_ids, self.config.head_dim_, self.config.rope_theta)
+        hidden_states, router_logits = [x], []
+        for block in self.transformer.blocks:
+            index = block.index
+            if index in removed_blocks:
+                continue
+            top_k = None if top_k_per_block is None else top_k_per_block[index]
+            x, logits = block(x, rope, mask, past_key_values if use_cache else None, top_k, is_causal)
+            if output_hidden_states:
+                hidden_states.append(x)
+            if output_router_logits:
+                router_logits.append(logits)
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.transformer.ln_f(x),
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            router_logits=tuple(router_logits) if output_router_logits else None,
+        )
+
+
+class MolmoEForConditionalGeneration(MolmoEPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """MolmoE with its output head; answers questions about one image."""
+
+    def __init__(self, config: MolmoEConfig) -> None:
+        super().__init__(config)
+        self.model = MolmoEModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.num_embeddings, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.model.transformer.wte
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output head."""
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits `(batch, tokens, embedding_size)`, and the mean cross-entropy if `labels` are given (-100: ignored).
+
+        Other arguments are those of `MolmoEModel.forward`.
+        """
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            router_logits=out.router_logits,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Drop the image after the first step: the cache already holds it."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        cache = inputs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            for name in ("images", "image_masks", "image_input_idx", "image_features"):
+                inputs.pop(name, None)
+        return inputs
