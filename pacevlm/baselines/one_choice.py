@@ -49,8 +49,10 @@ class OneChoicePolicy(ABC):
         return knobs.top_k, knobs.num_blocks
 
     def feasible(self, request: PolicyInput) -> NDArray[np.bool_]:
-        """The request's mask, flat in the order of the knob space, `(configurations,)`; raises KnobError if it does
-        not have the space's shape.
+        """The request's mask, flat in the order of the knob space, `(configurations,)`.
+
+        Raises:
+            KnobError: the mask does not have the space's shape.
         """
         if request.feasible.shape != self.space.shape:
             raise KnobError(

@@ -1,0 +1,293 @@
+"""The guardrail: the estimator's calibrated upper bound, turned into a mask over knobs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pacevlm.errors import ConfigError, IdentityError, KnobError, ProfileError
+from pacevlm.knobs import Knobs, check_budget_ms
+from pacevlm.latency.artefact import check_keys, load_artefact, save_artefact
+from pacevlm.latency.conformal import check_alpha, conformal_quantile, min_num_scores
+from pacevlm.latency.estimator import LatencyEstimator
+from pacevlm.latency.profile import Sample, check_identity, load_knob_space
+from pacevlm.types import BudgetKind, RequestSizes
+
+GUARDRAIL_SCHEMA_VERSION = 1
+
+GroupBy = Literal["none", "tier", "top_k", "num_blocks", "knobs"]
+
+Array = NDArray[np.float64]
+
+
+def group_of(knobs: Knobs, group_by: GroupBy) -> str:
+    """Name of the calibration group that a configuration belongs to; raises ConfigError on an unknown grouping."""
+    if group_by not in get_args(GroupBy):
+        raise ConfigError(f"group_by is {group_by!r}; use one of {get_args(GroupBy)}")
+    if group_by == "none":
+        return "all"
+    return str(knobs) if group_by == "knobs" else str(getattr(knobs, group_by))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Upper bounds on log(measured / predicted), one per group.
+
+    Attributes:
+        alpha: how often a latency may exceed its bound.
+        log_margins: the bound of each group that had enough samples; below 0 where predictions are too high.
+        fallback_log_margin: the bound of every other group.
+        num_samples: samples of each group that was seen, those with too few included.
+
+    Raises:
+        ProfileError: a margin is not finite.
+    """
+
+    alpha: float
+    log_margins: Mapping[str, float]
+    fallback_log_margin: float
+    num_samples: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        check_alpha(self.alpha)
+        if not all(math.isfinite(margin) for margin in (*self.log_margins.values(), self.fallback_log_margin)):
+            raise ProfileError(f"a calibration has margins that are no finite numbers: {dict(self.log_margins)}")
+
+    def factor(self, group: str) -> float:
+        """What a prediction of this group is multiplied by to bound the latency from above."""
+        return math.exp(self.log_margins.get(group, self.fallback_log_margin))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, ready for JSON."""
+        return {
+            "alpha": self.alpha,
+            "log_margins": dict(self.log_margins),
+            "fallback_log_margin": self.fallback_log_margin,
+            "num_samples": dict(self.num_samples),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
+        """Inverse of `to_dict`; raises ProfileError on unknown, missing or malformed values."""
+        check_keys("a calibration", values, {"alpha", "log_margins", "fallback_log_margin", "num_samples"})
+        try:
+            return cls(
+                alpha=values["alpha"],
+                log_margins={group: float(margin) for group, margin in values["log_margins"].items()},
+                fallback_log_margin=float(values["fallback_log_margin"]),
+                num_samples={group: int(count) for group, count in values["num_samples"].items()},
+            )
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ProfileError(f"a calibration is malformed: {error}") from error
+
+
+def calibrate(predicted_ms: ArrayLike, measured_ms: ArrayLike, groups: Sequence[str], alpha: float) -> Calibration:
+    """Bound log(measured / predicted) from above in every group by one-sided split conformal prediction.
+
+    In a group with enough samples a new exchangeable request exceeds its bound with probability at most alpha. A
+    group with too few, or none, gets the largest value of all samples, which is at least as cautious as any of them.
+    The samples must not be those that the estimator was fitted to.
+
+    Method: Mondrian conformal prediction (Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World",
+    2005, section 4.5).
+
+    Args:
+        predicted_ms: shape `(n,)`, with the knobs and output lengths that the requests had.
+        measured_ms: shape `(n,)`.
+        groups: one name per sample.
+
+    Raises:
+        ConfigError: alpha does not lie strictly between 0 and 1.
+        ProfileError: shapes differ, a latency is not positive and finite, or all samples together are too few.
+    """
+    alpha = check_alpha(alpha)
+    predicted, measured = np.asarray(predicted_ms, np.float64), np.asarray(measured_ms, np.float64)
+    if predicted.ndim != 1 or predicted.shape != measured.shape or len(groups) != len(predicted):
+        raise ProfileError(
+            f"predicted_ms {predicted.shape}, measured_ms {measured.shape} and {len(groups)} groups must agree"
+        )
+    if not all((np.isfinite(values) & (values > 0)).all() for values in (predicted, measured)):
+        raise ProfileError("predicted and measured latencies must be positive, finite numbers of milliseconds")
+    needed = min_num_scores(alpha)
+    if len(measured) < needed:
+        raise ProfileError(f"{len(measured)} samples are too few for alpha {alpha}; measure at least {needed}")
+    scores = np.log(measured) - np.log(predicted)
+    names = np.array(groups, dtype=np.str_)
+    log_margins: dict[str, float] = {}
+    num_samples: dict[str, int] = {}
+    for group in sorted(set(groups)):
+        group_scores = scores[names == group]
+        num_samples[group] = len(group_scores)
+        margin = conformal_quantile(group_scores, alpha)
+        if margin is not None:
+            log_margins[group] = margin
+    return Calibration(alpha, log_margins, float(scores.max()), num_samples)
+
+
+class Feasibility(NamedTuple):
+    """Which knobs keep a budget.
+
+    Attributes:
+        mask: boolean, shape `(tiers, top_ks, num_blocks)`; only the cheapest knobs where nothing is feasible.
+        any_feasible: False where nothing is feasible.
+    """
+
+    mask: NDArray[np.bool_]
+    any_feasible: bool
+
+
+class FeasibilityBatch(NamedTuple):
+    """`Feasibility` of several requests: `mask` `(batch, tiers, top_ks, num_blocks)`, `any_feasible` `(batch,)`."""
+
+    mask: NDArray[np.bool_]
+    any_feasible: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Guardrail:
+    """Calibrated upper bounds of one estimator, and the masks that they make.
+
+    Bounds never fall when a knob grows: where the calibration of groups would let a cheaper configuration have the
+    higher bound, the dearer one gets it too. So whatever is cheaper than a feasible configuration is feasible.
+
+    Attributes:
+        group_by: which knobs share a calibration.
+        calibrations: one per budget kind that can be asked for.
+
+    Raises:
+        ConfigError: the grouping or a budget kind is unknown.
+        ProfileError: there is no calibration.
+    """
+
+    estimator: LatencyEstimator
+    group_by: GroupBy
+    calibrations: Mapping[BudgetKind, Calibration]
+    _factors: dict[str, Array] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.calibrations:
+            raise ProfileError("a guardrail needs the calibration of at least one budget kind")
+        space = self.estimator.knob_space
+        groups = [group_of(knobs, self.group_by) for knobs in space]
+        factors = {}
+        for kind, calibration in self.calibrations.items():
+            if kind not in get_args(BudgetKind):
+                raise ConfigError(f"budget kind is {kind!r}; use one of {get_args(BudgetKind)}")
+            factors[kind] = np.array([calibration.factor(group) for group in groups]).reshape(space.shape)
+        object.__setattr__(self, "_factors", factors)
+
+    @classmethod
+    def from_samples(
+        cls, estimator: LatencyEstimator, samples: Sequence[Sample], alpha: float, group_by: GroupBy = "tier"
+    ) -> Guardrail:
+        """Calibrate both budget kinds on measured requests that the estimator was not fitted to.
+
+        Raises as `calibrate` does.
+        """
+        groups = [group_of(sample.knobs, group_by) for sample in samples]
+        measured_ms: dict[BudgetKind, list[float]] = {
+            "e2e": [sample.stages.e2e_ms for sample in samples],
+            "ttft": [sample.stages.ttft_ms for sample in samples],
+        }
+        calibrations = {
+            kind: calibrate(estimator.predict_samples(samples, kind), measured, groups, alpha)
+            for kind, measured in measured_ms.items()
+        }
+        return cls(estimator, group_by, calibrations)
+
+    def upper_bounds_ms(self, sizes: RequestSizes, num_output_tokens_upper: int, kind: BudgetKind = "e2e") -> Array:
+        """Bound one request's latency under every configuration, shape `(tiers, top_ks, num_blocks)`, milliseconds.
+
+        Args:
+            num_output_tokens_upper: bound on the output tokens, for example from `OutputLengthModel.upper`. If it is
+                exceeded with probability β, a latency exceeds its bound with probability at most alpha + β.
+
+        Raises:
+            ConfigError: `kind` is unknown.
+            ProfileError: this kind is not calibrated, or the sizes do not fit the knob space.
+        """
+        bounds_ms: Array = self.upper_bounds_many_ms([sizes], [num_output_tokens_upper], kind)[0]
+        return bounds_ms
+
+    def upper_bounds_many_ms(
+        self, sizes: Sequence[RequestSizes], num_output_tokens_upper: ArrayLike, kind: BudgetKind = "e2e"
+    ) -> Array:
+        """Bound several requests, shape `(batch, tiers, top_ks, num_blocks)`; raises as `upper_bounds_ms` does."""
+        bounds_ms = self.estimator.predict_many(sizes, num_output_tokens_upper, kind)
+        if kind not in self._factors:
+            raise ProfileError(f"this guardrail is calibrated for {sorted(self._factors)}, not for {kind!r} budgets")
+        bounds_ms *= self._factors[kind]
+        for axis in (1, 2, 3):
+            bounds_ms = np.maximum.accumulate(bounds_ms, axis=axis)
+        return bounds_ms
+
+    def feasible_mask(
+        self, sizes: RequestSizes, budget_ms: float, num_output_tokens_upper: int, kind: BudgetKind = "e2e"
+    ) -> Feasibility:
+        """Say which configurations keep a budget of `budget_ms` milliseconds.
+
+        Raises:
+            BudgetError: the budget is not a positive, finite number.
+            ConfigError, ProfileError: as `upper_bounds_ms` does.
+        """
+        batch = self.feasible_masks([sizes], [budget_ms], [num_output_tokens_upper], kind)
+        return Feasibility(batch.mask[0], bool(batch.any_feasible[0]))
+
+    def feasible_masks(
+        self,
+        sizes: Sequence[RequestSizes],
+        budgets_ms: Sequence[float] | Array,
+        num_output_tokens_upper: ArrayLike,
+        kind: BudgetKind = "e2e",
+    ) -> FeasibilityBatch:
+        """Say for several requests which configurations keep each one's own budget; raises as `feasible_mask` does."""
+        values = budgets_ms.tolist() if isinstance(budgets_ms, np.ndarray) else budgets_ms
+        budgets = np.array([check_budget_ms(budget_ms) for budget_ms in values])
+        bounds_ms = self.upper_bounds_many_ms(sizes, num_output_tokens_upper, kind)
+        if len(budgets) != len(bounds_ms):
+            raise ProfileError(f"{len(bounds_ms)} requests need {len(bounds_ms)} budgets, not {len(budgets)}")
+        mask = bounds_ms <= budgets[:, None, None, None]
+        any_feasible: NDArray[np.bool_] = np.asarray(mask.any(axis=(1, 2, 3)))
+        mask[~any_feasible, 0, 0, 0] = True
+        return FeasibilityBatch(mask, any_feasible)
+
+    def save(self, path: str | Path) -> None:
+        """Write the calibration as JSON, the estimator by its fingerprint alone; raises StorageError if that fails."""
+        content = {
+            "model_identity": self.estimator.model_identity,
+            "knob_space": self.estimator.knob_space.to_dict(),
+            "estimator_fingerprint": self.estimator.fingerprint,
+            "group_by": self.group_by,
+            "calibrations": {kind: calibration.to_dict() for kind, calibration in self.calibrations.items()},
+        }
+        save_artefact(path, "latency guardrail", GUARDRAIL_SCHEMA_VERSION, content)
+
+    @classmethod
+    def load(cls, path: str | Path, estimator: LatencyEstimator) -> Guardrail:
+        """Read a guardrail that was calibrated for this very estimator.
+
+        Raises:
+            ProfileError: the file is missing, corrupt or of another schema version.
+            IdentityError: it was calibrated for another model, knob space or estimator.
+        """
+        values = load_artefact(path, "latency guardrail", GUARDRAIL_SCHEMA_VERSION)
+        keys = {"model_identity", "knob_space", "estimator_fingerprint", "group_by", "calibrations"}
+        try:
+            check_keys("a guardrail", values, keys)
+            knob_space = load_knob_space(values["knob_space"])
+            calibrations = {kind: Calibration.from_dict(entry) for kind, entry in values["calibrations"].items()}
+            guardrail = cls(estimator, values["group_by"], calibrations)
+        except (AttributeError, ConfigError, KnobError, ProfileError) as error:
+            raise ProfileError(f"the latency guardrail at {path} is corrupt: {error}; calibrate anew") from error
+        check_identity(estimator, model_identity=values["model_identity"], knob_space=knob_space)
+        if values["estimator_fingerprint"] != estimator.fingerprint:
+            raise IdentityError(
+                f"the guardrail at {path} was calibrated for an estimator with other coefficients; calibrate anew"
+            )
+        return guardrail

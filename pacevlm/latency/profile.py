@@ -1,0 +1,334 @@
+"""Latency profiles: measured requests of one model on one device, with all that is needed to read them later."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pacevlm.errors import ConfigError, IdentityError, KnobError, ProfileError
+from pacevlm.knobs import Knobs, KnobSpace
+from pacevlm.latency.artefact import check_keys, load_artefact, save_artefact
+from pacevlm.types import StageTimes
+
+if TYPE_CHECKING:
+    import torch
+
+PROFILE_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What latencies depend on besides the model and the request.
+
+    Attributes:
+        device_type: `cpu` or `cuda`.
+        device_name: the processor's or accelerator's own name.
+        num_threads: threads that one CPU operation may use.
+        dtype: number format of the model's weights, for example `float32`.
+        load_average: the machine's mean number of runnable processes over 1, 5 and 15 minutes, where it tells.
+        clock: the timer that measured, and its resolution.
+    """
+
+    device_type: str
+    device_name: str
+    num_threads: int
+    dtype: str
+    torch_version: str
+    transformers_version: str
+    python_version: str
+    platform: str
+    load_average: tuple[float, float, float] | None
+    clock: str
+
+    def __post_init__(self) -> None:
+        if self.device_type not in ("cpu", "cuda"):
+            raise ProfileError(f"device_type is {self.device_type!r}; it must be 'cpu' or 'cuda'")
+        if isinstance(self.num_threads, bool) or not isinstance(self.num_threads, int) or self.num_threads < 1:
+            raise ProfileError(f"num_threads is {self.num_threads!r}; it must be a whole number from 1")
+
+    @property
+    def identity(self) -> tuple[str, str, int, str]:
+        """The facts that must agree before latencies carry over: device type, name, threads and dtype."""
+        return self.device_type, self.device_name, self.num_threads, self.dtype
+
+    def to_dict(self) -> dict[str, Any]:
+        """All facts, ready for JSON."""
+        return {**asdict(self), "load_average": None if self.load_average is None else list(self.load_average)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DeviceFacts:
+        """Inverse of `to_dict`; raises ProfileError on unknown, missing or malformed facts."""
+        check_keys("device facts", values, {field.name for field in fields(cls)})
+        wrong = [
+            name
+            for name, value in values.items()
+            if name not in ("num_threads", "load_average") and not isinstance(value, str)
+        ]
+        if wrong:
+            raise ProfileError(f"the device facts {wrong} must be text")
+        load = values["load_average"]
+        try:
+            load_average = None if load is None else (float(load[0]), float(load[1]), float(load[2]))
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise ProfileError(f"load_average is {load!r}; it must be null or three numbers") from error
+        return cls(**{**values, "load_average": load_average})
+
+
+def collect_device_facts(device: str | torch.device, dtype: str | torch.dtype) -> DeviceFacts:
+    """Describe the device that a model runs on, and the machine's state now.
+
+    Raises:
+        ConfigError: the device is neither a CPU nor an available CUDA device.
+    """
+    import torch
+
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device {device!r} is unknown; use 'cpu' or 'cuda'") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device!r} cannot be profiled; use 'cpu' or 'cuda'")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r} was asked for, but no CUDA device is available; use 'cpu'")
+    clock = time.get_clock_info("perf_counter")
+    return DeviceFacts(
+        device_type=resolved.type,
+        device_name=torch.cuda.get_device_name(resolved) if resolved.type == "cuda" else _cpu_name(),
+        num_threads=torch.get_num_threads(),
+        dtype=str(dtype).removeprefix("torch."),
+        torch_version=str(torch.__version__),
+        transformers_version=metadata.version("transformers"),
+        python_version=platform.python_version(),
+        platform=platform.platform(),
+        load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
+        clock=f"{clock.implementation}, resolution {clock.resolution:g} s",
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measured request.
+
+    Attributes:
+        num_text_tokens: tokens of the prompt that are not image tokens, the first (BOS) included.
+        num_pixels: pixels of the image as given.
+        num_output_tokens: tokens generated, at least 1; the first comes from the prefill.
+
+    Raises:
+        ProfileError: a size is out of range, a time is negative or not finite, or the number of decode times is not
+            `num_output_tokens - 1`.
+    """
+
+    knobs: Knobs
+    num_crops: int
+    num_image_tokens: int
+    num_text_tokens: int
+    num_pixels: int
+    num_output_tokens: int
+    stages: StageTimes
+
+    def __post_init__(self) -> None:
+        minimum = {"num_crops": 0, "num_image_tokens": 0, "num_text_tokens": 0, "num_pixels": 0, "num_output_tokens": 1}
+        for name, least in minimum.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ProfileError(f"a sample's {name} is {value!r}; it must be a whole number from {least}")
+        times = {field.name: getattr(self.stages, field.name) for field in fields(self.stages)}
+        decode_ms = times.pop("decode_ms")
+        if not all(_is_duration(value) for value in (*times.values(), *decode_ms)) or self.stages.e2e_ms <= 0:
+            raise ProfileError(f"a sample's times must be finite and not negative, and e2e_ms above 0: {self.stages}")
+        if len(decode_ms) != self.num_output_tokens - 1:
+            raise ProfileError(
+                f"a sample of {self.num_output_tokens} output tokens has {len(decode_ms)} decode times; "
+                "it must have one per token after the first"
+            )
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Image and text tokens together."""
+        return self.num_image_tokens + self.num_text_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, ready for JSON."""
+        stages = {**asdict(self.stages), "decode_ms": list(self.stages.decode_ms)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "knobs": str(self.knobs), "stages": stages}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Sample:
+        """Inverse of `to_dict`; raises ProfileError on unknown, missing or malformed values."""
+        check_keys("a sample", values, {field.name for field in fields(cls)})
+        check_keys("a sample's stages", values["stages"], {field.name for field in fields(StageTimes)})
+        try:
+            stages = StageTimes(**{**values["stages"], "decode_ms": tuple(values["stages"]["decode_ms"])})
+            knobs = Knobs.parse(values["knobs"])
+        except (AttributeError, KnobError, TypeError) as error:
+            raise ProfileError(f"a sample is malformed: {error}") from error
+        return cls(**{**values, "knobs": knobs, "stages": stages})
+
+
+def _is_duration(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseFloor:
+    """How much the end-to-end latency of one fixed request varies: no estimator can be more precise than this.
+
+    Attributes:
+        knobs: the configuration of the reference request.
+        repeats_ms: end-to-end milliseconds of each repeat, in the order of measurement.
+
+    Raises:
+        ProfileError: fewer than two repeats, or a repeat that is not a positive number.
+    """
+
+    knobs: Knobs
+    repeats_ms: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "repeats_ms", tuple(self.repeats_ms))
+        if len(self.repeats_ms) < 2 or not all(_is_duration(value) and value > 0 for value in self.repeats_ms):
+            raise ProfileError(f"a noise floor needs two or more positive latencies, not {self.repeats_ms!r}")
+
+    @property
+    def cv(self) -> float:
+        """Coefficient of variation: the repeats' sample standard deviation over their mean."""
+        return statistics.stdev(self.repeats_ms) / statistics.fmean(self.repeats_ms)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, ready for JSON; `cv` is there for readers and is computed anew when loaded."""
+        return {"knobs": str(self.knobs), "repeats_ms": list(self.repeats_ms), "cv": self.cv}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NoiseFloor:
+        """Inverse of `to_dict`; raises ProfileError on unknown, missing or malformed values."""
+        check_keys("a noise floor", values, {"knobs", "repeats_ms", "cv"})
+        try:
+            return cls(Knobs.parse(values["knobs"]), tuple(values["repeats_ms"]))
+        except (AttributeError, KnobError, TypeError) as error:
+            raise ProfileError(f"a noise floor is malformed: {error}") from error
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measured requests of one model on one device.
+
+    Attributes:
+        model_identity: names the exact weights, for example a checkpoint's digest.
+
+    Raises:
+        ProfileError: there are no samples, or a sample's knobs are not in the knob space.
+    """
+
+    model_identity: str
+    knob_space: KnobSpace
+    device: DeviceFacts
+    samples: tuple[Sample, ...]
+    noise_floor: NoiseFloor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", tuple(self.samples))
+        if not self.model_identity or not isinstance(self.model_identity, str):
+            raise ProfileError(f"model_identity is {self.model_identity!r}; it must be text that names the weights")
+        if not self.samples:
+            raise ProfileError("a profile needs at least one sample")
+        outside = sorted({str(sample.knobs) for sample in self.samples if sample.knobs not in self.knob_space})
+        if outside:
+            raise ProfileError(f"samples have knobs outside the profile's knob space: {', '.join(outside[:5])}")
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile as JSON; raises StorageError if that fails."""
+        content = {
+            "model_identity": self.model_identity,
+            "knob_space": self.knob_space.to_dict(),
+            "device": self.device.to_dict(),
+            "noise_floor": self.noise_floor.to_dict(),
+            "samples": [sample.to_dict() for sample in self.samples],
+        }
+        save_artefact(path, "profile", PROFILE_SCHEMA_VERSION, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read a profile; raises ProfileError if it is missing, corrupt or of another schema version."""
+        values = load_artefact(path, "profile", PROFILE_SCHEMA_VERSION)
+        try:
+            check_keys("a profile", values, {"model_identity", "knob_space", "device", "noise_floor", "samples"})
+            return cls(
+                model_identity=values["model_identity"],
+                knob_space=load_knob_space(values["knob_space"]),
+                device=DeviceFacts.from_dict(values["device"]),
+                samples=tuple(Sample.from_dict(sample) for sample in values["samples"]),
+                noise_floor=NoiseFloor.from_dict(values["noise_floor"]),
+            )
+        except (ProfileError, TypeError) as error:
+            raise ProfileError(f"the profile at {path} is corrupt: {error}; measure it anew") from error
+
+
+class HasIdentity(Protocol):
+    """Anything that was made for one model, knob space and device."""
+
+    @property
+    def model_identity(self) -> str:
+        """Names the exact weights."""
+
+    @property
+    def knob_space(self) -> KnobSpace:
+        """The configurations that it covers."""
+
+    @property
+    def device(self) -> DeviceFacts:
+        """The device that it was measured on."""
+
+
+def check_identity(
+    artefact: HasIdentity,
+    *,
+    model_identity: str | None = None,
+    knob_space: KnobSpace | None = None,
+    device: DeviceFacts | None = None,
+) -> None:
+    """Refuse an artefact that was made for something else; what is None is not compared.
+
+    Devices agree when their type, name, thread count and dtype do; library versions may differ.
+
+    Raises:
+        IdentityError: the model, the knob space or the device differs.
+    """
+    name = type(artefact).__name__
+    if model_identity is not None and artefact.model_identity != model_identity:
+        raise IdentityError(f"this {name} was made for model {artefact.model_identity!r}, not {model_identity!r}")
+    if knob_space is not None and artefact.knob_space != knob_space:
+        raise IdentityError(f"this {name} was made for {artefact.knob_space}, not {knob_space}")
+    if device is not None and artefact.device.identity != device.identity:
+        raise IdentityError(
+            f"this {name} was made on {artefact.device.identity} (type, name, threads, dtype), "
+            f"not {device.identity}; profile this device"
+        )
+
+
+def load_knob_space(values: Any) -> KnobSpace:
+    """Read a knob space out of an artefact; raises ProfileError if it is malformed."""
+    try:
+        return KnobSpace.from_dict(values)
+    except (KnobError, TypeError, ValueError) as error:
+        raise ProfileError(f"the knob space is malformed: {error}") from error

@@ -1,0 +1,522 @@
+"""MolmoE's image processing: tiling, resizing, overlapping crops, patch masks and token placement.
+
+An image becomes one global crop of the whole picture plus `rows x cols` overlapping high-resolution crops. All sizes
+follow from a `CropGeometry`, and the number of crops and of image tokens follows from the image's size alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+
+from pacevlm.errors import ConfigError, ImageError
+from pacevlm.models.images import ImageSource, load_image
+from pacevlm.types import VisionSizes
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Kinds of image token; a tokenizer's ids are looked up with a token pattern as index.
+IM_START, IM_END, IM_PATCH, IM_COL = range(4)
+
+UNUSED_CELL = -100
+"""Index of a pooled cell that no token receives, because a neighbouring crop covers the same place."""
+
+MASK_ROW_FILL = -1.0
+"""Mask value of the last row, which has no high-resolution crop of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class CropGeometry:
+    """How a crop is divided: its size, its patches, its margins shared with neighbours, and its pooling.
+
+    Attributes:
+        crop_size: side of a square crop in pixels.
+        patch_size: side of a square patch in pixels.
+        margins: patches that a crop shares with its neighbour before (left, top) and behind it (right, bottom).
+        pool: patches per side that one pooled cell (one image token) combines.
+
+    Raises:
+        ConfigError: a value is out of range, or the parts do not divide one another.
+    """
+
+    crop_size: int = 336
+    patch_size: int = 14
+    margins: tuple[int, int] = (4, 4)
+    pool: int = 2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "margins", tuple(self.margins))
+        if len(self.margins) != 2:
+            raise ConfigError(f"margins {self.margins} must be two numbers of patches: before and behind")
+        for name, value, least in (
+            ("crop_size", self.crop_size, 1),
+            ("patch_size", self.patch_size, 1),
+            ("pool", self.pool, 1),
+            ("margins[0]", self.margins[0], 0),
+            ("margins[1]", self.margins[1], 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        if self.crop_size % self.patch_size:
+            raise ConfigError(f"crop_size {self.crop_size} must be a multiple of patch_size {self.patch_size}")
+        if self.patches_per_side % self.pool or any(margin % self.pool for margin in self.margins):
+            raise ConfigError(
+                f"the {self.patches_per_side} patches per side and the margins {self.margins} must be multiples of "
+                f"pool {self.pool}"
+            )
+        if self.window_patches < 1:
+            raise ConfigError(f"margins {self.margins} leave nothing of a crop of {self.patches_per_side} patches")
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along a crop's side."""
+        return self.crop_size // self.patch_size
+
+    @property
+    def patches_per_crop(self) -> int:
+        """Patches of one crop."""
+        return self.patches_per_side**2
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in one flattened RGB patch."""
+        return 3 * self.patch_size**2
+
+    @property
+    def cells_per_side(self) -> int:
+        """Pooled cells along a crop's side."""
+        return self.patches_per_side // self.pool
+
+    @property
+    def cells_per_crop(self) -> int:
+        """Pooled cells of one crop."""
+        return self.cells_per_side**2
+
+    @property
+    def margin_patches(self) -> int:
+        """Patches of both margins together."""
+        return sum(self.margins)
+
+    @property
+    def margin_px(self) -> int:
+        """Pixels of both margins together."""
+        return self.margin_patches * self.patch_size
+
+    @property
+    def window_patches(self) -> int:
+        """Patches by which one crop is shifted from the next."""
+        return self.patches_per_side - self.margin_patches
+
+    @property
+    def window_px(self) -> int:
+        """Pixels by which one crop is shifted from the next."""
+        return self.window_patches * self.patch_size
+
+    @property
+    def window_cells(self) -> int:
+        """Pooled cells by which one crop is shifted from the next."""
+        return self.window_patches // self.pool
+
+    def canvas_px(self, crops: int) -> int:
+        """Pixels along a side that `crops` overlapping crops cover."""
+        return self.window_px * crops + self.margin_px
+
+    def canvas_cells(self, crops: int) -> int:
+        """Pooled cells along a side that `crops` overlapping crops cover, each place counted once."""
+        return (self.window_patches * crops + self.margin_patches) // self.pool
+
+    def num_image_tokens(self, rows: int, cols: int) -> int:
+        """Image tokens of a tiling: both grids with a column token behind each row, and a start and end token each."""
+        global_tokens = self.cells_per_side * (self.cells_per_side + 1) + 2
+        return global_tokens + self.canvas_cells(rows) * (self.canvas_cells(cols) + 1) + 2
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedImage:
+    """One image, ready for the vision encoder, and where its features go.
+
+    Attributes:
+        images: flattened, normalised patches, the global crop first, `(crops, patches, patch_values)` float32.
+        image_masks: how much of each patch is picture, `(crops, patches)` float32. Row k belongs to high-resolution
+            crop k and the last row is -1: shifted by one against `images`, as the weights were trained.
+        image_input_idx: sequence position of each pooled cell, `(crops, cells)` int64, negative where unused. The
+            BOS token is at position 0 and the first image token at position 1.
+        token_pattern: kind of every image token (`IM_START`, `IM_END`, `IM_PATCH`, `IM_COL`), `(tokens,)` int64.
+        tiling: (rows, cols) of the high-resolution crops.
+    """
+
+    images: torch.Tensor
+    image_masks: torch.Tensor
+    image_input_idx: torch.Tensor
+    token_pattern: torch.Tensor
+    tiling: tuple[int, int]
+
+    @property
+    def vision_sizes(self) -> VisionSizes:
+        """Crops and image tokens, counted on the tensors."""
+        return VisionSizes(num_crops=self.images.shape[0], num_image_tokens=self.token_pattern.shape[0])
+
+
+def check_max_crops(max_crops: object, min_crops: object = 1) -> None:
+    """Raise ConfigError unless `1 <= min_crops <= max_crops` are whole numbers."""
+    for name, value in (("max_crops", max_crops), ("min_crops", min_crops)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1, for example 12")
+    if max_crops < min_crops:  # type: ignore[operator]
+        raise ConfigError(f"max_crops {max_crops} is below min_crops {min_crops}")
+
+
+@functools.lru_cache(maxsize=64)
+def _candidate_tilings(max_crops: int, min_crops: int) -> tuple[tuple[int, int], ...]:
+    """All (rows, cols) whose product lies in the range, fewest crops first, then fewest rows."""
+    check_max_crops(max_crops, min_crops)
+    candidates = [
+        (rows, cols)
+        for rows in range(1, max_crops + 1)
+        for cols in range(1, max_crops // rows + 1)
+        if rows * cols >= min_crops
+    ]
+    return tuple(sorted(candidates, key=lambda tiling: (tiling[0] * tiling[1], tiling[0])))
+
+
+def select_tiling(
+    height: int, width: int, max_crops: int, geometry: CropGeometry, min_crops: int = 1
+) -> tuple[int, int]:
+    """Choose (rows, cols) of the high-resolution crops for an image of `height` by `width` pixels.
+
+    The smallest tiling that shows the image without shrinking it, or, if there is none, the one that shrinks it
+    least. A side no longer than the margins makes every scale negative, so that the first tiling, (1, 1) unless
+    `min_crops` forbids it, is chosen whatever the other side; the weights were trained with that.
+
+    Raises:
+        ConfigError: `max_crops` or `min_crops` is below 1 or not a whole number, or the range is empty.
+    """
+    check_max_crops(max_crops, min_crops)
+    candidates = _candidate_tilings(max_crops, min_crops)
+    # Every step in float32: a wider type chooses differently where two scales almost tie.
+    sizes = np.asarray(candidates, dtype=np.float32) * np.float32(geometry.window_px)
+    available = np.asarray([height, width], dtype=np.float32) - np.float32(geometry.margin_px)
+    with np.errstate(divide="ignore"):
+        scales = np.min(sizes / available, axis=1)
+    if np.all(scales < 1):
+        return candidates[int(np.argmax(scales))]
+    return candidates[int(np.argmin(np.where(scales < 1, np.float32(np.inf), scales)))]
+
+
+def fitted_size(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
+    """Size in pixels of an image scaled to fit a target, its aspect ratio kept.
+
+    Raises:
+        ImageError: a side is below 1 pixel, before or after scaling.
+    """
+    if height < 1 or width < 1:
+        raise ImageError(f"the image is {width}x{height} pixels; both sides must be at least 1")
+    scale = min(np.float32(target_height) / np.float32(height), np.float32(target_width) / np.float32(width))
+    new_height = math.floor(np.float32(height) * scale)
+    new_width = math.floor(np.float32(width) * scale)
+    if new_height < 1 or new_width < 1:
+        raise ImageError(
+            f"the image of {width}x{height} pixels is too elongated: scaled to fit {target_width}x{target_height}, "
+            "one side would have no pixel left; crop it to a less extreme aspect ratio"
+        )
+    return new_height, new_width
+
+
+def vision_sizes(height: int, width: int, max_crops: int, geometry: CropGeometry, min_crops: int = 1) -> VisionSizes:
+    """Number of crops and image tokens of an image, from its size in pixels alone.
+
+    Raises:
+        ImageError: the image is empty or so elongated that a side would vanish.
+        ConfigError: see `select_tiling`.
+    """
+    rows, cols = select_tiling(height, width, max_crops, geometry, min_crops)
+    fitted_size(height, width, geometry.crop_size, geometry.crop_size)
+    fitted_size(height, width, geometry.canvas_px(rows), geometry.canvas_px(cols))
+    return VisionSizes(num_crops=1 + rows * cols, num_image_tokens=geometry.num_image_tokens(rows, cols))
+
+
+@functools.lru_cache(maxsize=64)
+def _token_layout(geometry: CropGeometry, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token pattern `(tokens,)` and cell positions `(crops, cells)` of a tiling; shared, so never write to them."""
+
+    def grid(num_rows: int, num_cols: int) -> torch.Tensor:
+        cells = torch.full((num_rows, num_cols + 1), IM_PATCH)
+        cells[:, -1] = IM_COL
+        return cells.flatten()
+
+    side = geometry.cells_per_side
+    canvas_rows, canvas_cols = geometry.canvas_cells(rows), geometry.canvas_cells(cols)
+    start, end = torch.tensor([IM_START]), torch.tensor([IM_END])
+    pattern = torch.cat([start, grid(side, side), end, start, grid(canvas_rows, canvas_cols), end])
+
+    cell = torch.arange(side)
+    # Position 0 is the BOS token, 1 the first start token.
+    global_positions = 2 + (side + 1) * cell[:, None] + cell[None, :]
+    first_position = 2 + (side + 1) * side + 2
+
+    def kept_and_place(crops: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which cells of each crop along one side are kept, and where they lie on the canvas: `(crops, side)`."""
+        crop = torch.arange(crops)[:, None]
+        before, behind = (margin // geometry.pool for margin in geometry.margins)
+        kept = ((cell >= before) | (crop == 0)) & ((cell < side - behind) | (crop == crops - 1))
+        return kept, geometry.window_cells * crop + cell
+
+    row_kept, row_place = kept_and_place(rows)
+    col_kept, col_place = kept_and_place(cols)
+    # (rows, cols, side, side): crop row, crop column, cell row, cell column
+    positions = first_position + row_place[:, None, :, None] * (canvas_cols + 1) + col_place[None, :, None, :]
+    kept = row_kept[:, None, :, None] & col_kept[None, :, None, :]
+    positions = torch.where(kept, positions, UNUSED_CELL).reshape(rows * cols, side * side)
+    return pattern, torch.cat([global_positions.reshape(1, -1), positions])
+
+
+def resize_and_pad(
+    pixels: torch.Tensor,
+    target_height: int,
+    target_width: int,
+    image_mean: Sequence[float] = CLIP_MEAN,
+    image_std: Sequence[float] = CLIP_STD,
+) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
+    """Scale an image to fit a target, centre it on black, and normalise.
+
+    Args:
+        pixels: `(3, height, width)` float32 in [0, 1].
+
+    Returns:
+        The canvas `(3, target_height, target_width)` and the picture's place on it as (top, left, height, width).
+
+    Raises:
+        ImageError: a side would have no pixel left.
+    """
+    _, height, width = pixels.shape
+    new_height, new_width = fitted_size(height, width, target_height, target_width)
+    if (new_height, new_width) != (height, width):
+        pixels = F.interpolate(
+            pixels[None], size=(new_height, new_width), mode="bilinear", align_corners=False, antialias=True
+        )[0].clamp_(0.0, 1.0)
+    mean = torch.tensor(image_mean, dtype=torch.float32)[:, None, None]
+    std = torch.tensor(image_std, dtype=torch.float32)[:, None, None]
+    top, left = (target_height - new_height) // 2, (target_width - new_width) // 2
+    # Padding is black before normalisation, hence (0 - mean) / std after it.
+    canvas = (-mean / std).expand(3, target_height, target_width).contiguous()
+    canvas[:, top : top + new_height, left : left + new_width] = (pixels - mean) / std
+    return canvas, (top, left, new_height, new_width)
+
+
+def _to_patches(canvas: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Cut `(3, height, width)` into `(patch rows, patch cols, values)`, values in the order row, column, channel."""
+    _, height, width = canvas.shape
+    grid = canvas.view(3, height // patch_size, patch_size, width // patch_size, patch_size)
+    return grid.permute(1, 3, 2, 4, 0).reshape(height // patch_size, width // patch_size, -1)
+
+
+def _patch_coverage(start: int, length: int, num_patches: int, patch_size: int) -> torch.Tensor:
+    """Picture pixels within each patch along one side, where the picture covers [start, start + length)."""
+    edges = torch.arange(num_patches) * patch_size
+    return ((edges + patch_size).clamp(max=start + length) - edges.clamp(min=start)).clamp(min=0)
+
+
+def _overlapping_crops(grid: torch.Tensor, geometry: CropGeometry) -> torch.Tensor:
+    """Cut a canvas of patches `(patch rows, patch cols, values)` into crops `(crops, patches, values)`, row-major."""
+    side, step = geometry.patches_per_side, geometry.window_patches
+    crops = grid.unfold(0, side, step).unfold(1, side, step)
+    return crops.permute(0, 1, 3, 4, 2).reshape(-1, side * side, grid.shape[-1])
+
+
+def prepare_image(
+    image: np.ndarray[Any, Any],
+    max_crops: int,
+    geometry: CropGeometry,
+    *,
+    min_crops: int = 1,
+    image_mean: Sequence[float] = CLIP_MEAN,
+    image_std: Sequence[float] = CLIP_STD,
+) -> PreparedImage:
+    """Turn an RGB image into crops of patches, their masks and their places in the sequence.
+
+    Args:
+        image: `(height, width, 3)` uint8.
+        max_crops: most high-resolution crops; the global crop is not counted.
+
+    Raises:
+        ImageError: the array is not an RGB uint8 image, or a side would have no pixel left.
+        ConfigError: see `select_tiling`.
+    """
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        given = f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ImageError(f"an image must be a uint8 array of shape (height, width, 3), not {given}")
+    height, width = image.shape[:2]
+    rows, cols = select_tiling(height, width, max_crops, geometry, min_crops)
+    vision_sizes(height, width, max_crops, geometry, min_crops)  # refuses what cannot be resized, before any work
+
+    if not image.flags.writeable:
+        image = image.copy()  # torch does not share read-only memory
+    pixels = (
+        torch.from_numpy(image).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
+    )
+
+    canvas, (top, left, new_height, new_width) = resize_and_pad(
+        pixels, geometry.canvas_px(rows), geometry.canvas_px(cols), image_mean, image_std
+    )
+    patches = _to_patches(canvas, geometry.patch_size)
+    crops = _overlapping_crops(patches, geometry)
+    if (rows, cols) == (1, 1):
+        global_crop = crops  # one tile covers exactly what the global crop shows
+    else:
+        canvas, _ = resize_and_pad(pixels, geometry.crop_size, geometry.crop_size, image_mean, image_std)
+        global_crop = _to_patches(canvas, geometry.patch_size).reshape(1, geometry.patches_per_crop, -1)
+
+    row_coverage = _patch_coverage(top, new_height, patches.shape[0], geometry.patch_size)
+    col_coverage = _patch_coverage(left, new_width, patches.shape[1], geometry.patch_size)
+    coverage = (row_coverage[:, None] * col_coverage[None, :]).to(torch.float32) / float(geometry.patch_size**2)
+    masks = _overlapping_crops(coverage[..., None], geometry)[..., 0]
+
+    pattern, positions = _token_layout(geometry, rows, cols)
+    return PreparedImage(
+        images=torch.cat([global_crop, crops]),
+        # The extra row belongs in front, with the global crop, but the weights were trained with it at the end.
+        image_masks=torch.cat([masks, torch.full((1, geometry.patches_per_crop), MASK_ROW_FILL)]),
+        image_input_idx=positions.clone(),
+        token_pattern=pattern.clone(),
+        tiling=(rows, cols),
+    )
+
+
+class MolmoEImageProcessor(BaseImageProcessor):
+    """MolmoE's image processor: the crop geometry, the most crops and the normalisation, with save and load.
+
+    The names that the published checkpoint's file uses (`base_image_input_size`, `image_patch_size`,
+    `overlap_margins`) are understood as well.
+
+    Args:
+        crop_size: side of a square crop in pixels.
+        patch_size: side of a square patch in pixels.
+        margins: patches shared with the neighbour (before, behind).
+        pool: patches per side that one image token combines.
+        max_crops: most high-resolution crops, unless a call says otherwise.
+        image_mean: mean of each channel, in the range 0 to 1.
+        image_std: standard deviation of each channel, in the range 0 to 1.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    model_input_names = ["images", "image_masks", "image_input_idx"]  # noqa: RUF012  (the base class declares it so)
+
+    def __init__(
+        self,
+        crop_size: int = 336,
+        patch_size: int = 14,
+        margins: Sequence[int] = (4, 4),
+        pool: int = 2,
+        max_crops: int = 12,
+        image_mean: Sequence[float] = CLIP_MEAN,
+        image_std: Sequence[float] = CLIP_STD,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        base_size = kwargs.get("base_image_input_size", crop_size)
+        if isinstance(base_size, (list, tuple)):
+            if len(set(base_size)) != 1:
+                raise ConfigError(f"base_image_input_size is {base_size}; crops must be square")
+            base_size = base_size[0]
+        overlap = kwargs.get("overlap_margins", margins)
+        if not isinstance(overlap, (list, tuple)) or len(overlap) != 2:
+            raise ConfigError(f"margins is {overlap!r}; it must hold two numbers of patches: before and behind")
+        check_max_crops(max_crops)
+        for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+            if len(values) != 3:
+                raise ConfigError(f"{name} is {values!r}; it must hold one number for each of the 3 channels")
+        if min(image_std) <= 0:
+            raise ConfigError(f"image_std is {image_std!r}; every value must be above 0")
+        # Lists, because they are what JSON gives back.
+        self.crop_size: int = base_size
+        self.patch_size: int = kwargs.get("image_patch_size", patch_size)
+        self.margins: list[int] = list(overlap)
+        self.pool = pool
+        self.max_crops = max_crops
+        self.image_mean: list[float] = [float(value) for value in image_mean]
+        self.image_std: list[float] = [float(value) for value in image_std]
+        _ = self.geometry  # refuses sizes that do not fit together
+
+    @property
+    def geometry(self) -> CropGeometry:
+        """How crops are divided."""
+        before, behind = self.margins
+        return CropGeometry(self.crop_size, self.patch_size, (before, behind), self.pool)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, ready for JSON."""
+        names = ("crop_size", "patch_size", "margins", "pool", "max_crops", "image_mean", "image_std")
+        settings = {name: getattr(self, name) for name in names}
+        return {**settings, "image_processor_type": type(self).__name__}
+
+    def vision_sizes(self, height: int, width: int, max_crops: int | None = None) -> VisionSizes:
+        """Number of crops and image tokens of an image, from its size in pixels alone; see `vision_sizes`."""
+        return vision_sizes(height, width, self.max_crops if max_crops is None else max_crops, self.geometry)
+
+    def prepare(self, image: ImageSource, max_crops: int | None = None) -> PreparedImage:
+        """Load and prepare one image; see `load_image` for what is accepted and `prepare_image` for the result.
+
+        Raises:
+            ImageError: the image cannot be read or a side would have no pixel left.
+            ConfigError: `max_crops` is below 1 or not a whole number.
+        """
+        return prepare_image(
+            np.array(load_image(image)),
+            self.max_crops if max_crops is None else max_crops,
+            self.geometry,
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+        )
+
+    def preprocess(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        max_crops: int | None = None,
+        return_tensors: str | None = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prepare one image or several, one per prompt, padding missing crops with -1.
+
+        Returns:
+            `images` `(batch, crops, patches, patch_values)`, `image_masks` `(batch, crops, patches)` and
+            `image_input_idx` `(batch, crops, cells)`.
+
+        Raises:
+            ConfigError: an unknown setting, or `return_tensors` other than "pt".
+            ImageError: there is no image, or one cannot be read.
+        """
+        check_tensor_call(return_tensors, kwargs)
+        sources: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
+        if not sources:
+            raise ImageError("no image was given; give at least one")
+        prepared = [self.prepare(source, max_crops) for source in sources]
+        return BatchFeature({name: pad_stack([getattr(p, name) for p in prepared]) for name in self.model_input_names})
+
+
+def check_tensor_call(return_tensors: str | None, unknown: dict[str, Any]) -> None:
+    """Raise ConfigError for a tensor type other than PyTorch's, or for settings that a call does not have."""
+    if unknown:
+        raise ConfigError(f"unknown settings {sorted(unknown)}; images take max_crops and return_tensors")
+    if return_tensors not in (None, "pt"):
+        raise ConfigError(f"return_tensors is {return_tensors!r}; only 'pt' (PyTorch tensors) is supported")
+
+
+def pad_stack(tensors: Sequence[torch.Tensor], value: int = -1) -> torch.Tensor:
+    """Stack tensors that differ in their first dimension, padded behind with `value`: `(batch, longest, ...)`."""
+    longest = max(tensor.shape[0] for tensor in tensors)
+    stacked = tensors[0].new_full((len(tensors), longest, *tensors[0].shape[1:]), value)
+    for row, tensor in zip(stacked, tensors, strict=True):
+        row[: tensor.shape[0]] = tensor
+    return stacked

@@ -1,0 +1,123 @@
+"""Training forward of the embedded model: packed questions, dense auxiliary labels, load balancing, growth in depth."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
+from pacevlm.models.molmoe.modeling_molmoe import rope_tables
+from pacevlm.training.embedded.corpus import PackedBatch
+from pacevlm.training.embedded.tower import CellHeads
+
+
+def load_balancing_loss(router_logits: Tensor, top_k: int) -> Tensor:
+    """Switch-style balance of one block's experts: 1 when tokens spread evenly (Fedus et al. 2022, section 2.2).
+
+    Args:
+        router_logits: `(tokens, experts)`.
+        top_k: experts per token.
+    """
+    probabilities = torch.softmax(router_logits.float(), dim=-1)
+    chosen = probabilities.topk(top_k, dim=-1).indices
+    share = torch.bincount(chosen.reshape(-1), minlength=probabilities.shape[1]) / chosen.numel()
+    return probabilities.shape[1] * (share * probabilities.mean(0)).sum()
+
+
+def training_loss(
+    model: MolmoEForConditionalGeneration,
+    batch: PackedBatch,
+    *,
+    freeze_tower: bool,
+    heads: CellHeads | None,
+    heads_after: int,
+    heads_weight: float,
+    balance_weight: float,
+) -> tuple[Tensor, dict[str, float]]:
+    """Answer cross-entropy plus the auxiliary terms of one packed batch.
+
+    Args:
+        model: the model being trained.
+        batch: packed questions.
+        freeze_tower: run the vision half without gradients.
+        heads: dense heads on the hidden state at image cells, or None.
+        heads_after: number of blocks below those heads.
+        heads_weight: weight of the heads' loss.
+        balance_weight: weight of the load-balancing loss, averaged over blocks.
+
+    Returns:
+        loss and metrics: `loss/*`, and `exact/<family>`, the share of questions with every token right when the
+        earlier tokens are given.
+    """
+    inner = model.model
+    with torch.set_grad_enabled(not freeze_tower and torch.is_grad_enabled()):
+        features = inner.vision_backbone(batch.images, batch.image_masks)
+    used = features.flatten(0, 1)[batch.cell_rows]
+    rows, tokens = batch.input_ids.shape
+    x = inner.transformer.wte(batch.input_ids)
+    x = x.reshape(rows * tokens, -1).index_add(0, batch.cell_places, used).view(rows, tokens, -1)
+    rope = rope_tables(batch.position_ids, model.config.head_dim_, model.config.rope_theta)
+    balance = x.new_zeros(())
+    metrics: dict[str, float] = {}
+    total = x.new_zeros(())
+    for block in inner.transformer.blocks:
+        x, router_logits = block(x, rope, batch.mask)
+        if balance_weight:
+            balance = balance + load_balancing_loss(router_logits.flatten(0, 1), model.config.moe_top_k)
+        if heads is not None and heads_weight and block.index + 1 == heads_after:
+            cells = x.reshape(rows * tokens, -1)[batch.cell_places]
+            dense_loss, dense_metrics = heads.loss(F.rms_norm(cells, cells.shape[-1:]), batch.cell_labels)
+            total = total + heads_weight * dense_loss
+            metrics["loss/dense"] = float(dense_loss.detach())
+            metrics.update(dense_metrics)
+    labelled = (batch.labels >= 0).view(-1)
+    hidden = inner.transformer.ln_f(x.reshape(rows * tokens, -1)[labelled])
+    logits = model.lm_head(hidden)
+    target = batch.labels.view(-1)[labelled]
+    answer_loss = F.cross_entropy(logits.float(), target)
+    total = total + answer_loss + balance_weight * balance / len(inner.transformer.blocks)
+    metrics["loss/answer"] = float(answer_loss.detach())
+    if balance_weight:
+        metrics["loss/balance"] = float(balance.detach()) / len(inner.transformer.blocks)
+    wrong = (logits.argmax(-1) != target).float()
+    question = batch.question.view(-1)[labelled]
+    errors = torch.zeros(len(batch.families)).index_add(0, question, wrong)
+    by_family: dict[str, list[float]] = defaultdict(list)
+    for family, count in zip(batch.families, errors.tolist(), strict=True):
+        by_family[family].append(float(count == 0))
+    metrics.update({f"exact/{family}": sum(v) / len(v) for family, v in by_family.items()})
+    metrics["exact"] = sum(sum(v) / len(v) for v in by_family.values()) / len(by_family)
+    return total, metrics
+
+
+@torch.no_grad()
+def grow(model: MolmoEForConditionalGeneration, num_blocks: int) -> MolmoEForConditionalGeneration:
+    """A deeper model in which every block became several copies that share its residual contribution.
+
+    Each copy's output projections are divided by the number of copies, so that together they do roughly what the one
+    block did (stacking; Gong et al. 2019, with shared contributions so that no copy is idle).
+
+    Raises:
+        ValueError: `num_blocks` is not a multiple of the present depth.
+    """
+    present = model.config.n_layers
+    if num_blocks % present:
+        raise ValueError(f"a model of {present} blocks grows to a multiple of {present}, not to {num_blocks}")
+    copies = num_blocks // present
+    settings = model.config.to_dict()
+    settings["n_layers"] = num_blocks
+    deeper = MolmoEForConditionalGeneration(MolmoEConfig(**settings))
+    source = model.state_dict()
+    prefix = "model.transformer.blocks."
+    state = {name: value for name, value in source.items() if not name.startswith(prefix)}
+    for name, value in source.items():
+        if name.startswith(prefix):
+            index, rest = name.removeprefix(prefix).split(".", 1)
+            scale = 1 / copies if rest in ("attn.attn_out.weight", "mlp.experts.down_proj") else 1.0
+            for copy in range(copies):
+                state[f"{prefix}{int(index) * copies + copy}.{rest}"] = value * scale
+    deeper.load_state_dict(state)
+    return deeper

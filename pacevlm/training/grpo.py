@@ -1,0 +1,379 @@
+"""Group-relative policy optimisation over two-stage knob decisions, as pure functions of tensors.
+
+Shapes: `batch` counts groups, that is (example, budget) pairs; `group` counts the rollouts of each; `tiers` are the
+actions of stage 1 and `pairs` the (top_k, num_blocks) actions of stage 2, in the order of `KnobSpace.pair`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pacevlm.errors import ConfigError, DataError, KnobError
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """Settings of the loss.
+
+    Attributes:
+        group_size: rollouts per (example, budget).
+        clip_low: the ratio is clipped from below at 1 - clip_low.
+        clip_high: the ratio is clipped from above at 1 + clip_high (larger than clip_low: DAPO, Yu et al. 2025, 3.1).
+        beta: weight of the KL divergence from the reference policy.
+        entropy_coef: weight of the entropy bonus.
+        scale_rewards: what centred rewards are divided by: `none`, the standard deviation over the `batch`, or that
+            of the rollout's own `group` (Shao et al. 2024, 4.1.1).
+        scale_eps: added to a standard deviation before dividing by it.
+        equal_within: rewards (and costs) of a group that spread no further than this count as all equal.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    group_size: int = 16
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    beta: float = 0.0
+    entropy_coef: float = 0.0
+    scale_rewards: Literal["none", "batch", "group"] = "batch"
+    scale_eps: float = 1e-4
+    equal_within: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ConfigError(f"group_size is {self.group_size}; a rollout is compared with others, so use 2 or more")
+        if not 0 < self.clip_low < 1:
+            raise ConfigError(f"clip_low is {self.clip_low}; it must lie between 0 and 1, for example 0.2")
+        if self.scale_rewards not in ("none", "batch", "group"):
+            raise ConfigError(f"scale_rewards is {self.scale_rewards!r}; use 'none', 'batch' or 'group'")
+        if not math.isfinite(self.clip_high) or self.clip_high <= 0:
+            raise ConfigError(f"clip_high is {self.clip_high}; it must be a finite number above 0, for example 0.28")
+        for name in ("beta", "entropy_coef", "scale_eps", "equal_within"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise ConfigError(f"{name} is {value}; it must be a finite number from 0")
+
+
+# Distributions -------------------------------------------------------------------------------------------------------
+
+
+def masked_log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """Log-probabilities over the last axis in which masked actions have probability exactly 0.
+
+    Args:
+        logits: `(..., actions)`; what stands at masked actions is ignored and gets no gradient.
+        mask: boolean, broadcastable to `logits`; True where an action is allowed.
+
+    Returns:
+        `(..., actions)`, -inf at masked actions, at least single precision.
+
+    Raises:
+        DataError: the mask is not boolean, or the shapes do not fit.
+        KnobError: a row has no allowed action.
+    """
+    if mask.dtype != torch.bool:
+        raise DataError(f"mask has dtype {mask.dtype}; give a boolean tensor, True where an action is allowed")
+    try:
+        mask = mask.expand(logits.shape)
+    except RuntimeError:
+        raise DataError(f"mask {tuple(mask.shape)} does not broadcast to logits {tuple(logits.shape)}") from None
+    blocked = int((~mask.any(dim=-1)).sum())
+    if blocked:
+        raise KnobError(f"{blocked} rows of the mask allow no action; let the cheapest knobs through where none fit")
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    return torch.log_softmax(logits.masked_fill(~mask, -torch.inf), dim=-1)
+
+
+def pair_logits(top_k_logits: Tensor, num_blocks_logits: Tensor, pairwise: Tensor | None = None) -> Tensor:
+    """Logits of stage 2 over all (top_k, num_blocks) pairs: the sum of the two heads and an optional pairwise term.
+
+    Args:
+        top_k_logits: `(..., top_ks)`.
+        num_blocks_logits: `(..., num_blocks)`.
+        pairwise: broadcastable to `(..., top_ks, num_blocks)`.
+
+    Returns:
+        `(..., top_ks * num_blocks)`, num_blocks running fastest.
+    """
+    logits = top_k_logits.unsqueeze(-1) + num_blocks_logits.unsqueeze(-2)
+    if pairwise is not None:
+        logits = logits + pairwise
+    return logits.flatten(-2)
+
+
+def two_stage_log_probs(tier_logits: Tensor, stage2_logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Both stages' log-probabilities under one mask over the whole knob space.
+
+    A tier is allowed if any of its pairs is. The second factor of a tier that is not allowed has no meaning, and
+    probability 0 in front of it; it is left unmasked so that it stays finite.
+
+    Args:
+        tier_logits: `(batch, tiers)`.
+        stage2_logits: `(batch, tiers, pairs)`.
+        mask: boolean `(batch, tiers, pairs)`, True where the configuration is allowed.
+
+    Returns:
+        `log π₁` of shape `(batch, tiers)` and `log π₂` of shape `(batch, tiers, pairs)`.
+
+    Raises:
+        KnobError: a batch row has no allowed configuration.
+        DataError: the mask is not boolean, or the shapes do not fit.
+    """
+    if mask.dtype != torch.bool or mask.shape != stage2_logits.shape or mask.shape[:-1] != tier_logits.shape:
+        raise DataError(
+            f"mask is {mask.dtype} {tuple(mask.shape)}, logits are {tuple(tier_logits.shape)} and "
+            f"{tuple(stage2_logits.shape)}; expected a boolean mask of the second shape, whose last axis is the pairs"
+        )
+    tier_mask = mask.any(dim=-1)
+    log_pi1 = masked_log_softmax(tier_logits, tier_mask)
+    return log_pi1, masked_log_softmax(stage2_logits, mask | ~tier_mask.unsqueeze(-1))
+
+
+def sample_actions(log_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One action per row of `(..., actions)`, drawn by the Gumbel-max trick; an action at -inf is never drawn."""
+    noise = torch.empty_like(log_probs).exponential_(generator=generator)
+    tiny = torch.finfo(log_probs.dtype).tiny
+    gumbel = -noise.clamp(min=tiny).log()
+    return (log_probs + gumbel).argmax(dim=-1)
+
+
+def joint_log_prob(log_pi1: Tensor, tier: Tensor, log_pi2: Tensor, pair: Tensor) -> Tensor:
+    """Log-probability of sampled configurations: log π₁(tier) + log π₂(pair | tier).
+
+    Args:
+        log_pi1: `(..., tiers)`.
+        tier: sampled tier indices `(...)`.
+        log_pi2: `(..., pairs)`, of the sampled tier.
+        pair: sampled stage-2 indices `(...)`.
+
+    Returns:
+        `(...)`.
+    """
+    first = log_pi1.gather(-1, tier.unsqueeze(-1)).squeeze(-1)
+    return first + log_pi2.gather(-1, pair.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Exact entropy in nats over the last axis; actions at -inf add nothing and get no gradient."""
+    return -(log_probs.exp() * log_probs.masked_fill(torch.isneginf(log_probs), 0.0)).sum(dim=-1)
+
+
+def kl_divergence(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
+    """Exact KL(π ‖ π_ref) in nats over the last axis.
+
+    Raises DataError if the reference rules out an action that the policy allows: they were masked differently.
+    """
+    absent = torch.isneginf(log_probs)
+    if bool((torch.isneginf(ref_log_probs) & ~absent).any()):
+        raise DataError("the reference policy rules out an allowed action; mask both policies alike")
+    difference = log_probs.masked_fill(absent, 0.0) - ref_log_probs.masked_fill(absent, 0.0)
+    return (log_probs.exp() * difference).sum(dim=-1)
+
+
+def joint_entropy(log_pi1: Tensor, log_pi2: Tensor) -> Tensor:
+    """Exact entropy of the joint policy, H(π₁) + Σₜ π₁(t) H(π₂(· | t)).
+
+    `(batch, tiers)` and `(batch, tiers, pairs)` give `(batch,)`.
+    """
+    return entropy(log_pi1) + (log_pi1.exp() * entropy(log_pi2)).sum(dim=-1)
+
+
+def joint_kl(log_pi1: Tensor, log_pi2: Tensor, ref_log_pi1: Tensor, ref_log_pi2: Tensor) -> Tensor:
+    """Exact KL of the joint policy from the reference; shapes as in `joint_entropy`."""
+    second = kl_divergence(log_pi2, ref_log_pi2)
+    return kl_divergence(log_pi1, ref_log_pi1) + (log_pi1.exp() * second).sum(dim=-1)
+
+
+def sampled_entropy(log_pi1: Tensor, log_pi2: Tensor, tier_ratio: Tensor | None = None) -> Tensor:
+    """Estimate of the joint entropy when stage 2 is known for the sampled tiers only.
+
+    Each stage's entropy is exact over its own actions; only the average over tiers is estimated, by the rollouts.
+    The estimate is unbiased if `tier_ratio` is given, and so is its gradient: without the ratio the gradient misses
+    how stage 1 could move towards tiers in which stage 2 is more (or less) certain.
+
+    Args:
+        log_pi1: `(batch, tiers)`.
+        log_pi2: `(batch, group, pairs)`, each rollout's own sampled tier.
+        tier_ratio: `(batch, group)`, π₁(tier) now over π₁(tier) when the rollout was sampled; None counts as 1, which
+            keeps the value unbiased on the first pass.
+
+    Returns:
+        `(batch, group)`; its mean over the group estimates `joint_entropy`.
+    """
+    second = entropy(log_pi2)
+    return entropy(log_pi1).unsqueeze(-1) + (second if tier_ratio is None else tier_ratio * second)
+
+
+def sampled_kl(
+    log_pi1: Tensor, log_pi2: Tensor, ref_log_pi1: Tensor, ref_log_pi2: Tensor, tier_ratio: Tensor | None = None
+) -> Tensor:
+    """Estimate of the joint KL when stage 2 is known for the sampled tiers only; as `sampled_entropy`."""
+    second = kl_divergence(log_pi2, ref_log_pi2)
+    return kl_divergence(log_pi1, ref_log_pi1).unsqueeze(-1) + (second if tier_ratio is None else tier_ratio * second)
+
+
+# Advantages ----------------------------------------------------------------------------------------------------------
+
+
+class Advantages(NamedTuple):
+    """Advantage of every rollout `(batch, group)`, and which groups carry a signal `(batch,)`, boolean."""
+
+    advantages: Tensor
+    keep: Tensor
+
+
+def leave_one_out(values: Tensor) -> Tensor:
+    """Each value minus the mean of the *other* values of its group; `(batch, group)` gives `(batch, group)`.
+
+    The baseline does not depend on the rollout it is taken from, so the policy gradient stays unbiased (Kool et al.
+    2019, "Buy 4 REINFORCE samples, get a baseline for free!"). Equals group / (group - 1) times value minus mean.
+    """
+    group = values.shape[-1]
+    return (values - values.mean(dim=-1, keepdim=True)) * (group / (group - 1))
+
+
+def group_advantages(
+    rewards: Tensor, config: GRPOConfig, *, costs: Tensor | None = None, multiplier: float = 0.0
+) -> Advantages:
+    """Advantages of rewards, minus the multiplier times those of costs, centred separately.
+
+    Only rewards are scaled. Were the multiplier inside the standardised value, a growing multiplier would shrink
+    what accuracy weighs; this way it sets the price of a cost in units of the scaled accuracy advantage.
+
+    Args:
+        rewards: `(batch, group)`, group as in the settings.
+        config: `scale_rewards` and its tolerances.
+        costs: `(batch, group)`; None counts as no cost.
+        multiplier: λ ≥ 0.
+
+    Returns:
+        The advantages, 0 in groups that are not kept, and the groups to keep: those in which rewards or costs differ.
+
+    Raises:
+        DataError: shapes that do not fit, a value that is not finite, or a negative multiplier.
+    """
+    if rewards.dim() != 2 or rewards.shape[0] == 0 or rewards.shape[1] != config.group_size:
+        raise DataError(f"rewards have shape {tuple(rewards.shape)}; expected (batch, {config.group_size})")
+    if costs is not None and costs.shape != rewards.shape:
+        raise DataError(f"costs have shape {tuple(costs.shape)}, rewards {tuple(rewards.shape)}; they must be equal")
+    if not bool(torch.isfinite(rewards).all()) or (costs is not None and not bool(torch.isfinite(costs).all())):
+        raise DataError("rewards and costs must be finite for every rollout")
+    if not math.isfinite(multiplier) or multiplier < 0:
+        raise DataError(f"multiplier is {multiplier}; it must be a finite number from 0")
+
+    differs = _spread(rewards) > config.equal_within
+    centred = leave_one_out(rewards)
+    if config.scale_rewards == "batch":
+        centred = centred / (centred.std() + config.scale_eps)
+    elif config.scale_rewards == "group":
+        centred = centred / (rewards.std(dim=-1, keepdim=True) + config.scale_eps)
+    # Equal rewards leave rounding noise behind, which a division by a tiny deviation would turn into a signal.
+    advantages = torch.where(differs.unsqueeze(-1), centred, 0.0)
+    keep = differs
+    if costs is not None:
+        costs_differ = _spread(costs) > config.equal_within
+        advantages = advantages - multiplier * torch.where(costs_differ.unsqueeze(-1), leave_one_out(costs), 0.0)
+        keep = differs | costs_differ
+    return Advantages(advantages, keep)
+
+
+def _spread(values: Tensor) -> Tensor:
+    return values.amax(dim=-1) - values.amin(dim=-1)
+
+
+# Loss ----------------------------------------------------------------------------------------------------------------
+
+
+def grpo_loss(
+    logp_new: Tensor,
+    logp_old: Tensor,
+    advantages: Tensor,
+    keep: Tensor,
+    config: GRPOConfig,
+    *,
+    entropy: Tensor | None = None,
+    kl: Tensor | None = None,
+    rewards: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Clipped surrogate loss of a batch of groups, and its metrics under TRL's names.
+
+    The loss is a sum over the rollouts of the groups that are kept, divided by the number of *all* rollouts. A count
+    of kept rollouts would vary with what was sampled, and its division would bias the gradient.
+
+    Args:
+        logp_new: joint log-probabilities under the policy being trained, `(batch, group)`.
+        logp_old: those under the policy that sampled, with the same masks, `(batch, group)`.
+        advantages: `(batch, group)`.
+        keep: boolean `(batch,)`; a group at False adds nothing: no surrogate, KL or entropy.
+        config: clipping and weights.
+        entropy: `(batch,)` or `(batch, group)`; needed only with an entropy bonus, else for the metric.
+        kl: `(batch,)` or `(batch, group)`; needed only with beta above 0, else for the metric.
+        rewards: `(batch, group)`, for the metrics `reward` and `reward_std`.
+
+    Returns:
+        The scalar loss and the metrics; means over all rollouts.
+
+    Raises:
+        DataError: shapes that do not fit, or a rollout that the sampling policy could not have drawn.
+        ConfigError: an entropy bonus without `entropy`, or beta without `kl`.
+    """
+    shape = logp_new.shape
+    if logp_new.dim() != 2 or logp_new.numel() == 0:
+        raise DataError(f"logp_new has shape {tuple(shape)}; expected (batch, group)")
+    for name, value in (("logp_old", logp_old), ("advantages", advantages), ("rewards", rewards)):
+        if value is not None and value.shape != shape:
+            raise DataError(f"{name} has shape {tuple(value.shape)}, logp_new {tuple(shape)}; they must be equal")
+    if keep.shape != shape[:1] or keep.dtype != torch.bool:
+        raise DataError(f"keep is {keep.dtype} {tuple(keep.shape)}; expected boolean {tuple(shape[:1])}")
+    if not bool(torch.isfinite(logp_old).all()):
+        raise DataError(
+            "logp_old is not finite: a masked action was sampled, or the rollout's mask was not the stored one"
+        )
+    if config.entropy_coef > 0 and entropy is None:
+        raise ConfigError("entropy_coef is above 0, so grpo_loss needs entropy")
+    if config.beta > 0 and kl is None:
+        raise ConfigError("beta is above 0, so grpo_loss needs kl")
+    entropy = None if entropy is None else _per_rollout("entropy", entropy, shape)
+    kl = None if kl is None else _per_rollout("kl", kl, shape)
+
+    ratio = (logp_new - logp_old.detach()).exp()
+    advantages = advantages.detach()
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    terms = -torch.minimum(ratio * advantages, clipped * advantages)
+    if kl is not None and config.beta > 0:
+        terms = terms + config.beta * kl
+    if entropy is not None and config.entropy_coef > 0:
+        terms = terms - config.entropy_coef * entropy
+    loss = torch.where(keep.unsqueeze(-1), terms, 0.0).sum() / terms.numel()
+
+    with torch.no_grad():
+        low = (ratio < 1 - config.clip_low) & (advantages < 0)
+        high = (ratio > 1 + config.clip_high) & (advantages > 0)
+        metrics = {
+            "clip_ratio/low_mean": low.float().mean().item(),
+            "clip_ratio/high_mean": high.float().mean().item(),
+            "clip_ratio/region_mean": (low | high).float().mean().item(),
+            "frac_reward_zero_std": (~keep).float().mean().item(),
+        }
+        if entropy is not None:
+            metrics["entropy"] = entropy.mean().item()
+        if kl is not None:
+            metrics["kl"] = kl.mean().item()
+        if rewards is not None:
+            metrics["reward"] = rewards.mean().item()
+            metrics["reward_std"] = rewards.std().item()
+    return loss, metrics
+
+
+def _per_rollout(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    if value.shape == shape[:1]:
+        return value.unsqueeze(-1).expand(shape)
+    if value.shape == shape:
+        return value
+    raise DataError(f"{name} has shape {tuple(value.shape)}; expected {tuple(shape[:1])} or {tuple(shape)}")

@@ -1,0 +1,111 @@
+"""What one rollout earns (reward) and what it costs (latency over budget), kept apart for the constrained update."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pacevlm.errors import BudgetError, ConfigError, DataError
+from pacevlm.knobs import Knobs, KnobSpace
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Settings of the reward; with the defaults the reward is the accuracy and nothing else.
+
+    Attributes:
+        cost: what the multiplier prices: `violation` (1 if latency exceeds the budget, else 0) or `overshoot`
+            (`max(0, latency / budget - 1)`).
+        violation_penalty: fixed amount taken off the reward of a rollout that exceeds its budget.
+        complexity_penalty: amount taken off per unit of relative cost of the knobs.
+        efficiency_bonus: amount added per saved fraction of the budget, `max(0, 1 - latency / budget)`.
+
+    Raises:
+        ConfigError: an unknown cost, or a weight that is negative or not finite.
+    """
+
+    cost: Literal["violation", "overshoot"] = "violation"
+    violation_penalty: float = 0.0
+    complexity_penalty: float = 0.0
+    efficiency_bonus: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.cost not in ("violation", "overshoot"):
+            raise ConfigError(f"cost is {self.cost!r}; use 'violation' or 'overshoot'")
+        for name in ("violation_penalty", "complexity_penalty", "efficiency_bonus"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise ConfigError(f"{name} is {value}; it must be a finite number from 0 (0 switches the term off)")
+
+
+class RewardTerms(NamedTuple):
+    """Reward, cost and violation indicator of every rollout, all of the accuracy's shape."""
+
+    reward: Tensor
+    cost: Tensor
+    violation: Tensor
+
+
+def relative_cost(knobs: Knobs, space: KnobSpace) -> float:
+    """Size of a configuration relative to the full one, in (0, 1]: the mean over the knobs of value / largest value.
+
+    A tier has no numeric value, so its rank (from 1) stands in. Raises KnobError if the knobs are not in the space.
+    """
+    space.index(knobs)  # refuses foreign knobs with a message that lists the allowed values
+    tier = (space.tiers.index(knobs.tier) + 1) / len(space.tiers)
+    return (tier + knobs.top_k / space.top_ks[-1] + knobs.num_blocks / space.num_blocks[-1]) / 3
+
+
+def compute_reward(
+    accuracy: Tensor,
+    latency_ms: Tensor,
+    budget_ms: Tensor,
+    config: RewardConfig,
+    *,
+    knob_cost: Tensor | None = None,
+) -> RewardTerms:
+    """Reward and cost of rollouts.
+
+    Args:
+        accuracy: any shape, in [0, 1].
+        latency_ms: latency of each rollout, milliseconds, of the same shape.
+        budget_ms: milliseconds, broadcastable to that shape, for example `(batch, 1)` against `(batch, group)`.
+        config: the weights of the optional terms.
+        knob_cost: `relative_cost` of each rollout's knobs; needed only with a complexity penalty.
+
+    Raises:
+        DataError: accuracy outside [0, 1], a latency that is negative or not finite, or shapes that do not fit.
+        BudgetError: a budget is not a positive, finite number.
+        ConfigError: a complexity penalty without `knob_cost`.
+    """
+    if latency_ms.shape != accuracy.shape:
+        raise DataError(f"latency_ms has shape {tuple(latency_ms.shape)}, accuracy {tuple(accuracy.shape)}; give equal")
+    if not bool(((accuracy >= 0) & (accuracy <= 1)).all()):
+        raise DataError("accuracy must lie in [0, 1] for every rollout; check the metric that scored the answers")
+    if not bool((torch.isfinite(latency_ms) & (latency_ms >= 0)).all()):
+        raise DataError("latency_ms must be finite and not negative for every rollout; check the estimator")
+    if not bool((torch.isfinite(budget_ms) & (budget_ms > 0)).all()):
+        raise BudgetError("budget_ms must be a positive, finite number of milliseconds for every rollout")
+    try:
+        budget_ms = budget_ms.expand(accuracy.shape)
+    except RuntimeError:
+        raise DataError(f"budget_ms {tuple(budget_ms.shape)} does not broadcast to {tuple(accuracy.shape)}") from None
+
+    # A budget that is met to the millisecond is met: only more than the budget is a violation.
+    violation = (latency_ms > budget_ms).to(accuracy.dtype)
+    used = latency_ms / budget_ms
+    cost = violation if config.cost == "violation" else (used - 1).clamp(min=0).to(accuracy.dtype)
+    reward = accuracy - config.violation_penalty * violation
+    if config.complexity_penalty > 0:
+        if knob_cost is None:
+            raise ConfigError("complexity_penalty is set, so compute_reward needs knob_cost (see relative_cost)")
+        if knob_cost.shape != accuracy.shape:
+            raise DataError(f"knob_cost has shape {tuple(knob_cost.shape)}, accuracy {tuple(accuracy.shape)}")
+        reward = reward - config.complexity_penalty * knob_cost
+    if config.efficiency_bonus > 0:
+        reward = reward + config.efficiency_bonus * (1 - used).clamp(min=0)
+    return RewardTerms(reward.to(accuracy.dtype), cost, violation)
