@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,11 @@ from pacevlm.files import (
     write_text_atomic,
 )
 
-RECORDS = [{"step": 0, "reward": 0.25}, {"step": 1, "note": "naïve – ×"}, {"step": 2, "nested": {"a": [1, None]}}]
+RECORDS: list[dict[str, Any]] = [
+    {"step": 0, "reward": 0.25},
+    {"step": 1, "note": "naïve – ×"},
+    {"step": 2, "nested": {"a": [1, None]}},
+]
 
 
 @contextmanager
@@ -92,7 +97,7 @@ def test_full_disk_at_the_end_keeps_the_old_file(
 
     path = tmp_path / "x.json"
     write_json_atomic(path, {"version": 1})
-    monkeypatch.setattr(files.os, function, fail)
+    monkeypatch.setattr(os, function, fail)
     with pytest.raises(StorageError, match=r"x\.json could not be written: No space left on device"):
         write_json_atomic(path, {"version": 2})
     monkeypatch.undo()

@@ -65,8 +65,8 @@ def module_name(path: Path) -> str:
 SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def is_type_checking(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
+def is_type_checking(node: ast.If) -> bool:
+    return ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
 
 
 def imports_of(source: str, module: str, *, is_package: bool = False) -> list[Import]:
@@ -82,10 +82,10 @@ def imports_of(source: str, module: str, *, is_package: bool = False) -> list[Im
             base = importlib.util.resolve_name(name, package)
             found.extend(Import(f"{base}.{alias.name}", node.lineno, on_import) for alias in node.names)
         if isinstance(node, ast.If) and is_type_checking(node):
-            for child in node.body:
-                visit(child, False)
-            for child in node.orelse:
-                visit(child, on_import)
+            for statement in node.body:
+                visit(statement, False)
+            for statement in node.orelse:
+                visit(statement, on_import)
             return
         inside_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
         for child in ast.iter_child_nodes(node):

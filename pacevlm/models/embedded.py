@@ -8,8 +8,8 @@ from pacevlm.models.molmoe.configuration_molmoe import MolmoEConfig
 
 EMBEDDED_DIR = Path(__file__).resolve().parent.parent / "assets" / "embedded"
 EMBEDDED_MAX_CROPS = {"low": 2, "medium": 6, "high": 12}
-CROP_PX = 48
-PATCH_PX = 6
+CROP_PX = 32
+PATCH_PX = 4
 MARGINS = (2, 2)
 MAX_VOCAB_SIZE = 384
 

@@ -48,6 +48,22 @@ def test_coverage_on_new_questions(alpha: float) -> None:
     assert covered / (num_trials * num_new) >= 1 - alpha - 3 * variance**0.5
 
 
+def test_coverage_when_the_regression_overfits() -> None:
+    # Embeddings that say nothing: the regression alone would cover about 85 % of new questions.
+    rng = np.random.default_rng(8)
+    num_trials, num_new, alpha = 60, 250, 0.1
+    covered = uncorrected = 0
+    for _ in range(num_trials):
+        embeddings, lengths = rng.standard_normal((200 + num_new, 12)), rng.integers(1, 501, size=200 + num_new)
+        model = OutputLengthModel.fit(embeddings[:200], lengths[:200], 600, alpha, model_identity="m")
+        bounds = model.upper_many(embeddings[200:])
+        covered += int((lengths[200:] <= bounds).sum())
+        uncorrected += int((lengths[200:] <= bounds - model.correction).sum())
+    slack = 3 * (alpha * (1 - alpha) * (1 / (num_trials * num_new) + 1 / (num_trials * 101))) ** 0.5
+    assert covered / (num_trials * num_new) >= 1 - alpha - slack
+    assert uncorrected / (num_trials * num_new) < 1 - alpha - slack
+
+
 def test_bound_follows_the_question() -> None:
     rng = np.random.default_rng(1)
     model = fit(rng, 1500)

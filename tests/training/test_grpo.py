@@ -381,7 +381,7 @@ def test_mean_gradient_over_sampled_groups_is_the_enumerated_one(scale):
     for _ in range(batches):
         total -= policy.gradient(bandit_loss(policy, order, table, config, generator))
     exact = policy.exact_gradient(table.double())
-    assert torch.cosine_similarity(total, exact, dim=0) > 0.99
+    assert torch.cosine_similarity(total, exact, dim=0) > 0.999
     if scale == "none":
         assert (total / batches).norm() == pytest.approx(exact.norm().item(), rel=0.05)
 

@@ -231,10 +231,18 @@ class MolmoEProcessor(ProcessorMixin):
             ImageError: the image cannot be read or is too elongated.
             ConfigError: `max_crops` is below 1 or not a whole number.
         """
+        ids_before, ids_behind = self.encode_question(question, image is not None, max_crops)
+        prepared = None if image is None else self.image_processor.prepare(image, max_crops)
+        return assemble_request(ids_before, ids_behind, prepared, self.special_token_ids)
+
+    def encode_question(
+        self, question: str, has_image: bool = True, max_crops: int | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt before and behind the image, BOS not included; raises as `prepare` does."""
         if max_crops is not None:
             check_max_crops(max_crops)
         limit = self.max_question_tokens(max_crops)
-        pieces = self._check_question(question, image is not None, limit)
+        pieces = self._check_question(question, has_image, limit)
         if len(pieces) == 2:
             ids_before, ids_behind = (
                 self._encode(text) for text in (PROMPT_PREFIX + pieces[0], pieces[1] + PROMPT_SUFFIX)
@@ -247,8 +255,7 @@ class MolmoEProcessor(ProcessorMixin):
                 f"the question has {num_question_tokens:,} tokens, but at most {limit:,} fit beside the largest image; "
                 "shorten it"
             )
-        prepared = None if image is None else self.image_processor.prepare(image, max_crops)
-        return assemble_request(ids_before, ids_behind, prepared, self.special_token_ids)
+        return ids_before, ids_behind
 
     def collate(self, requests: Sequence[PreparedRequest]) -> BatchFeature:
         """Batch prepared requests; see `collate_requests`."""

@@ -155,3 +155,20 @@ class Packer:
             cell_labels=dense,
         )
 
+
+
+def draw_crops(
+    rng: np.random.Generator, config: SceneConfig, num_crops: int, split: str = "train"
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Whole small scenes as single crops, for the vision half alone: every crop is full of digits.
+
+    Returns:
+        `images` and `image_masks`, `(crops, patches, ...)`, and the labels of all cells, each `(crops * cells,)`.
+    """
+    samples = [draw_sample(rng, config, 1, split) for _ in range(num_crops)]
+    fields = [field.name for field in dataclasses.fields(CellLabels)]
+    labels = {
+        name: torch.from_numpy(np.concatenate([getattr(s.labels, name)[0] for s in samples])) for name in fields
+    }
+    images = torch.stack([s.image.images[0] for s in samples])
+    return images, torch.stack([s.image.image_masks[0] for s in samples]), labels

@@ -20,12 +20,13 @@ from pacevlm.models.embedded import CROP_PX, MARGINS, PATCH_PX, embedded_config
 from pacevlm.models.molmoe import MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.image_processing import MolmoEImageProcessor
 from pacevlm.models.molmoe.processing import MolmoEProcessor
-from pacevlm.training.embedded.corpus import Packer, build_embedded_tokenizer, draw_sample
+from pacevlm.training.embedded.corpus import Packer, build_embedded_tokenizer, draw_crops, draw_sample
 from pacevlm.training.embedded.language import grow, training_loss
-from pacevlm.training.embedded.tower import CellHeads
+from pacevlm.training.embedded.tower import CellHeads, init_tower_as_convolution
 
-CROWDED = SceneConfig(min_digits=4, max_digits=6, min_height_px=16)
-FULL_CROWDED = SceneConfig(min_digits=2, max_digits=6)
+SMALL_CANVASES = ((32, 32), (40, 32), (32, 40), (40, 40), (48, 48))
+CROPS_EASY = SceneConfig(max_digits=2, min_height_px=14, canvases=SMALL_CANVASES)
+CROPS = SceneConfig(max_digits=4, min_height_px=8, canvases=(*SMALL_CANVASES, (64, 48), (64, 64)))
 EASY = SceneConfig(max_digits=2, min_height_px=16, canvases=CANVASES[:6])
 MIDDLE = SceneConfig(max_digits=3, min_height_px=11)
 FULL = SceneConfig()
@@ -62,8 +63,8 @@ class Stage:
 
 
 STAGES = (
-    Stage("tower-easy", 400, 24, 2e-3, (12,), CROWDED, 0, final_lr=2e-3, freeze_tower=False),
-    Stage("tower", 1200, 24, 2e-3, (6, 12), FULL_CROWDED, 0, final_lr=1e-4, freeze_tower=False),
+    Stage("tower-easy", 600, 256, 2e-3, (1,), CROPS_EASY, 0, final_lr=2e-3, freeze_tower=False),
+    Stage("tower", 1200, 256, 2e-3, (1,), CROPS, 0, final_lr=1e-4, freeze_tower=False),
     Stage("language-4-easy", 500, 48, 2e-3, (2,), EASY, 4, final_lr=2e-3),
     Stage("language-4", 700, 48, 2e-3, (2, 6), MIDDLE, 4, final_lr=1.5e-3),
     Stage("language-16", 1500, 32, 1.5e-3, (2, 6, 12, 12), FULL, 16, final_lr=1e-4, heads_weight=0.1),
@@ -119,7 +120,9 @@ class EmbeddedTrainer:
         return _State(model, CellHeads(width), CellHeads(width, with_place=True))
 
     def _new(self) -> _State:
-        return self._modules(self._depth(0))
+        state = self._modules(self._depth(0))
+        init_tower_as_convolution(state.model.model.vision_backbone.image_vit)
+        return state
 
     def _depth(self, stage: int) -> int:
         depths = [s.num_blocks for s in self.stages[stage:] if s.num_blocks] or [1]
@@ -188,11 +191,11 @@ class EmbeddedTrainer:
         tier_rng = np.random.default_rng([self.seed, state.stage, step])
         max_crops = stage.max_crops[int(tier_rng.integers(len(stage.max_crops)))]
         share = stage.batch_size // self.world_size
-        batch = self.packer.pack([draw_sample(rng, stage.scenes, max_crops) for _ in range(share)])
         if stage.num_blocks == 0:
-            features = state.model.model.vision_backbone(batch.images, batch.image_masks)
-            used = features.flatten(0, 1)[batch.cell_rows]
-            return state.cell_heads.loss(used, batch.cell_labels)
+            images, image_masks, labels = draw_crops(rng, stage.scenes, share)
+            features = state.model.model.vision_backbone(images, image_masks)
+            return state.cell_heads.loss(features.flatten(0, 1), labels)
+        batch = self.packer.pack([draw_sample(rng, stage.scenes, max_crops) for _ in range(share)])
         return training_loss(
             state.model,
             batch,

@@ -1,0 +1,88 @@
+"""The latency token: a latency budget, encoded as the embedding of one extra token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pacevlm.errors import ConfigError
+from pacevlm.knobs import check_budget_ms
+
+# Budgets are compared by their ratio to the reference, so the features live on ln(budget / reference). Beyond e^±4
+# times the reference nothing or everything fits, and one such budget is like another.
+MAX_LOG_RATIO = 4.0
+LONGEST_PERIOD = 16.0  # half a period spans the whole range, so no two budgets share all their features
+SHORTEST_PERIOD = 0.25  # tells budgets apart that differ by a few per cent
+
+
+class BudgetEncoder(nn.Module):
+    """Encodes latency budgets as token embeddings of the model's width.
+
+    Sines and cosines of the budget's logarithm at geometrically spaced periods (as Vaswani et al. 2017, 3.5, for
+    positions) go through a small MLP. Its output is normalised to unit root mean square and multiplied by a learned
+    positive scale, so that the token is as large as the embeddings that it stands among.
+
+    Args:
+        d_model: width of the model.
+        reference_ms: the budget that counts as 1, for example the median latency of the full configuration.
+        embedding_scale: root mean square of the elements of the model's token embeddings, where the scale starts.
+        num_frequencies: sines, and as many cosines.
+        hidden_dim: width of the MLP.
+
+    Raises:
+        BudgetError: `reference_ms` is not a positive, finite number.
+        ConfigError: another argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        reference_ms: float,
+        embedding_scale: float,
+        *,
+        num_frequencies: int = 8,
+        hidden_dim: int = 64,
+    ) -> None:
+        super().__init__()
+        for name, size in (("d_model", d_model), ("num_frequencies", num_frequencies), ("hidden_dim", hidden_dim)):
+            if size < 1:
+                raise ConfigError(f"{name} is {size}; it must be a whole number from 1")
+        if not math.isfinite(embedding_scale) or embedding_scale <= 0:
+            raise ConfigError(
+                f"embedding_scale is {embedding_scale}; it must be a positive, finite number: the root mean square of "
+                "the model's token embeddings"
+            )
+        self.d_model = d_model
+        self.reference_ms = check_budget_ms(reference_ms)
+        periods = np.geomspace(LONGEST_PERIOD, SHORTEST_PERIOD, num_frequencies)
+        self._angular_frequencies = 2 * np.pi / periods
+        self.mlp = nn.Sequential(nn.Linear(self.num_features, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, d_model))
+        self.norm = nn.LayerNorm(d_model, elementwise_affine=False)
+        # As a logarithm it stays positive, and a step of the optimiser means the same at every scale.
+        self.log_scale = nn.Parameter(torch.tensor(math.log(embedding_scale)))
+
+    @property
+    def num_features(self) -> int:
+        """Length of one budget's features."""
+        return 1 + 2 * len(self._angular_frequencies)
+
+    def features(self, budgets_ms: Sequence[float]) -> Tensor:
+        """Fixed features of budgets, which both stages read besides the latency token: `(batch, num_features)`.
+
+        Raises:
+            BudgetError: a budget is not a positive, finite number of milliseconds.
+        """
+        ratios = np.array([check_budget_ms(budget_ms) for budget_ms in budgets_ms]) / self.reference_ms
+        log_ratios = np.log(ratios).clip(-MAX_LOG_RATIO, MAX_LOG_RATIO)[:, None]
+        angles = log_ratios * self._angular_frequencies
+        values = np.concatenate([log_ratios, np.sin(angles), np.cos(angles)], axis=1, dtype=np.float32)
+        return torch.from_numpy(values).to(self.log_scale)
+
+    def forward(self, budgets_ms: Sequence[float]) -> Tensor:
+        """Latency tokens of budgets, `(batch, d_model)`; raises BudgetError as `features` does."""
+        token: Tensor = self.norm(self.mlp(self.features(budgets_ms)))
+        return token * self.log_scale.exp()

@@ -1,0 +1,79 @@
+"""What stage 1 knows of a request before the vision encoder runs, as numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pacevlm.controller.policy_interface import PolicyInput
+from pacevlm.errors import ImageError
+
+THUMBNAIL_PX = 16
+NUM_THUMBNAIL_FEATURES = THUMBNAIL_PX * THUMBNAIL_PX * 3
+
+# Centre and spread of each logarithm. They are fixed, not fitted, so that a controller means the same wherever it runs;
+# they only have to bring what requests usually have to the order of 1.
+_SIDE_PX = (math.log(512), 1.0)
+_ASPECT = (0.0, 0.5)
+_TEXT_TOKENS = (math.log(32), 1.0)
+_CROPS = (math.log(4), 1.0)
+_IMAGE_TOKENS = (math.log(512), 1.0)
+
+
+def num_size_features(num_tiers: int) -> int:
+    """Length of `size_features`."""
+    return 4 + 2 * num_tiers
+
+
+def size_features(request: PolicyInput) -> list[float]:
+    """Standardised logarithms of a request's sizes.
+
+    Image height, width and aspect (width / height), text tokens, then crops and image tokens of each tier.
+
+    Raises:
+        ImageError: the image has no pixels.
+    """
+    height, width = request.image_size
+    if height < 1 or width < 1:
+        raise ImageError(f"example {request.example_id!r} has an image of {height}x{width} px; it needs at least 1x1")
+    sizes = request.sizes
+    features = [
+        _standardised(height, _SIDE_PX),
+        _standardised(width, _SIDE_PX),
+        _standardised(width / height, _ASPECT),
+        _standardised(max(sizes.num_text_tokens, 1), _TEXT_TOKENS),
+    ]
+    features += [_standardised(max(vision.num_crops, 1), _CROPS) for vision in sizes.vision]
+    features += [_standardised(max(vision.num_image_tokens, 1), _IMAGE_TOKENS) for vision in sizes.vision]
+    return features
+
+
+def feasible_fractions(request: PolicyInput) -> list[float]:
+    """Fraction of each tier's (top_k, num_blocks) pairs that the guardrail admits, `(tiers,)` numbers from 0 to 1."""
+    fractions: list[float] = request.feasible.mean(axis=(1, 2)).tolist()
+    return fractions
+
+
+def thumbnail_features(request: PolicyInput) -> NDArray[np.float32]:
+    """The whole image, squeezed to 16x16 RGB, values in -1..1, `(768,)`.
+
+    Raises:
+        ImageError: the request carries no image.
+    """
+    if request.image is None:
+        raise ImageError(
+            f"example {request.example_id!r} came without its image, but this controller looks at a thumbnail; "
+            "pass the image, or train a controller with thumbnail=False"
+        )
+    rgb = request.image if request.image.mode == "RGB" else request.image.convert("RGB")
+    # The gap lets large images be shrunk by whole factors first, which is what keeps this quick.
+    small = rgb.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return np.asarray(small, dtype=np.float32).reshape(-1) / np.float32(127.5) - np.float32(1.0)
+
+
+def _standardised(value: float, centre_and_spread: tuple[float, float]) -> float:
+    centre, spread = centre_and_spread
+    return (math.log(value) - centre) / spread

@@ -1,0 +1,294 @@
+"""Elastic execution: the explicit loop over blocks, with every row's own tier, top_k and blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pacevlm.models.adapter import Adapter
+from pacevlm.models.block_order import BlockOrder
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A prompt after the blocks that always run; shared by every continuation of the same image, tier and question.
+
+    Attributes:
+        hidden: residual stream after those blocks, `(tokens, d_model)`.
+        keys, values: one entry per block that ran, each `(heads, tokens, head_dim)`.
+    """
+
+    hidden: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt tokens."""
+        return self.hidden.shape[0]
+
+
+@dataclass
+class _BlockCache:
+    """Keys and values of one block for the rows that keep it, `(rows, heads, capacity, head_dim)`."""
+
+    rows: Tensor | None  # places of these rows in the batch; None: all of them, in order
+    keys: Tensor
+    values: Tensor
+
+
+class ElasticDecoder:
+    """Runs a frozen decoder with per-row knobs.
+
+    Args:
+        adapter: the model.
+        order: which blocks each num_blocks keeps.
+        stage2_after: blocks that always run, at the trained top_k, before stage 2 decides.
+    """
+
+    def __init__(self, adapter: Adapter, order: BlockOrder, stage2_after: int = 1) -> None:
+        self.adapter, self.order, self.stage2_after = adapter, order, stage2_after
+
+    def prefix(self, embeddings: Sequence[Tensor]) -> list[Prefix]:
+        """Run the first `stage2_after` blocks on prompts, each `(tokens, d_model)`."""
+        x, lengths = _pad(embeddings)
+        rope = self.adapter.rope(torch.arange(x.shape[1], device=x.device)[None])
+        kept = []
+        for block in range(self.stage2_after):
+            q, k, v = self.adapter.project(block, x, rope)
+            kept.append((k, v))
+            x = x + self.adapter.attend(block, q, k, v, None, is_causal=True)
+            x = x + self.adapter.mix_experts(block, x, self.adapter.trained_top_k)
+        return [
+            Prefix(x[i, :n], tuple(k[i, :, :n] for k, _ in kept), tuple(v[i, :, :n] for _, v in kept))
+            for i, n in enumerate(lengths)
+        ]
+
+    def latency_token(self, prefixes: Sequence[Prefix], tokens: Sequence[Tensor]) -> Tensor:
+        """Run latency tokens through the first blocks behind prompts that have been run already.
+
+        A token sees the whole prompt and itself, and nothing sees it: it is last in causal order, its keys and values
+        are not kept, and several tokens behind one prompt do not see each other. Differentiable in `tokens`.
+
+        Args:
+            prefixes: prompts.
+            tokens: for each prompt its latency tokens, `(n_i, d_model)`.
+
+        Returns:
+            `(sum of n_i, d_model)`, in order.
+        """
+        counts = [t.shape[0] for t in tokens]
+        lengths = [p.num_tokens for p in prefixes]
+        x, _ = _pad(tokens)
+        device = x.device
+        # Padded queries compute garbage that is cut off below; padded keys are masked.
+        seen = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+        position = torch.tensor(lengths, device=device)[:, None].expand(-1, x.shape[1])
+        rope = self.adapter.rope(position)
+        for block in range(self.stage2_after):
+            q, k, v = self.adapter.project(block, x, rope)
+            keys = _pad_heads([p.keys[block] for p in prefixes])
+            values = _pad_heads([p.values[block] for p in prefixes])
+            groups = q.shape[1] // keys.shape[1]
+            if groups > 1:
+                keys, values, k, v = (t.repeat_interleave(groups, dim=1) for t in (keys, values, k, v))
+            scale = q.shape[-1] ** -0.5
+            prompt = (q @ keys.transpose(-1, -2)).float() * scale
+            prompt = prompt.masked_fill(~seen[:, None, None, :], float("-inf"))
+            itself = (q * k).sum(-1, keepdim=True).float() * scale
+            weights = torch.softmax(torch.cat([prompt, itself], dim=-1), dim=-1).to(q.dtype)
+            mixed = weights[..., :-1] @ values + weights[..., -1:] * v
+            x = x + self.adapter.project_out(block, mixed)
+            x = x + self.adapter.mix_experts(block, x, self.adapter.trained_top_k)
+        return torch.cat([x[i, :n] for i, n in enumerate(counts)])
+
+    def generate(
+        self,
+        prefixes: Sequence[Prefix],
+        top_k: Sequence[int],
+        num_blocks: Sequence[int],
+        max_new_tokens: int,
+        *,
+        on_token: Callable[[int], None] | None = None,
+        keep_logits: bool = False,
+    ) -> tuple[list[list[int]], list[Tensor]]:
+        """Finish the prefill and decode greedily, every row with its own knobs.
+
+        A row stops at end-of-text or after `max_new_tokens` and then leaves the batch.
+
+        Args:
+            prefixes: one per row; rows may share a prefix object.
+            top_k: experts per token in the blocks behind the first ones, one per row.
+            num_blocks: blocks that run, one per row.
+            max_new_tokens: most generated tokens, end-of-text included.
+            on_token: called after every step with its number, 0 being the prefill.
+            keep_logits: also return the logits of every step.
+
+        Returns:
+            generated ids of each row (end-of-text included), and the logits of each step `(alive rows, vocabulary)`.
+        """
+        loop = _Generation(self, prefixes, top_k, num_blocks, max_new_tokens)
+        kept_logits = []
+        for step in range(max_new_tokens):
+            logits = loop.step()
+            if keep_logits:
+                kept_logits.append(logits)
+            finished = loop.accept(logits.argmax(-1))
+            if on_token is not None:
+                on_token(step)
+            if finished:
+                break
+        return loop.generated, kept_logits
+
+
+class _Generation:
+    """State of one batch being decoded."""
+
+    def __init__(
+        self,
+        decoder: ElasticDecoder,
+        prefixes: Sequence[Prefix],
+        top_k: Sequence[int],
+        num_blocks: Sequence[int],
+        max_new_tokens: int,
+    ) -> None:
+        self.decoder, self.adapter = decoder, decoder.adapter
+        self.max_new_tokens = max_new_tokens
+        self.prefixes = prefixes
+        device = prefixes[0].hidden.device
+        self.lengths = torch.tensor([p.num_tokens for p in prefixes], device=device)
+        self.capacity = int(self.lengths.max()) + max_new_tokens
+        self.top_k = torch.tensor(list(top_k), device=device)
+        self.kept_blocks = [frozenset(decoder.order.kept(n)) for n in num_blocks]
+        self.generated: list[list[int]] = [[] for _ in prefixes]
+        self.alive = list(range(len(prefixes)))
+        self.caches: dict[int, _BlockCache] = {}
+        self.num_steps = 0
+        self.last = self.lengths  # ids fed at the next step; set by `accept`
+        self.same_length = bool((self.lengths == self.lengths[0]).all())
+        self.padded_length = int(self.lengths.max())
+
+    def step(self) -> Tensor:
+        """Logits of the next token of every alive row, `(alive rows, vocabulary)`."""
+        return self._prefill() if self.num_steps == 0 else self._decode()
+
+    def accept(self, token_ids: Tensor) -> bool:
+        """Append tokens, drop rows that have finished; returns whether none is left."""
+        self.num_steps += 1
+        ids = token_ids.tolist()
+        stay = []
+        for place, (row, token) in enumerate(zip(self.alive, ids, strict=True)):
+            self.generated[row].append(token)
+            if token != self.adapter.eos_token_id and len(self.generated[row]) < self.max_new_tokens:
+                stay.append(place)
+        self.last = token_ids
+        if len(stay) < len(ids) and stay:
+            self._leave(stay)
+        return not stay
+
+    def _row_top_k(self, rows: Tensor | None) -> int | Tensor:
+        top_k = self.top_k if rows is None else self.top_k[rows]
+        first = int(top_k[0])
+        return first if bool((top_k == first).all()) else top_k
+
+    def _members(self, block: int) -> tuple[Tensor | None, bool]:
+        """Rows that keep a block (None: all), and whether there are any."""
+        places = [i for i, row in enumerate(self.alive) if block in self.kept_blocks[row]]
+        if len(places) == len(self.alive):
+            return None, True
+        return torch.tensor(places, device=self.lengths.device, dtype=torch.long), bool(places)
+
+    def _prefill(self) -> Tensor:
+        # Padding stands behind every real token, so causal attention already hides it from them.
+        x, _ = _pad([p.hidden for p in self.prefixes])
+        rope = self.adapter.rope(torch.arange(x.shape[1], device=x.device)[None])
+        first = self.decoder.stage2_after
+        for block in range(first):
+            keys = _pad_heads([p.keys[block] for p in self.prefixes])
+            values = _pad_heads([p.values[block] for p in self.prefixes])
+            self.caches[block] = self._cache(None, keys, values)
+        for block in range(first, self.adapter.num_blocks):
+            rows, anyone = self._members(block)
+            if not anyone:
+                continue
+            part = x if rows is None else x[rows]
+            q, k, v = self.adapter.project(block, part, rope)
+            self.caches[block] = self._cache(rows, k, v)
+            part = part + self.adapter.attend(block, q, k, v, None, is_causal=True)
+            part = part + self.adapter.mix_experts(block, part, self._row_top_k(rows))
+            x = part if rows is None else x.index_copy(0, rows, part)
+        ends = x[torch.arange(x.shape[0], device=x.device), self.lengths - 1]
+        return self.adapter.logits(ends)
+
+    def _cache(self, rows: Tensor | None, keys: Tensor, values: Tensor) -> _BlockCache:
+        room = (0, 0, 0, self.capacity - keys.shape[2])
+        return _BlockCache(rows, F.pad(keys, room), F.pad(values, room))
+
+    def _decode(self) -> Tensor:
+        x = self.adapter.embed_tokens(self.last)[:, None]
+        end = self.padded_length + self.num_steps  # columns in use after this step
+        rope = self.adapter.rope((self.lengths + self.num_steps - 1)[:, None])
+        mask = None
+        if not self.same_length:
+            columns = torch.arange(end, device=x.device)
+            mask = (columns < self.lengths[:, None]) | (columns >= self.padded_length)
+            mask = mask[:, None, None]
+        for block in range(self.adapter.num_blocks):
+            cache = self.caches.get(block)
+            if cache is None:
+                continue
+            rows = cache.rows
+            part = x if rows is None else x[rows]
+            part_rope = rope if rows is None else (rope[0][rows], rope[1][rows])
+            q, k, v = self.adapter.project(block, part, part_rope)
+            cache.keys[:, :, end - 1 : end] = k
+            cache.values[:, :, end - 1 : end] = v
+            part_mask = mask if mask is None or rows is None else mask[rows]
+            keys, values = cache.keys[:, :, :end], cache.values[:, :, :end]
+            part = part + self.adapter.attend(block, q, keys, values, part_mask, is_causal=False)
+            top_k = self.adapter.trained_top_k if block < self.decoder.stage2_after else self._row_top_k(rows)
+            part = part + self.adapter.mix_experts(block, part, top_k)
+            x = part if rows is None else x.index_copy(0, rows, part)
+        return self.adapter.logits(x[:, 0])
+
+    def _leave(self, stay: list[int]) -> None:
+        """Keep only the rows at places `stay`, in the batch and in every cache."""
+        index = torch.tensor(stay, device=self.lengths.device)
+        new_place = {old: new for new, old in enumerate(stay)}
+        for block, cache in list(self.caches.items()):
+            if cache.rows is None:
+                cache.keys, cache.values = cache.keys[index], cache.values[index]
+                continue
+            old_rows = cache.rows.tolist()
+            inside = [i for i, old in enumerate(old_rows) if old in new_place]
+            if not inside:
+                del self.caches[block]
+                continue
+            chosen = torch.tensor(inside, device=index.device)
+            rows = [new_place[old_rows[i]] for i in inside]
+            cache.keys, cache.values = cache.keys[chosen], cache.values[chosen]
+            cache.rows = None if len(rows) == len(stay) else torch.tensor(rows, device=index.device)
+        self.alive = [self.alive[i] for i in stay]
+        self.lengths, self.top_k, self.last = self.lengths[index], self.top_k[index], self.last[index]
+
+
+def _pad(rows: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """Stack `(n_i, width)`, padded behind with zeros, and their lengths."""
+    lengths = [row.shape[0] for row in rows]
+    if len(rows) == 1:
+        return rows[0][None], lengths
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), lengths
+
+
+def _pad_heads(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack `(heads, tokens_i, head_dim)` behind-padded with zeros to `(rows, heads, tokens, head_dim)`."""
+    if len(tensors) == 1:
+        return tensors[0][None]
+    if len({t.shape[1] for t in tensors}) == 1:
+        return torch.stack(list(tensors))
+    return torch.nn.utils.rnn.pad_sequence([t.transpose(0, 1) for t in tensors], batch_first=True).transpose(1, 2)
+

@@ -1,0 +1,340 @@
+"""A frozen model made elastic: checkpoint, knob space and block order, and one request from image to answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pacevlm.errors import CheckpointError, ConfigError, KnobError
+from pacevlm.files import read_json, write_json_atomic
+from pacevlm.knobs import Knobs, KnobSpace
+from pacevlm.models.adapter import Adapter, Prompt
+from pacevlm.models.block_order import BlockOrder
+from pacevlm.models.decoder import ElasticDecoder
+from pacevlm.models.embedded import EMBEDDED_DIR
+from pacevlm.models.images import ImageSource, load_image
+from pacevlm.types import RequestSizes, StageTimes
+
+ELASTIC_FILE = "elastic.json"
+DEFAULT_MAX_CROPS = {"low": 2, "medium": 6, "high": 12}
+
+
+@dataclass(frozen=True)
+class RequestView:
+    """What is known of a request before any pixel reaches the vision encoder.
+
+    Attributes:
+        question_embedding: mean of the prompt's token embeddings, `(d_model,)`.
+        sizes: crops and tokens per tier.
+        image_size: `(height, width)` in pixels.
+        image: the image itself, for an optional thumbnail.
+    """
+
+    question_embedding: Tensor
+    sizes: RequestSizes
+    image_size: tuple[int, int]
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class RequestResult:
+    """An answer, the knobs it was made with, and what it took.
+
+    `num_output_tokens` counts generated tokens, end-of-text included.
+    """
+
+    answer: str
+    token_ids: tuple[int, ...]
+    knobs: Knobs
+    num_crops: int
+    num_image_tokens: int
+    num_text_tokens: int
+    num_pixels: int
+    num_output_tokens: int
+    times: StageTimes
+
+
+class ElasticModel:
+    """A frozen multimodal mixture-of-experts model whose tier, top_k and num_blocks are chosen per request.
+
+    Args:
+        adapter: the model behind the adapter interface.
+        knob_space: configurations to choose from.
+        max_crops: most high-resolution crops of every tier.
+        order: which blocks each num_blocks keeps.
+        identity: fingerprint of weights and settings; artefacts made for one identity are refused by another.
+        stage2_after: blocks that always run before stage 2 decides.
+        max_new_tokens: most generated tokens per answer.
+
+    Raises:
+        KnobError: the model cannot run a value of the knob space, or a tier has no crop limit.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        knob_space: KnobSpace,
+        max_crops: Mapping[str, int],
+        order: BlockOrder,
+        identity: str,
+        *,
+        stage2_after: int = 1,
+        max_new_tokens: int = 8,
+    ) -> None:
+        knob_space.check_model(
+            max_top_k=adapter.num_experts, max_num_blocks=adapter.num_blocks, min_num_blocks=stage2_after
+        )
+        if not 1 <= stage2_after < adapter.num_blocks:
+            raise KnobError(f"stage2_after is {stage2_after}; it must be 1..{adapter.num_blocks - 1}")
+        missing = [tier for tier in knob_space.tiers if tier not in max_crops]
+        if missing:
+            raise KnobError(f"tiers {missing} have no crop limit; known are {dict(max_crops)}")
+        limits = [max_crops[tier] for tier in knob_space.tiers]
+        if limits != sorted(limits):
+            raise KnobError(f"crop limits {dict(max_crops)} must not fall from a cheaper tier to a dearer one")
+        order.check_space(knob_space.num_blocks, stage2_after)
+        for num_blocks in knob_space.num_blocks:
+            order.kept(num_blocks)
+        self.adapter, self.knob_space, self.order = adapter, knob_space, order
+        self.max_crops = {tier: max_crops[tier] for tier in knob_space.tiers}
+        self.identity = identity
+        self.stage2_after = stage2_after
+        self.max_new_tokens = max_new_tokens
+        self.decoder = ElasticDecoder(adapter, order, stage2_after)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.adapter.d_model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.adapter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.adapter.dtype
+
+    @property
+    def trained_top_k(self) -> int:
+        """Experts per token that the checkpoint was trained with."""
+        return self.adapter.trained_top_k
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path = "embedded",
+        *,
+        knob_space: KnobSpace | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        stage2_after: int = 1,
+        policy: str = "importance",
+        max_crops: Mapping[str, int] | None = None,
+        max_new_tokens: int | None = None,
+    ) -> ElasticModel:
+        """Load a MolmoE checkpoint and the settings in its `elastic.json`, if it has one.
+
+        Args:
+            path: a directory written by `save_pretrained`, or `embedded` for the model inside the package.
+            knob_space: configurations; those of `elastic.json` or the defaults if None.
+            device: where to put the weights.
+            dtype: of the weights in memory.
+            stage2_after: blocks before stage 2 decides.
+            policy: `importance` (the measured order) or `prefix` (plain early exit).
+            max_crops: crop limit of every tier.
+            max_new_tokens: most generated tokens per answer.
+
+        Raises:
+            CheckpointError: the directory or a file in it is missing, truncated, corrupt or of another model.
+            KnobError: the model cannot run the knob space.
+            ConfigError: an unknown policy.
+        """
+        from pacevlm.models.molmoe.loading import load_molmoe
+
+        folder = EMBEDDED_DIR if str(path) == "embedded" else Path(path)
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"there is no model directory {str(path)!r}; give a directory with config.json and safetensors files, "
+                "or 'embedded'"
+            )
+        if policy not in ("importance", "prefix"):
+            raise ConfigError(f"block policy {policy!r} is unknown; use 'importance' or 'prefix'")
+        settings = read_elastic_settings(folder)
+        adapter = load_molmoe(folder, device, dtype)
+        space = knob_space or (KnobSpace.from_dict(settings["knob_space"]) if "knob_space" in settings else KnobSpace())
+        order = BlockOrder.prefix(adapter.num_blocks)
+        if policy == "importance" and min(space.num_blocks) < adapter.num_blocks:
+            if "removal" not in settings:
+                raise CheckpointError(
+                    f"{folder} has no measured block order; run `pacevlm importance` on it, or choose policy='prefix'"
+                )
+            order = BlockOrder(adapter.num_blocks, tuple(settings["removal"]))
+        crops = dict(max_crops or settings.get("max_crops", DEFAULT_MAX_CROPS))
+        new_tokens = max_new_tokens or int(settings.get("max_new_tokens", 32))
+        facts = {"dtype": str(dtype), "max_crops": crops, "removal": list(order.removal), "stage2_after": stage2_after}
+        identity = model_fingerprint(folder, facts)
+        return cls(adapter, space, crops, order, identity, stage2_after=stage2_after, max_new_tokens=new_tokens)
+
+    def _prompt_sizes(self, prompt: Prompt, height: int, width: int) -> RequestSizes:
+        vision = tuple(self.adapter.vision_sizes(height, width, limit) for limit in self.max_crops.values())
+        return RequestSizes(vision=vision, num_text_tokens=prompt.num_text_tokens, num_pixels=height * width)
+
+    def _view(self, image: Image.Image, prompt: Prompt) -> RequestView:
+        sizes = self._prompt_sizes(prompt, image.height, image.width)
+        return RequestView(self.adapter.question_embedding(prompt), sizes, (image.height, image.width), image)
+
+    def view(self, image: ImageSource, question: str) -> RequestView:
+        """What a policy may know of a request before the vision encoder; raises ImageError and QuestionError."""
+        return self._view(load_image(image), self.adapter.encode_question(question))
+
+    def synchronise(self) -> None:
+        """Wait until the device has finished what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @torch.inference_mode()
+    def run_request(
+        self,
+        image: ImageSource,
+        question: str,
+        *,
+        choose_tier: Callable[[RequestView], str],
+        choose_compute: Callable[[str, Tensor | None], tuple[int, int]],
+        latency_token: Tensor | None = None,
+        max_new_tokens: int | None = None,
+    ) -> RequestResult:
+        """Answer one question at batch 1, timing every stage in the one run.
+
+        Args:
+            image: path, bytes, PIL image or array.
+            question: the user's text.
+            choose_tier: stage 1; its time counts.
+            choose_compute: stage 2: tier and latency-token output `(d_model,)` (None if there is no token) to
+                (top_k, num_blocks); its time counts.
+            latency_token: the encoded budget, `(d_model,)`.
+            max_new_tokens: most generated tokens, end-of-text included; the model's own limit if None.
+
+        Raises:
+            ImageError, QuestionError: the input cannot be used.
+            KnobError: a chosen value is not in the knob space.
+        """
+        marks = [time.perf_counter()]
+
+        def mark() -> None:
+            self.synchronise()
+            marks.append(time.perf_counter())
+
+        pixels = load_image(image)
+        prompt = self.adapter.encode_question(question)
+        mark()
+        tier = choose_tier(self._view(pixels, prompt))
+        if tier not in self.max_crops:
+            raise KnobError(f"tier {tier!r} was chosen, but this model has {tuple(self.max_crops)}")
+        mark()
+        prepared = self.adapter.prepare(pixels, prompt, self.max_crops[tier])
+        mark()
+        features = self.adapter.encode_vision([prepared])[0]
+        mark()
+        prefix = self.decoder.prefix([self.adapter.embed(prepared, features)])[0]
+        token_output = None
+        if latency_token is not None:
+            token_output = self.decoder.latency_token([prefix], [latency_token[None].to(prefix.hidden)])[0]
+        top_k, num_blocks = choose_compute(tier, token_output)
+        knobs = Knobs(tier, top_k, num_blocks)
+        self.knob_space.index(knobs)
+        mark()
+        limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        generated, _ = self.decoder.generate([prefix], [top_k], [num_blocks], limit, on_token=lambda _: mark())
+        answer = self.adapter.decode(generated[0])
+        end = time.perf_counter()
+        spans = [(b - a) * 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+        times = StageTimes(
+            prepare_ms=spans[0] + spans[2],
+            stage1_ms=spans[1],
+            vision_ms=spans[3],
+            first_block_ms=spans[4],
+            prefill_ms=spans[5],
+            decode_ms=tuple(spans[6:]),
+            e2e_ms=(end - marks[0]) * 1e3,
+        )
+        return RequestResult(
+            answer=answer,
+            token_ids=tuple(generated[0]),
+            knobs=knobs,
+            num_crops=prepared.vision_sizes.num_crops,
+            num_image_tokens=prepared.vision_sizes.num_image_tokens,
+            num_text_tokens=prepared.num_text_tokens,
+            num_pixels=pixels.width * pixels.height,
+            num_output_tokens=len(generated[0]),
+            times=times,
+        )
+
+    def run_static(
+        self, image: ImageSource, question: str, knobs: Knobs, max_new_tokens: int | None = None
+    ) -> RequestResult:
+        """Answer one question with given knobs; raises KnobError if they are not in the knob space."""
+        self.knob_space.index(knobs)
+        return self.run_request(
+            image,
+            question,
+            choose_tier=lambda _: knobs.tier,
+            choose_compute=lambda *_: (knobs.top_k, knobs.num_blocks),
+            max_new_tokens=max_new_tokens,
+        )
+
+
+def read_elastic_settings(folder: Path) -> dict[str, Any]:
+    """The settings in a model directory's `elastic.json`, empty if it has none; raises CheckpointError if malformed."""
+    file = folder / ELASTIC_FILE
+    if not file.exists():
+        return {}
+    settings = read_json(file, "elastic settings", CheckpointError)
+    known = {"max_crops", "removal", "importance", "max_new_tokens", "knob_space", "measured_on"}
+    if not isinstance(settings, dict) or not set(settings) <= known:
+        raise CheckpointError(f"{file} holds keys other than {sorted(known)}; it is not an elastic settings file")
+    return settings
+
+
+def write_elastic_settings(folder: Path, **changes: Any) -> None:
+    """Change entries of a model directory's `elastic.json`, whole or not at all."""
+    write_json_atomic(folder / ELASTIC_FILE, read_elastic_settings(folder) | changes)
+
+
+def model_fingerprint(folder: Path, facts: Mapping[str, Any]) -> str:
+    """A short hash of a checkpoint and of the settings it runs with.
+
+    Of every safetensors file the header (names, shapes, places), the size, and a megabyte at either end are hashed:
+    enough to tell checkpoints apart without reading tens of gigabytes.
+
+    Raises:
+        CheckpointError: there is no safetensors file, or one has no readable header.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no safetensors files; pickled checkpoints are not loaded")
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            if len(start) < 8 or struct.unpack("<Q", start)[0] > size:
+                raise CheckpointError(f"{file} is truncated or not safetensors; copy it again")
+            digest.update(start + stream.read(struct.unpack("<Q", start)[0]) + stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            digest.update(stream.read())
+        digest.update(str(size).encode())
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    return digest.hexdigest()[:16]

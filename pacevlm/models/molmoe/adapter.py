@@ -1,0 +1,118 @@
+"""MolmoE behind the adapter interface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from pacevlm.models.molmoe.modeling_molmoe import MolmoEBlock, MolmoEForConditionalGeneration, Rope, rope_tables
+from pacevlm.models.molmoe.processing import MolmoEProcessor, PreparedRequest, assemble_request
+from pacevlm.types import VisionSizes
+
+
+@dataclass(frozen=True, slots=True)
+class MolmoEPrompt:
+    """Token ids before and behind the image, BOS not included."""
+
+    ids_before: list[int]
+    ids_behind: list[int]
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Prompt tokens that are not image tokens, BOS included."""
+        return 1 + len(self.ids_before) + len(self.ids_behind)
+
+
+class MolmoEAdapter:
+    """Adapter of a MolmoE model and its processor; see `pacevlm.models.adapter.Adapter` for the methods."""
+
+    renormalises_top_k = False
+
+    def __init__(self, model: MolmoEForConditionalGeneration, processor: MolmoEProcessor) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.processor = processor
+        self.config = model.config
+        self.num_blocks: int = self.config.n_layers
+        self.num_experts: int = self.config.moe_num_experts
+        self.trained_top_k: int = self.config.moe_top_k
+        self.d_model: int = self.config.d_model
+        self.head_dim: int = self.config.head_dim_
+        self.eos_token_id: int = processor.special_token_ids.bos
+        self.max_positions: int = self.config.max_position_embeddings
+        self.blocks = [cast(MolmoEBlock, block) for block in model.model.transformer.blocks]
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+
+    def encode_question(self, question: str) -> MolmoEPrompt:
+        """See `Adapter`; raises QuestionError."""
+        return MolmoEPrompt(*self.processor.encode_question(question))
+
+    def question_embedding(self, prompt: MolmoEPrompt) -> Tensor:
+        """See `Adapter`."""
+        ids = torch.tensor(prompt.ids_before + prompt.ids_behind, device=self.device)
+        return F.embedding(ids, self.model.model.transformer.wte.embedding).float().mean(0)
+
+    def vision_sizes(self, height: int, width: int, max_crops: int) -> VisionSizes:
+        """See `Adapter`; raises ImageError."""
+        return self.processor.image_processor.vision_sizes(height, width, max_crops)
+
+    def prepare(self, image: Image.Image, prompt: MolmoEPrompt, max_crops: int) -> PreparedRequest:
+        """See `Adapter`; raises ImageError."""
+        prepared = self.processor.image_processor.prepare(image, max_crops)
+        return assemble_request(prompt.ids_before, prompt.ids_behind, prepared, self.processor.special_token_ids)
+
+    def encode_vision(self, requests: Sequence[PreparedRequest]) -> list[Tensor]:
+        """See `Adapter`."""
+        images = torch.cat([cast(Tensor, r.images) for r in requests]).to(self.device)
+        masks = torch.cat([cast(Tensor, r.image_masks) for r in requests]).to(self.device)
+        features: Tensor = self.model.model.vision_backbone(images, masks)
+        return list(features.split([r.vision_sizes.num_crops for r in requests]))
+
+    def embed(self, request: PreparedRequest, features: Tensor) -> Tensor:
+        """See `Adapter`."""
+        index = cast(Tensor, request.image_input_idx).to(self.device)
+        ids = request.input_ids.to(self.device)
+        return self.model.model.embed(ids[None], features[None], index[None])[0]
+
+    def embed_tokens(self, token_ids: Tensor) -> Tensor:
+        """See `Adapter`."""
+        return F.embedding(token_ids, self.model.model.transformer.wte.embedding)
+
+    def rope(self, position_ids: Tensor) -> Rope:
+        """See `Adapter`."""
+        return rope_tables(position_ids, self.head_dim, self.config.rope_theta)
+
+    def project(self, block: int, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Adapter`."""
+        return self.blocks[block].attn.project(x, rope)
+
+    def attend(self, block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """See `Adapter`."""
+        return self.blocks[block].attn.attend(q, k, v, mask, is_causal)
+
+    def project_out(self, block: int, mixed: Tensor) -> Tensor:
+        """See `Adapter`."""
+        out: Tensor = self.blocks[block].attn.attn_out(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def mix_experts(self, block: int, x: Tensor, top_k: int | Tensor) -> Tensor:
+        """See `Adapter`."""
+        out: Tensor = self.blocks[block].mlp(x, top_k)[0]
+        return out
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Adapter`."""
+        out: Tensor = self.model.lm_head(self.model.model.transformer.ln_f(x))
+        return out
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """See `Adapter`."""
+        text = self.processor.tokenizer.decode(np.asarray(token_ids, dtype=np.int64), skip_special_tokens=True)
+        return cast(str, text).strip()
