@@ -8,6 +8,9 @@ from torch import Tensor, nn
 HEAD_STD = 0.01
 """Standard deviation of the heads' initial weights: logits start near 0, and the policy near uniform over the mask."""
 
+# A mean of small token embeddings has a variance near PyTorch's default of 1e-5, which would not normalise it.
+INPUT_NORM_EPS = 1e-10
+
 
 class Stage1(nn.Module):
     """Scores the vision tiers of a request, before any pixel reaches the vision encoder.
@@ -20,13 +23,15 @@ class Stage1(nn.Module):
         hidden_dim: width of all hidden layers.
     """
 
-    def __init__(self, num_scalars: int, num_thumbnail: int, d_model: int, num_tiers: int, hidden_dim: int = 64) -> None:
+    def __init__(
+        self, num_scalars: int, num_thumbnail: int, d_model: int, num_tiers: int, hidden_dim: int = 64
+    ) -> None:
         super().__init__()
         self.split_sizes = (num_scalars, num_thumbnail, d_model)
         # One projection per kind of feature, added up: in one joint projection a wide question embedding would drown
         # the few numbers that say what the budget allows.
         self.scalars = nn.Linear(num_scalars, hidden_dim)
-        self.question_norm = nn.LayerNorm(d_model)
+        self.question_norm = nn.LayerNorm(d_model, eps=INPUT_NORM_EPS)
         self.question = nn.Linear(d_model, hidden_dim, bias=False)
         self.thumbnail: nn.Module | None = None
         if num_thumbnail:
@@ -74,7 +79,7 @@ class Stage2(nn.Module):
     ) -> None:
         super().__init__()
         self.num_tiers = num_tiers
-        self.output_norm = nn.LayerNorm(d_model)
+        self.output_norm = nn.LayerNorm(d_model, eps=INPUT_NORM_EPS)
         self.output = nn.Linear(d_model, hidden_dim, bias=False)
         self.scalars = nn.Linear(num_budget_features + num_tiers, hidden_dim)
         self.hidden = nn.Sequential(nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU())

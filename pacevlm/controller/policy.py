@@ -1,0 +1,363 @@
+"""The controller: the budget encoder and both stages, as one module that is trained and saved, and as a policy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pacevlm.controller.budget import BudgetEncoder
+from pacevlm.controller.checkpoint import JSON_NAME, read_content, read_weights, write_checkpoint
+from pacevlm.controller.features import (
+    NUM_THUMBNAIL_FEATURES,
+    feasible_fractions,
+    num_size_features,
+    size_features,
+    thumbnail_features,
+)
+from pacevlm.controller.policy_interface import PolicyInput
+from pacevlm.controller.sampling import best_action, mask_logits
+from pacevlm.controller.stages import Stage1, Stage2
+from pacevlm.errors import BudgetError, CheckpointError, ConfigError, DataError, IdentityError, KnobError
+from pacevlm.knobs import KnobSpace, check_budget_ms
+
+
+@dataclass(frozen=True)
+class ControllerConfig:
+    """Settings of a controller.
+
+    Attributes:
+        reference_ms: the budget that counts as 1, for example the median latency of the full configuration.
+        embedding_scale: root mean square of the elements of the model's token embeddings.
+        hidden_dim: width of all hidden layers.
+        num_frequencies: sines, and as many cosines, of a budget.
+        feasible_fractions: whether stage 1 reads how much of each tier the guardrail admits.
+        thumbnail: whether stage 1 looks at the image, squeezed to 16x16.
+        pairwise: whether stage 2 scores pairs besides top_k and num_blocks on their own.
+
+    Raises:
+        ConfigError: a value has the wrong type or is outside its range.
+        BudgetError: `reference_ms` is not a positive, finite number.
+    """
+
+    reference_ms: float
+    embedding_scale: float
+    hidden_dim: int = 64
+    num_frequencies: int = 8
+    feasible_fractions: bool = True
+    thumbnail: bool = False
+    pairwise: bool = True
+
+    def __post_init__(self) -> None:
+        check_budget_ms(self.reference_ms)
+        scale = self.embedding_scale
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale <= 0:
+            raise ConfigError(f"embedding_scale is {scale!r}; it must be a positive, finite number, for example 0.02")
+        for name in ("hidden_dim", "num_frequencies"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number from 1")
+        for name in ("feasible_fractions", "thumbnail", "pairwise"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`; raises ConfigError on unknown, missing or malformed settings."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != names:
+            raise ConfigError(f"a controller has the settings {sorted(names)}, not {values!r}")
+        return cls(**values)
+
+
+class Controller(nn.Module):
+    """Decides, in two stages, which configuration of one model to run for each request.
+
+    All methods work on batches and are differentiable in the weights, and through the latency token's output. Weights
+    start from torch's global random state.
+
+    Args:
+        config: the settings.
+        model_identity: identity of the frozen model, whose embeddings and first block the controller reads.
+        knob_space: the knobs it chooses from.
+        estimator_fingerprint: fingerprint of the latency estimator whose masks and latencies it is trained with.
+        d_model: width of the frozen model.
+    """
+
+    def __init__(
+        self,
+        config: ControllerConfig,
+        *,
+        model_identity: str,
+        knob_space: KnobSpace,
+        estimator_fingerprint: str,
+        d_model: int,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.model_identity = model_identity
+        self.knob_space = knob_space
+        self.estimator_fingerprint = estimator_fingerprint
+        self.d_model = d_model
+        num_tiers, num_top_ks, num_num_blocks = knob_space.shape
+        self.budget_encoder = BudgetEncoder(
+            d_model,
+            config.reference_ms,
+            config.embedding_scale,
+            num_frequencies=config.num_frequencies,
+            hidden_dim=config.hidden_dim,
+        )
+        num_budget_features = self.budget_encoder.num_features
+        num_fractions = num_tiers if config.feasible_fractions else 0
+        self.stage1 = Stage1(
+            num_scalars=num_budget_features + num_size_features(num_tiers) + num_fractions,
+            num_thumbnail=NUM_THUMBNAIL_FEATURES if config.thumbnail else 0,
+            d_model=d_model,
+            num_tiers=num_tiers,
+            hidden_dim=config.hidden_dim,
+        )
+        self.stage2 = Stage2(
+            d_model=d_model,
+            num_budget_features=num_budget_features,
+            num_tiers=num_tiers,
+            num_top_ks=num_top_ks,
+            num_num_blocks=num_num_blocks,
+            hidden_dim=config.hidden_dim,
+            pairwise=config.pairwise,
+        )
+
+    def stage1_features(self, requests: Sequence[PolicyInput]) -> Tensor:
+        """What stage 1 reads of requests, `(batch, features)`; it holds no weights, so it may be kept and reused.
+
+        Raises:
+            BudgetError: a budget is not a positive, finite number.
+            KnobError: a mask or the sizes belong to another knob space.
+            IdentityError: a question embedding has another width than the model's.
+            ImageError: an image is missing or empty.
+            DataError: there are no requests.
+        """
+        if not requests:
+            raise DataError("there are no requests; give at least one")
+        for request in requests:
+            self._check_request(request)
+        rows = []
+        for request in requests:
+            row = size_features(request)
+            if self.config.feasible_fractions:
+                row += feasible_fractions(request)
+            rows.append(row)
+        budget_features = self.budget_encoder.features([request.budget_ms for request in requests])
+        parts = [budget_features, torch.tensor(rows).to(budget_features)]
+        if self.config.thumbnail:
+            thumbnails = np.stack([thumbnail_features(request) for request in requests])
+            parts.append(torch.from_numpy(thumbnails).to(budget_features))
+        parts.append(torch.stack([request.question_embedding for request in requests]).to(budget_features))
+        return torch.cat(parts, dim=-1)
+
+    def stage1_logits(self, features: Tensor, tier_mask: Tensor | None = None) -> Tensor:
+        """Tier logits `(batch, tiers)`.
+
+        Args:
+            features: what `stage1_features` gave, `(batch, features)`.
+            tier_mask: boolean `(batch, tiers)`; the logits of tiers that it rules out become -inf.
+
+        Raises:
+            DataError: shapes do not fit.
+            KnobError: a row of the mask admits nothing.
+        """
+        expected = sum(self.stage1.split_sizes)
+        if features.dim() != 2 or features.shape[1] != expected:
+            raise DataError(f"stage-1 features have shape {tuple(features.shape)}; expected (batch, {expected})")
+        logits: Tensor = self.stage1(features)
+        return logits if tier_mask is None else mask_logits(logits, tier_mask)
+
+    def budget_tokens(self, budgets_ms: Sequence[float]) -> Tensor:
+        """Latency tokens of budgets, `(batch, d_model)`; raises BudgetError for what is not a positive, finite number."""
+        tokens: Tensor = self.budget_encoder(budgets_ms)
+        return tokens
+
+    def stage2_logits(
+        self,
+        latency_token_outputs: Tensor,
+        budgets_ms: Sequence[float],
+        tier_indices: Sequence[int] | Tensor,
+        pair_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Pair logits `(batch, top_ks, num_blocks)`; flattened, they follow `KnobSpace.pair`.
+
+        Args:
+            latency_token_outputs: the latency token behind the first block, `(batch, d_model)`, any float type.
+            budgets_ms: one budget per row.
+            tier_indices: the tier that stage 1 chose for each row, whole numbers `(batch,)`.
+            pair_mask: boolean `(batch, top_ks, num_blocks)`; the logits of pairs that it rules out become -inf.
+
+        Raises:
+            BudgetError: a budget is not a positive, finite number.
+            DataError: shapes do not fit.
+            KnobError: a tier index is outside the knob space, or a row of the mask admits nothing.
+        """
+        budget_features = self.budget_encoder.features(budgets_ms)
+        tiers = torch.as_tensor(tier_indices, dtype=torch.long)
+        expected = (len(budget_features), self.d_model)
+        if latency_token_outputs.shape != expected or tiers.shape != expected[:1]:
+            raise DataError(
+                f"latency token outputs have shape {tuple(latency_token_outputs.shape)} and tier indices "
+                f"{tuple(tiers.shape)}; {expected[0]} budgets need {expected} and {expected[:1]}"
+            )
+        num_tiers = len(self.knob_space.tiers)
+        if bool(((tiers < 0) | (tiers >= num_tiers)).any()):
+            raise KnobError(f"tier indices {tiers.tolist()} must lie in 0..{num_tiers - 1}: {self.knob_space.tiers}")
+        logits: Tensor = self.stage2(
+            latency_token_outputs.to(budget_features), budget_features, tiers.to(budget_features.device)
+        )
+        return logits if pair_mask is None else mask_logits(logits, pair_mask)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `controller.json` and `controller.safetensors`, with what this controller was trained for.
+
+        Raises:
+            StorageError: a file could not be written.
+        """
+        content = {
+            "model_identity": self.model_identity,
+            "knob_space": self.knob_space.to_dict(),
+            "estimator_fingerprint": self.estimator_fingerprint,
+            "d_model": self.d_model,
+            "config": self.config.to_dict(),
+        }
+        write_checkpoint(folder, content, self.state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        model_identity: str,
+        knob_space: KnobSpace,
+        estimator_fingerprint: str,
+        d_model: int,
+    ) -> Self:
+        """Read a controller, onto the CPU, that was trained for this very model, knob space and estimator.
+
+        The global random state stays as it is.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or corrupt, or the two do not belong together.
+            IdentityError: it was trained for another model, knob space or estimator; the message names which.
+        """
+        keys = {"model_identity", "knob_space", "estimator_fingerprint", "d_model", "config"}
+        content = read_content(folder, keys)
+        try:
+            stored_space = KnobSpace.from_dict(content["knob_space"])
+            config = ControllerConfig.from_dict(content["config"])
+        except (BudgetError, ConfigError, KnobError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{os.path.join(folder, JSON_NAME)} is malformed: {error}; train again") from error
+        retrain = "train a controller for this one"
+        for what, stored, given, remedy in (
+            ("model", content["model_identity"], model_identity, f"load that model or {retrain}"),
+            ("model width", content["d_model"], d_model, f"load the model it was trained for or {retrain}"),
+            ("knob space", stored_space.to_dict(), knob_space.to_dict(), f"use that knob space or {retrain}"),
+            (
+                "latency estimator",
+                content["estimator_fingerprint"],
+                estimator_fingerprint,
+                f"load the estimator that was saved with it (the same device and profile) or {retrain}",
+            ),
+        ):
+            if stored != given:
+                raise IdentityError(
+                    f"the controller in {os.fspath(folder)} was trained for another {what}: {stored!r}, not {given!r}; "
+                    f"{remedy}"
+                )
+        with torch.random.fork_rng(devices=[]):
+            controller = cls(
+                config,
+                model_identity=model_identity,
+                knob_space=knob_space,
+                estimator_fingerprint=estimator_fingerprint,
+                d_model=d_model,
+            )
+        weights = read_weights(folder, content["weights_sha256"], controller.state_dict())
+        controller.load_state_dict(weights)
+        return controller
+
+    def _check_request(self, request: PolicyInput) -> None:
+        shape = self.knob_space.shape
+        if request.feasible.shape != shape or len(request.sizes.vision) != shape[0]:
+            raise KnobError(
+                f"example {request.example_id!r} has a feasible mask of shape {request.feasible.shape} and sizes of "
+                f"{len(request.sizes.vision)} tiers, but the controller's knob space has the shape {shape}; "
+                "build both for the controller's own knob space"
+            )
+        if request.question_embedding.shape != (self.d_model,):
+            raise IdentityError(
+                f"example {request.example_id!r} has a question embedding of shape "
+                f"{tuple(request.question_embedding.shape)}, but the controller was made for a model of width "
+                f"{self.d_model}; use the embeddings of that model"
+            )
+
+
+class ControllerPolicy:
+    """Runs a controller greedily: at each stage the admitted action with the highest logit, the cheapest of equal ones.
+
+    Every tensor it gives is an inference tensor: it records nothing for autograd.
+    """
+
+    name = "controller"
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+
+    @torch.inference_mode()
+    def choose_tier(self, request: PolicyInput) -> str:
+        """Stage 1: the best tier in which the guardrail admits anything; raises as `Controller.stage1_features`."""
+        logits = self.controller.stage1_logits(self.controller.stage1_features([request]))
+        mask = torch.from_numpy(request.feasible.any(axis=(1, 2)))
+        return self.controller.knob_space.tiers[int(best_action(logits.cpu(), mask[None]))]
+
+    @torch.inference_mode()
+    def latency_token(self, budget_ms: float) -> Tensor:
+        """The budget as one token, `(d_model,)`, single precision on the controller's device; raises BudgetError."""
+        return self.controller.budget_tokens([budget_ms])[0]
+
+    @torch.inference_mode()
+    def choose_compute(self, request: PolicyInput, tier: str, latency_token_output: Tensor | None) -> tuple[int, int]:
+        """Stage 2: the best (top_k, num_blocks) that the guardrail admits at this tier.
+
+        Raises:
+            DataError: there is no latency token output, or it has another width than the model.
+            KnobError: the tier is unknown or admits nothing, or the mask belongs to another knob space.
+        """
+        space = self.controller.knob_space
+        if latency_token_output is None:
+            raise DataError(
+                "the controller reads the latency token's output, but none came; run the first block with the token "
+                "that latency_token(budget_ms) gives"
+            )
+        if tier not in space.tiers:
+            raise KnobError(f"tier {tier!r} is not in the controller's knob space; use one of {space.tiers}")
+        if request.feasible.shape != space.shape:
+            raise KnobError(
+                f"the feasible mask has shape {request.feasible.shape}, the controller's knob space {space.shape}; "
+                "build the mask for the controller's own knob space"
+            )
+        tier_index = space.tiers.index(tier)
+        mask = torch.from_numpy(request.feasible[tier_index].reshape(1, -1))
+        if not mask.any():
+            raise KnobError(
+                f"the guardrail admits nothing at tier {tier!r} for example {request.example_id!r}; run stage 2 with "
+                "the tier that stage 1 gave"
+            )
+        logits = self.controller.stage2_logits(latency_token_output[None], [request.budget_ms], [tier_index])
+        return space.pair(int(best_action(logits.flatten(1).cpu(), mask)))

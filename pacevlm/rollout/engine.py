@@ -1,0 +1,222 @@
+"""The rollout engine: many (example, knobs) pairs run for real, with all work that they share done once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from pacevlm.data.metrics import exact_match
+from pacevlm.errors import ConfigError
+from pacevlm.knobs import Knobs
+from pacevlm.models.decoder import Prefix
+from pacevlm.models.elastic import ElasticModel, RequestView
+from pacevlm.rollout.memory import OutcomeMemory
+from pacevlm.types import Example, Outcome
+
+Key = TypeVar("Key", bound=Hashable)
+Progress = Callable[[int, int], None]
+
+
+class _PrefixStore(Generic[Key]):
+    """Prefixes by key, the least recently used dropped first once they exceed a number of bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self._entries: OrderedDict[Key, Prefix] = OrderedDict()
+
+    @staticmethod
+    def _size(prefix: Prefix) -> int:
+        return sum(t.numel() * t.element_size() for t in (prefix.hidden, *prefix.keys, *prefix.values))
+
+    def get(self, key: Key) -> Prefix | None:
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
+
+    def put(self, key: Key, prefix: Prefix) -> None:
+        self._entries[key] = prefix
+        self.num_bytes += self._size(prefix)
+        while self.num_bytes > self.max_bytes and len(self._entries) > 1:
+            _, old = self._entries.popitem(last=False)
+            self.num_bytes -= self._size(old)
+
+
+class RolloutEngine:
+    """Runs examples with knobs in large mixed batches.
+
+    Vision features and first blocks are computed once per (example, tier), identical rollouts once, remembered ones
+    not at all; what is left runs as rows of mixed batches, and every row gets what it would have got alone.
+
+    Args:
+        model: the frozen model.
+        metric: scores (answer, reference) between 0 and 1.
+        memory: outcomes to start from; an empty memory if None.
+        max_rows: most rows in a batch.
+        max_tokens: most prompt tokens, padding included, in a batch.
+        max_prefix_bytes: memory for shared prefixes.
+
+    Raises:
+        ConfigError: a limit is below 1, or the memory is another model's.
+    """
+
+    def __init__(
+        self,
+        model: ElasticModel,
+        metric: Callable[[str, str], float] = exact_match,
+        memory: OutcomeMemory | None = None,
+        *,
+        max_rows: int = 256,
+        max_tokens: int = 8192,
+        max_prefix_bytes: int = 2 << 30,
+    ) -> None:
+        if min(max_rows, max_tokens, max_prefix_bytes) < 1:
+            raise ConfigError("max_rows, max_tokens and max_prefix_bytes must be at least 1")
+        if memory is not None and memory.model_identity != model.identity:
+            raise ConfigError(f"the memory is of model {memory.model_identity!r}, not of {model.identity!r}")
+        self.model, self.metric = model, metric
+        self.memory = OutcomeMemory(model.identity) if memory is None else memory
+        self.max_rows, self.max_tokens = max_rows, max_tokens
+        self.num_run = 0
+        self.num_remembered = 0
+        self._views: dict[str, RequestView] = {}
+        self._prefixes: _PrefixStore[tuple[str, str]] = _PrefixStore(max_prefix_bytes)
+
+    def view(self, example: Example) -> RequestView:
+        """What is known of an example before the vision encoder; computed once."""
+        if example.example_id not in self._views:
+            self._views[example.example_id] = self.model.view(example.image, example.question)
+        return self._views[example.example_id]
+
+    def latency_token_outputs(self, examples: Sequence[Example], tiers: Sequence[str], tokens: Tensor) -> Tensor:
+        """Latency tokens behind the first blocks, differentiable in `tokens`.
+
+        Args:
+            examples, tiers: one per token; tokens of the same (example, tier) share the prompt's work.
+            tokens: encoded budgets, `(n, d_model)`.
+
+        Returns:
+            `(n, d_model)`, in the order of `tokens`.
+        """
+        places: dict[tuple[str, str], list[int]] = {}
+        by_id = {}
+        for i, (example, tier) in enumerate(zip(examples, tiers, strict=True)):
+            places.setdefault((example.example_id, tier), []).append(i)
+            by_id[example.example_id] = example
+        keys = list(places)
+        outputs, order = [], []
+        for chunk in self._chunks(keys, [self._prompt_tokens(by_id[k[0]], k[1]) for k in keys]):
+            prefixes = self._shared_prefixes([(by_id[example_id], tier) for example_id, tier in chunk])
+            groups = [tokens[places[key]].to(self.model.dtype) for key in chunk]
+            outputs.append(self.model.decoder.latency_token(prefixes, groups))
+            order += [i for key in chunk for i in places[key]]
+        inverse = torch.empty(len(order), dtype=torch.long)
+        inverse[torch.tensor(order)] = torch.arange(len(order))
+        return torch.cat(outputs)[inverse.to(tokens.device)]
+
+    def run(self, jobs: Sequence[tuple[Example, Knobs]], progress: Progress | None = None) -> list[Outcome]:
+        """Outcomes of (example, knobs) pairs, in order.
+
+        Args:
+            jobs: pairs; repeated and remembered ones cost nothing.
+            progress: called with (rollouts done, rollouts to do) after every batch.
+
+        Raises:
+            KnobError: knobs are not in the model's knob space.
+        """
+        fresh: dict[tuple[str, Knobs], Example] = {}
+        for example, knobs in jobs:
+            key = (example.example_id, knobs)
+            if key not in self.memory and key not in fresh:
+                self.model.knob_space.index(knobs)
+                fresh[key] = example
+        self.num_remembered += len(jobs) - len(fresh)
+        lengths = {key: self._prompt_tokens(example, key[1].tier) for key, example in fresh.items()}
+        # Rows of like length share a batch, so that little is padded; like knobs side by side keep sub-batches whole.
+        todo = sorted(fresh, key=lambda key: (lengths[key], key[0], key[1].num_blocks, key[1].top_k))
+        done = 0
+        for chunk in self._chunks(todo, [lengths[key] for key in todo]):
+            self._run_batch([(fresh[key], key[1]) for key in chunk])
+            done += len(chunk)
+            if progress is not None:
+                progress(done, len(todo))
+        outcomes = []
+        for example, knobs in jobs:
+            outcome = self.memory.get(example.example_id, knobs)
+            assert outcome is not None
+            outcomes.append(outcome)
+        return outcomes
+
+    def _prompt_tokens(self, example: Example, tier: str) -> int:
+        sizes = self.view(example).sizes
+        return sizes.num_text_tokens + sizes.vision[self.model.knob_space.tiers.index(tier)].num_image_tokens
+
+    def _chunks(self, keys: Sequence[Key], lengths: Sequence[int]) -> Iterable[list[Key]]:
+        chunk: list[Key] = []
+        longest = 0
+        for key, length in zip(keys, lengths, strict=True):
+            longest = max(longest, length)
+            if chunk and (len(chunk) >= self.max_rows or (len(chunk) + 1) * longest > self.max_tokens):
+                yield chunk
+                chunk, longest = [], length
+            chunk.append(key)
+        if chunk:
+            yield chunk
+
+    @torch.no_grad()
+    def _shared_prefixes(self, wanted: Sequence[tuple[Example, str]]) -> list[Prefix]:
+        found: dict[tuple[str, str], Prefix] = {}
+        missing: dict[tuple[str, str], Example] = {}
+        for example, tier in wanted:
+            key = (example.example_id, tier)
+            prefix = self._prefixes.get(key)
+            if prefix is not None:
+                found[key] = prefix
+            else:
+                missing[key] = example
+        keys = sorted(missing, key=lambda key: self._prompt_tokens(missing[key], key[1]))
+        adapter = self.model.adapter
+        for chunk in self._chunks(keys, [self._prompt_tokens(missing[key], key[1]) for key in keys]):
+            prepared = []
+            for key in chunk:
+                example = missing[key]
+                prompt = adapter.encode_question(example.question)
+                prepared.append(adapter.prepare(example.image, prompt, self.model.max_crops[key[1]]))
+            features = adapter.encode_vision(prepared)
+            embeddings = [adapter.embed(p, f) for p, f in zip(prepared, features, strict=True)]
+            for key, prefix in zip(chunk, self.model.decoder.prefix(embeddings), strict=True):
+                # Views into the padded batch would keep all of it alive.
+                own = Prefix(
+                    prefix.hidden.clone(),
+                    tuple(k.clone() for k in prefix.keys),
+                    tuple(v.clone() for v in prefix.values),
+                )
+                self._prefixes.put(key, own)
+                found[key] = own
+        return [found[(example.example_id, tier)] for example, tier in wanted]
+
+    @torch.no_grad()
+    def _run_batch(self, jobs: Sequence[tuple[Example, Knobs]]) -> None:
+        prefixes = self._shared_prefixes([(example, knobs.tier) for example, knobs in jobs])
+        generated, _ = self.model.decoder.generate(
+            prefixes,
+            [knobs.top_k for _, knobs in jobs],
+            [knobs.num_blocks for _, knobs in jobs],
+            self.model.max_new_tokens,
+        )
+        for (example, knobs), prefix, token_ids in zip(jobs, prefixes, generated, strict=True):
+            answer = self.model.adapter.decode(token_ids)
+            self.memory.add(
+                Outcome(
+                    example_id=example.example_id,
+                    knobs=knobs,
+                    answer=answer,
+                    accuracy=float(self.metric(answer, example.answer)),
+                    num_prompt_tokens=prefix.num_tokens,
+                    num_output_tokens=len(token_ids),
+                )
+            )
+        self.num_run += len(jobs)

@@ -1,0 +1,315 @@
+"""One step's rollouts: which (example, budget) pairs, which knobs the policy samples for them, and what came of it.
+
+Shapes: `batch` counts (example, budget) pairs, `group` the rollouts of each, `visits` the distinct (pair, tier)
+combinations that were sampled: the latency token is computed once for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pacevlm.controller.policy import Controller
+from pacevlm.controller.policy_interface import PolicyInput
+from pacevlm.errors import DataError
+from pacevlm.knobs import Knobs, KnobSpace
+from pacevlm.latency.estimator import LatencyEstimator
+from pacevlm.latency.guardrail import Guardrail
+from pacevlm.latency.output_length import OutputLengthModel
+from pacevlm.training.grpo import joint_log_prob, masked_log_softmax, sample_actions
+from pacevlm.training.train_config import TrainConfig
+from pacevlm.types import BudgetKind, Example, Outcome
+
+if TYPE_CHECKING:
+    from pacevlm.models.elastic import RequestView
+
+RolloutProgress = Callable[[int, int], None]
+
+# Streams of random numbers: each use draws from (seed, stream, index) and from nothing else, so that a step can be
+# drawn again without the steps before it.
+_ORDER, _BUDGETS, _ACTIONS, _MEASURED = range(4)
+
+
+class Rollouts(Protocol):
+    """What training needs of the model."""
+
+    @property
+    def model_identity(self) -> str:
+        """Identity of the frozen model."""
+
+    @property
+    def memory(self) -> Container[tuple[str, Knobs]] | None:
+        """Outcomes that need not be computed again, by (example_id, knobs); None where nothing is remembered."""
+
+    def view(self, example: Example) -> RequestView:
+        """What is known of an example before the vision encoder runs."""
+
+    def latency_token_outputs(self, examples: Sequence[Example], tiers: Sequence[str], tokens: Tensor) -> Tensor:
+        """Latency tokens behind the first block, `(n, d_model)`, differentiable in `tokens` `(n, d_model)`."""
+
+    def run(self, jobs: Sequence[tuple[Example, Knobs]], progress: RolloutProgress | None = None) -> list[Outcome]:
+        """Run examples with knobs; one outcome per job, in order."""
+
+
+def stream(seed: int, name: int, index: int) -> np.random.Generator:
+    """Random numbers that depend on a seed, the use they are put to, and an index such as the step."""
+    return np.random.default_rng([seed, name, index])
+
+
+# Pairs ---------------------------------------------------------------------------------------------------------------
+
+
+def draw_examples(num_examples: int, config: TrainConfig, step: int) -> list[int]:
+    """Indices of a step's examples: the data set in a new random order each epoch, with no example left out."""
+    count = config.batch_size // config.budgets_per_example
+    orders: dict[int, NDArray[np.int64]] = {}
+    indices = []
+    for position in range(step * count, (step + 1) * count):
+        epoch, offset = divmod(position, num_examples)
+        if epoch not in orders:
+            orders[epoch] = stream(config.seed, _ORDER, epoch).permutation(num_examples)
+        indices.append(int(orders[epoch][offset]))
+    return indices
+
+
+def draw_budgets_ms(full_p50_ms: float, config: TrainConfig, step: int) -> NDArray[np.float64]:
+    """A step's budgets, `(examples, budgets_per_example)`, milliseconds.
+
+    The range is cut into equal parts and each example gets one budget from every part, so that it always meets tight
+    and loose ones; each single budget is still distributed as the settings say.
+    """
+    count, parts = config.batch_size // config.budgets_per_example, config.budgets_per_example
+    place = (np.arange(parts) + stream(config.seed, _BUDGETS, step).random((count, parts))) / parts
+    low, high = config.min_budget, config.max_budget
+    fraction = low + (high - low) * place if config.budget_scale == "uniform" else low * (high / low) ** place
+    return np.asarray(full_p50_ms * fraction)
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """A step's (example, budget) pairs as the policy sees them.
+
+    Attributes:
+        examples: one per pair; pairs of one example repeat it.
+        requests: one per pair.
+        budgets_ms: one per pair.
+        mask: knobs that may be sampled, boolean `(batch, tiers, pairs of stage 2)`, on the CPU.
+        any_feasible: whether anything fits the budget, boolean `(batch,)`.
+    """
+
+    examples: list[Example]
+    requests: list[PolicyInput]
+    budgets_ms: list[float]
+    mask: Tensor
+    any_feasible: Tensor
+
+
+def build_pairs(
+    examples: Sequence[Example],
+    budgets_ms: NDArray[np.float64],
+    engine: Rollouts,
+    guardrail: Guardrail,
+    output_length: OutputLengthModel,
+    config: TrainConfig,
+) -> Pairs:
+    """Look at every example once and ask the guardrail for the mask of each of its budgets.
+
+    Args:
+        budgets_ms: `(examples, budgets_per_example)`.
+
+    Raises:
+        ProfileError: the artefacts do not fit each other or the model.
+    """
+    views = [engine.view(example) for example in examples]
+    embeddings = torch.stack([view.question_embedding for view in views]).detach().double().cpu().numpy()
+    text = [view.sizes.num_text_tokens for view in views] if output_length.text_weight is not None else None
+    num_output_tokens = output_length.upper_many(embeddings, text)
+    repeats = budgets_ms.shape[1]
+    views = [view for view in views for _ in range(repeats)]
+    examples = [example for example in examples for _ in range(repeats)]
+    budgets = [float(budget_ms) for budget_ms in budgets_ms.reshape(-1)]
+    feasibility = guardrail.feasible_masks(
+        [view.sizes for view in views], budgets, np.repeat(num_output_tokens, repeats), config.budget_kind
+    )
+    mask = feasibility.mask if config.mask else np.ones_like(feasibility.mask)
+    requests = [
+        PolicyInput(
+            example_id=example.example_id,
+            budget_ms=budget_ms,
+            question_embedding=view.question_embedding,
+            image_size=view.image_size,
+            sizes=view.sizes,
+            feasible=feasible,
+            any_feasible=bool(any_feasible),
+            image=view.image,
+        )
+        for example, view, budget_ms, feasible, any_feasible in zip(
+            examples, views, budgets, mask, feasibility.any_feasible, strict=True
+        )
+    ]
+    return Pairs(
+        examples, requests, budgets, torch.from_numpy(mask).flatten(2), torch.from_numpy(feasibility.any_feasible)
+    )
+
+
+# The policy ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Visits:
+    """The distinct (pair, tier) combinations among a step's rollouts.
+
+    Attributes:
+        pair: index of the (example, budget) pair, `(visits,)`.
+        tier: tier index, `(visits,)`.
+        of_rollout: which visit a rollout belongs to, `(batch, group)`.
+    """
+
+    pair: Tensor
+    tier: Tensor
+    of_rollout: Tensor
+
+    @classmethod
+    def of(cls, tiers: Tensor, num_tiers: int) -> Visits:
+        """Distinct combinations of sampled tiers `(batch, group)`."""
+        codes = torch.arange(len(tiers)).unsqueeze(1) * num_tiers + tiers
+        visited, of_rollout = codes.unique(return_inverse=True)
+        return cls(visited // num_tiers, visited % num_tiers, of_rollout)
+
+
+def tier_log_probs(controller: Controller, features: Tensor, pairs: Pairs) -> Tensor:
+    """log π₁ under the stored masks, `(batch, tiers)`, on the CPU."""
+    return masked_log_softmax(controller.stage1_logits(features).cpu(), pairs.mask.any(dim=-1))
+
+
+def pair_log_probs(controller: Controller, engine: Rollouts, pairs: Pairs, visits: Visits) -> Tensor:
+    """log π₂ under the stored masks for each rollout's own tier, `(batch, group, pairs of stage 2)`, on the CPU."""
+    visited_pairs, visited_tiers = visits.pair.tolist(), visits.tier.tolist()
+    tokens = controller.budget_tokens(pairs.budgets_ms)
+    outputs = engine.latency_token_outputs(
+        [pairs.examples[pair] for pair in visited_pairs],
+        [controller.knob_space.tiers[tier] for tier in visited_tiers],
+        tokens.index_select(0, visits.pair.to(tokens.device)),
+    )
+    logits = controller.stage2_logits(outputs, [pairs.budgets_ms[pair] for pair in visited_pairs], visits.tier)
+    log_probs = masked_log_softmax(logits.flatten(1).cpu(), pairs.mask[visits.pair, visits.tier])
+    # index_select: the gradient of plain indexing adds up in an order that depends on the threads.
+    return log_probs.index_select(0, visits.of_rollout.flatten()).unflatten(0, visits.of_rollout.shape)
+
+
+class Actions(NamedTuple):
+    """Sampled actions of a step.
+
+    `tier` and `pair` are indices `(batch, group)`, `tier_log_prob` is log π₁ of the sampled tiers `(batch, group)`
+    and `log_prob` that of both stages, when they were sampled.
+    """
+
+    tier: Tensor
+    pair: Tensor
+    visits: Visits
+    tier_log_prob: Tensor
+    log_prob: Tensor
+
+
+@torch.no_grad()
+def sample_knobs(
+    controller: Controller, engine: Rollouts, pairs: Pairs, features: Tensor, config: TrainConfig, step: int
+) -> Actions:
+    """Sample a group of configurations for every pair; masked ones are never drawn."""
+    generator = torch.Generator().manual_seed(int(stream(config.seed, _ACTIONS, step).integers(2**63)))
+    group = config.grpo.group_size
+    log_pi1 = tier_log_probs(controller, features, pairs).unsqueeze(1).expand(-1, group, -1)
+    tier = sample_actions(log_pi1, generator)
+    visits = Visits.of(tier, log_pi1.shape[-1])
+    log_pi2 = pair_log_probs(controller, engine, pairs, visits)
+    pair = sample_actions(log_pi2, generator)
+    tier_log_prob = log_pi1.gather(-1, tier.unsqueeze(-1)).squeeze(-1)
+    return Actions(tier, pair, visits, tier_log_prob, joint_log_prob(log_pi1, tier, log_pi2, pair))
+
+
+# Outcomes ------------------------------------------------------------------------------------------------------------
+
+
+class Results(NamedTuple):
+    """What the sampled configurations gave.
+
+    Attributes:
+        accuracy: `(batch, group)`.
+        latency_ms: predicted with the number of tokens that the answer really had, float64 `(batch, group)`.
+        num_jobs: distinct (example, knobs).
+        num_remembered: how many of them the engine knew already.
+    """
+
+    accuracy: Tensor
+    latency_ms: Tensor
+    num_jobs: int
+    num_remembered: int
+
+
+def run_knobs(
+    engine: Rollouts,
+    estimator: LatencyEstimator,
+    pairs: Pairs,
+    knob_indices: Tensor,
+    kind: BudgetKind,
+    progress: RolloutProgress | None = None,
+) -> Results:
+    """Run every distinct (example, knobs) among a step's rollouts once.
+
+    Args:
+        knob_indices: positions in the knob space, `(batch, group)`.
+
+    Raises:
+        DataError: the engine answered another job than it was given.
+    """
+    space = estimator.knob_space
+    job_of: dict[tuple[str, int], int] = {}
+    jobs: list[tuple[Example, Knobs]] = []
+    sizes = []
+    of_rollout = []
+    for example, request, indices in zip(pairs.examples, pairs.requests, knob_indices.tolist(), strict=True):
+        for index in indices:
+            key = (example.example_id, index)
+            if key not in job_of:
+                job_of[key] = len(jobs)
+                jobs.append((example, space[index]))
+                sizes.append(request.sizes)
+            of_rollout.append(job_of[key])
+    memory = engine.memory
+    num_remembered = 0 if memory is None else sum((e.example_id, knobs) in memory for e, knobs in jobs)
+    outcomes = engine.run(jobs, progress)
+    if [(outcome.example_id, outcome.knobs) for outcome in outcomes] != [(e.example_id, knobs) for e, knobs in jobs]:
+        raise DataError("the rollout engine gave outcomes of other jobs than it was asked for")
+    predicted_ms = estimator.predict_many(sizes, [outcome.num_output_tokens for outcome in outcomes], kind)
+    job_knobs = np.array([index for _, index in job_of])
+    job_ms = predicted_ms.reshape(len(jobs), -1)[np.arange(len(jobs)), job_knobs]
+    place = torch.tensor(of_rollout).view(knob_indices.shape)
+    accuracy = torch.tensor([outcome.accuracy for outcome in outcomes], dtype=torch.float32)
+    return Results(accuracy[place], torch.from_numpy(job_ms)[place], len(jobs), num_remembered)
+
+
+def knob_shares(knob_indices: Tensor, space: KnobSpace) -> Iterator[tuple[str, float]]:
+    """Share of the rollouts that took each value of each knob, under the metrics' names."""
+    counts = torch.bincount(knob_indices.flatten(), minlength=len(space)).double().view(space.shape)
+    shares = counts / counts.sum()
+    knobs = (("tier", space.tiers), ("top_k", space.top_ks), ("num_blocks", space.num_blocks))
+    for axis, (name, values) in enumerate(knobs):
+        others = [other for other in range(3) if other != axis]
+        for value, share in zip(values, shares.sum(dim=others).tolist(), strict=True):
+            yield f"knobs/{name}/{value}", share
+
+
+def draw_measured(pairs: Pairs, knob_indices: Tensor, space: KnobSpace, config: TrainConfig, step: int) -> list[int]:
+    """Flat positions of the rollouts whose latency is to be measured, each of another (example, knobs)."""
+    order = stream(config.seed, _MEASURED, step).permutation(knob_indices.numel())
+    chosen: dict[tuple[str, int], int] = {}
+    flat, group = knob_indices.flatten().tolist(), knob_indices.shape[1]
+    for position in order.tolist():
+        chosen.setdefault((pairs.examples[position // group].example_id, flat[position]), position)
+    return list(chosen.values())[: config.num_measured]
