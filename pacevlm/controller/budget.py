@@ -16,7 +16,7 @@ from pacevlm.knobs import check_budget_ms
 # times the reference nothing or everything fits, and one such budget is like another.
 MAX_LOG_RATIO = 4.0
 LONGEST_PERIOD = 16.0  # half a period spans the whole range, so no two budgets share all their features
-SHORTEST_PERIOD = 0.25  # tells budgets apart that differ by a few per cent
+SHORTEST_PERIOD = 0.5  # tells budgets apart that differ by 5 %, about what one block more or less costs
 
 
 class BudgetEncoder(nn.Module):

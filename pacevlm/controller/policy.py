@@ -183,7 +183,7 @@ class Controller(nn.Module):
         return logits if tier_mask is None else mask_logits(logits, tier_mask)
 
     def budget_tokens(self, budgets_ms: Sequence[float]) -> Tensor:
-        """Latency tokens of budgets, `(batch, d_model)`; raises BudgetError for what is not a positive, finite number."""
+        """Latency tokens of budgets, `(batch, d_model)`; raises BudgetError unless all are positive, finite."""
         tokens: Tensor = self.budget_encoder(budgets_ms)
         return tokens
 
@@ -323,7 +323,7 @@ class ControllerPolicy:
     def choose_tier(self, request: PolicyInput) -> str:
         """Stage 1: the best tier in which the guardrail admits anything; raises as `Controller.stage1_features`."""
         logits = self.controller.stage1_logits(self.controller.stage1_features([request]))
-        mask = torch.from_numpy(request.feasible.any(axis=(1, 2)))
+        mask = torch.tensor(request.feasible.any(axis=(1, 2)))
         return self.controller.knob_space.tiers[int(best_action(logits.cpu(), mask[None]))]
 
     @torch.inference_mode()
@@ -353,7 +353,7 @@ class ControllerPolicy:
                 "build the mask for the controller's own knob space"
             )
         tier_index = space.tiers.index(tier)
-        mask = torch.from_numpy(request.feasible[tier_index].reshape(1, -1))
+        mask = torch.tensor(request.feasible[tier_index].reshape(1, -1))
         if not mask.any():
             raise KnobError(
                 f"the guardrail admits nothing at tier {tier!r} for example {request.example_id!r}; run stage 2 with "

@@ -107,8 +107,8 @@ def _masked_argmax(scores: Tensor, mask: Tensor) -> Tensor:
 def _check_mask(logits: Tensor, mask: Tensor) -> None:
     if mask.dtype != torch.bool or mask.shape != logits.shape:
         raise DataError(
-            f"the mask is {mask.dtype} {tuple(mask.shape)} and the logits {tuple(logits.shape)}; give a boolean mask of "
-            "the same shape, True where an action is allowed"
+            f"the mask is {mask.dtype} {tuple(mask.shape)} and the logits {tuple(logits.shape)}; give a boolean mask "
+            "of the same shape, True where an action is allowed"
         )
     blocked = int((~mask.flatten(1).any(dim=1)).sum())
     if blocked:

@@ -62,6 +62,7 @@ MAX_X_OVERLAP = 0.3
 MIN_CENTRE_DISTANCE = 0.6
 LARGEST_RATIO = 1.25
 ABSENT_COLOUR_PROBABILITY = 0.25
+SUM_DIGITS = range(2, 5)
 
 _MAX_DRAWS = 2000
 _PLACEMENT_TRIES = 24
@@ -159,7 +160,7 @@ class SceneConfig:
     def possible_families(self) -> tuple[str, ...]:
         """The question families that some scene of these ranges can answer, in the order of `FAMILIES`."""
         impossible = set()
-        if self.min_digits > 3 or self.max_digits < 2:
+        if self.min_digits >= SUM_DIGITS.stop or self.max_digits < SUM_DIGITS.start:
             impossible.add("sum")
         ranges = [self.height_range_px(canvas) for canvas in self.usable_canvases]
         if self.max_digits < 2 or all(largest < LARGEST_RATIO * smallest for smallest, largest in ranges):
@@ -357,7 +358,7 @@ def _questions(digits: Sequence[Digit], rng: np.random.Generator) -> list[Questi
             text = "Which digit is the largest?"
             questions.append(Question("largest", text, str(first.value), first.height_px))
 
-    if len(digits) in (2, 3):
+    if len(digits) in SUM_DIGITS:
         total = sum(digit.value for digit in digits)
         questions.append(Question("sum", "What is the sum of the digits?", str(total), smallest))
     return questions

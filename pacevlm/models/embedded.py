@@ -12,6 +12,7 @@ CROP_PX = 32
 PATCH_PX = 4
 MARGINS = (2, 2)
 MAX_VOCAB_SIZE = 384
+MAX_NEW_TOKENS = 8
 
 
 def embedded_config(vocab_size: int, num_blocks: int = 16) -> MolmoEConfig:

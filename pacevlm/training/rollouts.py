@@ -6,7 +6,7 @@ combinations that were sampled: the latency token is computed once for each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -36,16 +36,27 @@ RolloutProgress = Callable[[int, int], None]
 _ORDER, _BUDGETS, _ACTIONS, _MEASURED = range(4)
 
 
-class Rollouts(Protocol):
-    """What training needs of the model."""
+class Memory(Protocol):
+    """Outcomes that need not be computed again."""
 
     @property
     def model_identity(self) -> str:
-        """Identity of the frozen model."""
+        """Identity of the frozen model that they are of."""
+
+    def __contains__(self, key: tuple[str, Knobs]) -> bool:
+        """Whether the outcome of (example_id, knobs) is remembered."""
+
+
+class Rollouts(Protocol):
+    """What training needs of the frozen model.
+
+    What it answers must depend on the question alone, not on what was asked, batched or cached before: only then does
+    a run that was stopped go on to the bit.
+    """
 
     @property
-    def memory(self) -> Container[tuple[str, Knobs]] | None:
-        """Outcomes that need not be computed again, by (example_id, knobs); None where nothing is remembered."""
+    def memory(self) -> Memory:
+        """Outcomes that need not be computed again, and which model they are of."""
 
     def view(self, example: Example) -> RequestView:
         """What is known of an example before the vision encoder runs."""
@@ -184,12 +195,12 @@ class Visits:
 
 
 def tier_log_probs(controller: Controller, features: Tensor, pairs: Pairs) -> Tensor:
-    """log π₁ under the stored masks, `(batch, tiers)`, on the CPU."""
+    """Tiers' log-probabilities under the stored masks, `(batch, tiers)`, on the CPU."""
     return masked_log_softmax(controller.stage1_logits(features).cpu(), pairs.mask.any(dim=-1))
 
 
 def pair_log_probs(controller: Controller, engine: Rollouts, pairs: Pairs, visits: Visits) -> Tensor:
-    """log π₂ under the stored masks for each rollout's own tier, `(batch, group, pairs of stage 2)`, on the CPU."""
+    """Log-probabilities of the pairs of each rollout's own tier, `(batch, group, pairs of stage 2)`, on the CPU."""
     visited_pairs, visited_tiers = visits.pair.tolist(), visits.tier.tolist()
     tokens = controller.budget_tokens(pairs.budgets_ms)
     outputs = engine.latency_token_outputs(
@@ -200,7 +211,7 @@ def pair_log_probs(controller: Controller, engine: Rollouts, pairs: Pairs, visit
     logits = controller.stage2_logits(outputs, [pairs.budgets_ms[pair] for pair in visited_pairs], visits.tier)
     log_probs = masked_log_softmax(logits.flatten(1).cpu(), pairs.mask[visits.pair, visits.tier])
     # index_select: the gradient of plain indexing adds up in an order that depends on the threads.
-    return log_probs.index_select(0, visits.of_rollout.flatten()).unflatten(0, visits.of_rollout.shape)
+    return log_probs.index_select(0, visits.of_rollout.flatten()).view(*visits.of_rollout.shape, -1)
 
 
 class Actions(NamedTuple):
@@ -281,8 +292,7 @@ def run_knobs(
                 jobs.append((example, space[index]))
                 sizes.append(request.sizes)
             of_rollout.append(job_of[key])
-    memory = engine.memory
-    num_remembered = 0 if memory is None else sum((e.example_id, knobs) in memory for e, knobs in jobs)
+    num_remembered = sum((example.example_id, knobs) in engine.memory for example, knobs in jobs)
     outcomes = engine.run(jobs, progress)
     if [(outcome.example_id, outcome.knobs) for outcome in outcomes] != [(e.example_id, knobs) for e, knobs in jobs]:
         raise DataError("the rollout engine gave outcomes of other jobs than it was asked for")

@@ -17,7 +17,14 @@ from pacevlm.types import BudgetKind
 
 # What may differ between a run and its continuation: where it is stored and how it is watched, never what it computes.
 _WATCHING = frozenset(
-    {"run_dir", "checkpoint_every_steps", "checkpoint_every_seconds", "measure_every_steps", "num_measured", "tensorboard"}
+    {
+        "run_dir",
+        "checkpoint_every_steps",
+        "checkpoint_every_seconds",
+        "measure_every_steps",
+        "num_measured",
+        "tensorboard",
+    }
 )
 
 
@@ -134,7 +141,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Inverse of `to_dict`, for example of `config` in a run's `run.json`; raises ConfigError on unknown settings."""
+        """Inverse of `to_dict`, for example of `config` in `run.json`; raises ConfigError on unknown settings."""
         nested = {"grpo": GRPOConfig, "reward": RewardConfig, "constraint": ConstraintConfig}
         settings = dict(values)
         for name, kind in nested.items():

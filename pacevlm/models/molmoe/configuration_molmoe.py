@@ -24,6 +24,32 @@ VISION_DEFAULTS: dict[str, Any] = {
     "image_norm_eps": 1e-5,
 }
 
+# What MolmoE is; other members of the family set some of these otherwise, and share the model type.
+FIXED: dict[str, Any] = {
+    "image_pooling_2d": "attention-meanq",
+    "image_projector": "mlp",
+    "image_padding_embed": "pad_and_partial_pad",
+    "weight_tying": False,
+    "norm_after": False,
+    "attention_layer_norm": True,
+    "rope_impl": "llama",
+    "clip_qkv": None,
+    "block_type": "moe",
+    "layer_norm_type": "rms",
+    "rope": True,
+    "alibi": False,
+    "qkv_bias": False,
+    "include_bias": False,
+    "moe_interleave": False,
+    "moe_shared_expert": False,
+    "normalize_input_embeds": False,
+    "scale_logits": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "use_cls_feature": False,
+}
+FIXED_VISION: dict[str, Any] = {"image_model_type": "openai", "image_mlp_activations": "quick_gelu"}
+
 
 class MolmoEConfig(PretrainedConfig):
     """Sizes and rules of a MolmoE model; the defaults are MolmoE-1B-0924.
@@ -37,8 +63,8 @@ class MolmoEConfig(PretrainedConfig):
     """
 
     model_type = "molmo"
-    keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (the base class declares it so)
+    attribute_map = {  # noqa: RUF012  (the base class declares it so)
         "hidden_size": "d_model",
         "num_attention_heads": "n_heads",
         "num_hidden_layers": "n_layers",
@@ -115,41 +141,64 @@ class MolmoEConfig(PretrainedConfig):
         self.attention_layer_norm = attention_layer_norm
         self.rope_impl = rope_impl
         self.clip_qkv = clip_qkv
-        self._check()
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self._check_variant({**kwargs, **vars(self)})
+        self._check_sizes()
+        super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
 
-    def _check(self) -> None:
-        fixed = {
-            "image_pooling_2d": "attention-meanq",
-            "image_projector": "mlp",
-            "image_padding_embed": "pad_and_partial_pad",
-            "weight_tying": False,
-            "norm_after": False,
-            "attention_layer_norm": True,
-            "rope_impl": "llama",
-            "clip_qkv": None,
-        }
-        for name, value in fixed.items():
-            if getattr(self, name) != value:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; MolmoE has {value!r}, other Molmo variants are not supported")
+    def _check_variant(self, given: dict[str, Any]) -> None:
+        wanted = [(FIXED, given, ""), (FIXED_VISION, self.vision_backbone, "vision_backbone.")]
+        for fixed, values, place in wanted:
+            for name, value in fixed.items():
+                if values.get(name, value) != value:
+                    raise ConfigError(
+                        f"{place}{name} is {values[name]!r}; MolmoE has {value!r}, other variants are not supported"
+                    )
         if self.padding_crop_rule not in ("all", "any"):
             raise ConfigError(f"padding_crop_rule is {self.padding_crop_rule!r}; use 'all' or 'any'")
+
+    def _check_sizes(self) -> None:
+        vision = self.vision_backbone
+        whole = {
+            name: getattr(self, name)
+            for name in ("d_model", "n_heads", "n_layers", "vocab_size", "moe_num_experts", "moe_top_k", "max_crops")
+        }
+        whole |= {
+            f"vision_backbone.{name}": vision[name] for name in VISION_DEFAULTS if type(VISION_DEFAULTS[name]) is int
+        }
+        whole |= {"n_kv_heads": self.num_key_value_heads, "embedding_size": self.num_embeddings}
+        for name, value in whole.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise ConfigError(f"d_model {self.d_model} must be an even multiple of n_heads {self.n_heads}")
         if self.n_heads % self.num_key_value_heads:
             raise ConfigError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
-        if not 1 <= self.moe_top_k <= self.moe_num_experts:
-            raise ConfigError(f"moe_top_k is {self.moe_top_k}; with {self.moe_num_experts} experts it must be 1..{self.moe_num_experts}")
-        layers = self.vision_backbone["image_num_layers"]
-        if any(not -layers <= layer < layers for layer in self.vit_layers):
+        if self.moe_top_k > self.moe_num_experts:
+            raise ConfigError(
+                f"moe_top_k is {self.moe_top_k}; it must be 1..{self.moe_num_experts}, the number of experts"
+            )
+        if self.expert_dim < 1:
+            raise ConfigError(
+                f"mlp_ratio {self.mlp_ratio} or mlp_hidden_size {self.mlp_hidden_size} leaves no inner width"
+            )
+        layers = vision["image_num_layers"]
+        if not self.vit_layers or any(not -layers <= layer < layers for layer in self.vit_layers):
             raise ConfigError(f"vit_layers {self.vit_layers} must index the {layers} layers of the vision tower")
-        height, width = self.vision_backbone["image_default_input_size"]
-        patch = self.vision_backbone["image_patch_size"]
+        if vision["image_num_key_value_heads"] != vision["image_num_heads"]:
+            raise ConfigError(
+                f"image_num_key_value_heads is {vision['image_num_key_value_heads']}; the vision tower has one per "
+                f"query head, {vision['image_num_heads']}"
+            )
+        height, width = vision["image_default_input_size"]
+        patch = vision["image_patch_size"]
         if height != width or height % patch:
             raise ConfigError(f"crops of {height}x{width} px must be square and a multiple of the patch size {patch}")
-        expected = (height // patch) * (width // patch) + 1
-        if self.vision_backbone["image_num_pos"] != expected:
-            raise ConfigError(f"image_num_pos is {self.vision_backbone['image_num_pos']}; crops of {height} px in patches of {patch} px need {expected}")
+        expected = self.patches_per_side**2 + 1
+        if vision["image_num_pos"] != expected:
+            raise ConfigError(
+                f"image_num_pos is {vision['image_num_pos']}; crops of {height} px in patches of {patch} px need "
+                f"{expected}"
+            )
 
     @property
     def num_key_value_heads(self) -> int:

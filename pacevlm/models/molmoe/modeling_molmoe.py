@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
+from pacevlm.errors import KnobError
 from pacevlm.models.molmoe.configuration_molmoe import MolmoEConfig
 from pacevlm.models.molmoe.experts import route, run_experts
 from pacevlm.models.molmoe.vision import VisionBackbone
@@ -63,7 +66,8 @@ class MolmoEAttention(nn.Module):
         self.attn_out = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return heads
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Normed and rotated queries, keys and values, each `(batch, heads, tokens, head_dim)`."""
@@ -195,18 +199,17 @@ class MolmoEPreTrainedModel(PreTrainedModel):
     config_class = MolmoEConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
     supports_gradient_checkpointing = False
-    _no_split_modules = ["MolmoEBlock", "_ResidualBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    # The base class declares these as plain attributes.
+    input_modalities = ["image", "text"]  # noqa: RUF012
+    _no_split_modules = ["MolmoEBlock", "_ResidualBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        # transformers marks loaded parameters, and its init functions leave those alone; plain in-place calls would not.
-        from transformers import initialization as init
-
+        # transformers marks loaded parameters, and its init functions leave those alone; plain calls would not.
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, mean=0.0, std=std)
             if module.bias is not None:
@@ -228,17 +231,22 @@ class MolmoEModel(MolmoEPreTrainedModel):
         super().__init__(config)
         self.transformer = MolmoETransformer(config)
         self.vision_backbone = VisionBackbone(config)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
         return self.transformer.wte
 
+    def past_length(self, cache: Cache | None, removed_blocks: Collection[int] = ()) -> int:
+        """Tokens in a cache; removed blocks have no entries, so the first one that runs is asked."""
+        running = (index for index in range(self.config.n_layers) if index not in removed_blocks)
+        return 0 if cache is None else int(cache.get_seq_length(next(running, 0)))
+
     def image_features(self, images: Tensor, image_masks: Tensor) -> Tensor:
         """Features of a batch of crops: `(batch, crops, patches, pixels)` to `(batch, crops, cells, d_model)`."""
         batch, crops = images.shape[:2]
-        features = self.vision_backbone(images.flatten(0, 1), image_masks.flatten(0, 1))
-        return features.view(batch, crops, *features.shape[1:])
+        features: Tensor = self.vision_backbone(images.flatten(0, 1), image_masks.flatten(0, 1))
+        return features.unflatten(0, (batch, crops))
 
     def embed(self, input_ids: Tensor, features: Tensor | None = None, image_input_idx: Tensor | None = None) -> Tensor:
         """Token embeddings with the image features added at their places.
@@ -250,11 +258,18 @@ class MolmoEModel(MolmoEPreTrainedModel):
 
         Returns:
             `(batch, tokens, d_model)`.
+
+        Raises:
+            ValueError: features come without their places, or a place lies behind the last token.
         """
         x: Tensor = self.transformer.wte(input_ids)
-        if features is None or image_input_idx is None:
+        if features is None:
             return x
+        if image_input_idx is None:
+            raise ValueError("an image was given without image_input_idx; give all that the processor returns")
         batch, tokens, width = x.shape
+        if image_input_idx.numel() and int(image_input_idx.max()) >= tokens:
+            raise ValueError(f"image_input_idx has a place beyond the {tokens} tokens of input_ids")
         row = torch.arange(batch, device=x.device).view(-1, 1, 1) * tokens
         used = image_input_idx >= 0
         place = (image_input_idx.long() + row)[used]
@@ -275,37 +290,44 @@ class MolmoEModel(MolmoEPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
         output_router_logits: bool = False,
-        top_k_per_block: list[int] | None = None,
-        removed_blocks: tuple[int, ...] | list[int] = (),
+        top_k_per_block: Sequence[int | Tensor] | None = None,
+        removed_blocks: Collection[int] = (),
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """Run the decoder on text and, on the first call of a generation, an image.
 
         Args:
             input_ids: `(batch, tokens)`; -1 is padding.
-            attention_mask: `(batch, past + tokens)`, 1 for real tokens; or a boolean `(batch, 1, tokens, past + tokens)`.
+            attention_mask: `(batch, past + tokens)`, 1 for real tokens; or `(batch, 1, tokens, past + tokens)`, true
+                where a token (third dimension) may look (fourth).
             position_ids: `(batch, tokens)`; counted over real tokens if None.
             inputs_embeds: `(batch, tokens, d_model)` instead of ids.
             images, image_masks, image_input_idx: what the processor returns, `(batch, crops, ...)`.
             image_features: `(batch, crops, cells, d_model)` already computed, instead of `images`.
             subsegment_ids: `(batch, tokens)`; token i sees j <= i only where seg[i] <= seg[j] (packed questions).
-            top_k_per_block: experts per token, one number per block of the checkpoint.
-            removed_blocks: blocks that are skipped.
+            top_k_per_block: experts per token, one entry per block of the checkpoint: a number, or one per row
+                `(batch,)`.
+            removed_blocks: blocks that are skipped; the same ones in every call of a generation.
 
         Raises:
-            ValueError: neither ids nor embeddings are given, or subsegment_ids come without position_ids.
+            ValueError: inputs are missing or contradict each other.
+            KnobError: a top_k or a removed block is not one that the model has.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        self._check_knobs(top_k_per_block, removed_blocks)
+        past = self.past_length(past_key_values, removed_blocks)
         if inputs_embeds is None:
             assert input_ids is not None
             if images is not None and image_features is None and past == 0:
-                assert image_masks is not None
+                if image_masks is None:
+                    raise ValueError("images were given without image_masks; give all that the processor returns")
                 image_features = self.image_features(images, image_masks)
             inputs_embeds = self.embed(input_ids, image_features if past == 0 else None, image_input_idx)
             if attention_mask is None and past == 0:
                 attention_mask = (input_ids != -1).long()
+        elif past == 0 and (images is not None or image_features is not None):
+            raise ValueError("an image needs input_ids; inputs_embeds must hold its features already (see embed)")
         x = inputs_embeds
         batch, tokens, _ = x.shape
         if use_cache is None:
@@ -318,9 +340,8 @@ class MolmoEModel(MolmoEPreTrainedModel):
             if subsegment_ids is not None or attention_mask.dim() != 2:
                 raise ValueError("position_ids are required with subsegment_ids or a four-dimensional mask")
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
-        is_causal = False
         if attention_mask.dim() == 4:
-            mask: Tensor | None = attention_mask
+            mask = attention_mask.bool()
         else:
             keys = torch.arange(past + tokens, device=x.device)
             mask = keys[None, :] <= keys[past:, None]
@@ -331,12 +352,11 @@ class MolmoEModel(MolmoEPreTrainedModel):
             mask = mask | (keys[None, :] == keys[past:, None])
         rope = rope_tables(position_ids, self.config.head_dim_, self.config.rope_theta)
         hidden_states, router_logits = [x], []
-        for block in self.transformer.blocks:
-            index = block.index
+        for index, block in enumerate(self.transformer.blocks):
             if index in removed_blocks:
                 continue
             top_k = None if top_k_per_block is None else top_k_per_block[index]
-            x, logits = block(x, rope, mask, past_key_values if use_cache else None, top_k, is_causal)
+            x, logits = block(x, rope, mask, past_key_values if use_cache else None, top_k)
             if output_hidden_states:
                 hidden_states.append(x)
             if output_router_logits:
@@ -348,19 +368,34 @@ class MolmoEModel(MolmoEPreTrainedModel):
             router_logits=tuple(router_logits) if output_router_logits else None,
         )
 
+    def _check_knobs(self, top_k_per_block: Sequence[int | Tensor] | None, removed_blocks: Collection[int]) -> None:
+        blocks, experts = self.config.n_layers, self.config.moe_num_experts
+        unknown = sorted(block for block in removed_blocks if not 0 <= block < blocks)
+        if unknown:
+            raise KnobError(f"removed_blocks holds {unknown}, but the model has the blocks 0..{blocks - 1}")
+        if top_k_per_block is None:
+            return
+        if len(top_k_per_block) != blocks:
+            raise KnobError(f"top_k_per_block has {len(top_k_per_block)} entries; give one for each of {blocks} blocks")
+        for top_k in top_k_per_block:
+            # One per row is checked by its extremes, which costs a synchronisation that the dispatch needs anyway.
+            low, high = (int(top_k.min()), int(top_k.max())) if isinstance(top_k, Tensor) else (top_k, top_k)
+            if not 1 <= low <= high <= experts:
+                raise KnobError(f"top_k {low if low < 1 else high} asked for; the model can run 1..{experts} experts")
 
-class MolmoEForConditionalGeneration(MolmoEPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+
+class MolmoEForConditionalGeneration(MolmoEPreTrainedModel, GenerationMixin):
     """MolmoE with its output head; answers questions about one image."""
 
     def __init__(self, config: MolmoEConfig) -> None:
         super().__init__(config)
         self.model = MolmoEModel(config)
         self.lm_head = nn.Linear(config.d_model, config.num_embeddings, bias=False)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
-        return self.model.transformer.wte
+        return self.model.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
         """The output head."""
@@ -380,6 +415,10 @@ class MolmoEForConditionalGeneration(MolmoEPreTrainedModel, GenerationMixin):  #
         """Logits `(batch, tokens, embedding_size)`, and the mean cross-entropy if `labels` are given (-100: ignored).
 
         Other arguments are those of `MolmoEModel.forward`.
+
+        Args:
+            logits_to_keep: how many positions from the end get logits, or which ones; 0 means all. With 1 and an
+                attention_mask it is each row's last real token, wherever the padding is.
         """
         out = self.model(
             input_ids=input_ids,
@@ -389,8 +428,16 @@ class MolmoEForConditionalGeneration(MolmoEPreTrainedModel, GenerationMixin):  #
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, kept])
+        hidden = cast(Tensor, out.last_hidden_state)
+        if isinstance(logits_to_keep, Tensor):
+            hidden = hidden[:, logits_to_keep]
+        elif logits_to_keep == 1 and attention_mask is not None and attention_mask.dim() == 2:
+            mask = attention_mask[:, -hidden.shape[1] :]
+            last = (mask * torch.arange(hidden.shape[1], device=mask.device)).argmax(1)
+            hidden = hidden.gather(1, last.to(hidden.device)[:, None, None].expand(-1, 1, hidden.shape[2]))
+        else:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = self.lm_head(hidden)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
@@ -402,11 +449,12 @@ class MolmoEForConditionalGeneration(MolmoEPreTrainedModel, GenerationMixin):  #
             router_logits=out.router_logits,
         )
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """Drop the image after the first step: the cache already holds it."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        cache = inputs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Inputs of one step of `generate`: the image in the first step only, and positions counted from the mask."""
+        inputs = cast(dict[str, Any], GenerationMixin.prepare_inputs_for_generation(cast(Any, self), *args, **kwargs))
+        # What transformers carries along goes on from the last column, which is padding where rows are padded behind.
+        inputs.pop("position_ids", None)
+        if self.model.past_length(inputs.get("past_key_values"), kwargs.get("removed_blocks", ())):
             for name in ("images", "image_masks", "image_input_idx", "image_features"):
                 inputs.pop(name, None)
         return inputs

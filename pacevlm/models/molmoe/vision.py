@@ -10,11 +10,12 @@ from pacevlm.models.molmoe.configuration_molmoe import MolmoEConfig
 
 
 def _attend_float32(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    # Attention of the tower and of the pooling is computed in float32 whatever the weights' dtype (`float32_attention`).
-    batch, queries, width = q.shape
-    heads = [t.view(batch, -1, num_heads, width // num_heads).transpose(1, 2).float() for t in (q, k, v)]
-    out = F.scaled_dot_product_attention(*heads)
-    return out.transpose(1, 2).reshape(batch, queries, width).to(q.dtype)
+    # The tower's and the pooling's attention is computed in float32 whatever the weights' dtype (`float32_attention`).
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (num_heads, -1)).transpose(1, 2).float()
+
+    out = F.scaled_dot_product_attention(heads(q), heads(k), heads(v))
+    return out.transpose(1, 2).flatten(2).to(q.dtype)
 
 
 class VisionAttention(nn.Module):
@@ -145,7 +146,8 @@ class VisionBackbone(nn.Module):
         """Tower features with padding crops set to zero: `(crops, patches, pixels)` to `(crops, patches, features)`."""
         minus_one = images == -1
         padding = minus_one.all(dim=(1, 2)) if self.padding_crop_rule == "all" else minus_one.any(dim=2).any(dim=1)
-        return self.image_vit(images.to(self.pad_embed.dtype)) * (~padding).to(self.pad_embed.dtype)[:, None, None]
+        features: Tensor = self.image_vit(images.to(self.pad_embed.dtype))
+        return features * (~padding).to(features.dtype)[:, None, None]
 
     def forward(self, images: Tensor, image_masks: Tensor) -> Tensor:
         """One feature vector per pooled cell.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import nn
 
 from pacevlm.data.digits import CANVASES, SceneConfig
 from pacevlm.files import append_jsonl, save_safetensors_atomic
-from pacevlm.models.embedded import CROP_PX, MARGINS, PATCH_PX, embedded_config
+from pacevlm.models.elastic import write_elastic_settings
+from pacevlm.models.embedded import CROP_PX, EMBEDDED_MAX_CROPS, MARGINS, MAX_NEW_TOKENS, PATCH_PX, embedded_config
 from pacevlm.models.molmoe import MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.image_processing import MolmoEImageProcessor
 from pacevlm.models.molmoe.processing import MolmoEProcessor
@@ -66,9 +68,9 @@ STAGES = (
     Stage("tower-easy", 600, 256, 2e-3, (1,), CROPS_EASY, 0, final_lr=2e-3, freeze_tower=False),
     Stage("tower", 1200, 256, 2e-3, (1,), CROPS, 0, final_lr=1e-4, freeze_tower=False),
     Stage("language-4-easy", 500, 48, 2e-3, (2,), EASY, 4, final_lr=2e-3),
-    Stage("language-4", 700, 48, 2e-3, (2, 6), MIDDLE, 4, final_lr=1.5e-3),
-    Stage("language-16", 1500, 32, 1.5e-3, (2, 6, 12, 12), FULL, 16, final_lr=1e-4, heads_weight=0.1),
-    Stage("all", 300, 32, 3e-4, (2, 6, 12, 12), FULL, 16, freeze_tower=False, heads_weight=0.1),
+    Stage("language-4", 400, 48, 2e-3, (2, 6, 12), FULL, 4, final_lr=1.5e-3),
+    Stage("language-16", 1000, 32, 1.5e-3, (2, 6, 12, 12), FULL, 16, final_lr=1e-4, heads_weight=0.1),
+    Stage("all", 150, 32, 3e-4, (2, 6, 12, 12), FULL, 16, freeze_tower=False, heads_weight=0.1),
 )
 
 
@@ -260,3 +262,16 @@ class EmbeddedTrainer:
         left = (stage.steps - self.state.step) * seconds
         shown = " ".join(f"{k.split('/')[-1]}={v:.3f}" for k, v in averages.items())
         print(f"{stage.name} {self.state.step}/{stage.steps} {seconds:.2f} s/step, {left / 60:.0f} min left: {shown}", flush=True)
+
+    def export(self, folder: Path) -> None:
+        """Write model (float16), processor and tiers to a model directory, replacing what is there."""
+        temporary = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        weights = {name: value.half() for name, value in self.state.model.state_dict().items()}
+        exported = MolmoEForConditionalGeneration(self.state.model.config).half()
+        exported.load_state_dict(weights)
+        exported.save_pretrained(temporary)
+        self.processor.save_pretrained(temporary)
+        write_elastic_settings(temporary, max_crops=EMBEDDED_MAX_CROPS, max_new_tokens=MAX_NEW_TOKENS)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)

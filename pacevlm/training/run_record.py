@@ -1,0 +1,126 @@
+"""`run.json`: what a run was started with, so that its directory alone is enough to repeat it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pacevlm.errors import CheckpointError
+from pacevlm.files import read_json, write_json_atomic
+from pacevlm.latency.output_length import OutputLengthModel
+from pacevlm.latency.profile import DeviceFacts
+from pacevlm.training.train_config import TrainConfig
+from pacevlm.types import Example
+
+RUN_SCHEMA_VERSION = 1
+_PACKAGES = ("pacevlm", "torch", "transformers", "numpy", "scipy", "safetensors", "tokenizers", "pillow")
+
+
+def write_run_record(
+    path: Path,
+    *,
+    config: TrainConfig,
+    identity: Mapping[str, Any],
+    initial_weights_sha256: str,
+    device: DeviceFacts,
+    step: int,
+) -> None:
+    """Write the record of a new run, or add a start to that of a run that goes on.
+
+    Each start lists the step it began at, time, device, versions and commit: a run that went on elsewhere shows it.
+
+    Raises:
+        CheckpointError: there is a record, but it is damaged.
+        StorageError: the file could not be written.
+    """
+    record: dict[str, Any] = {"starts": []}
+    if path.exists():
+        record = read_json(path, "run record", CheckpointError)
+        if not isinstance(record, dict) or not isinstance(record.get("starts"), list):
+            raise CheckpointError(f"{path} is no run record; move it away to go on")
+    # A new run may follow one that was killed before its first checkpoint: what it was is of no use any more.
+    starts = record["starts"] if step else []
+    start = {
+        "step": step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device.to_dict(),
+        "versions": installed_versions(),
+        "commit": source_commit(),
+    }
+    initial = record.get("initial_weights_sha256", initial_weights_sha256) if step else initial_weights_sha256
+    write_json_atomic(
+        path,
+        {
+            "kind": "pacevlm training run",
+            "schema_version": RUN_SCHEMA_VERSION,
+            "config": config.to_dict(),
+            "identity": dict(identity),
+            "initial_weights_sha256": initial,
+            "starts": [*starts, start],
+        },
+    )
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Versions of this package and of what results depend on; None for what is not installed."""
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def source_commit() -> str | None:
+    """Git commit of this package's source, with `-dirty` behind it if files differ; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    # An installed package may lie inside the checkout of something else, whose commit says nothing.
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return f"{commit}-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def dataset_identity(examples: Sequence[Example]) -> str:
+    """SHA-256 of all ids, questions, answers and pixels, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        image = example.image
+        facts = (example.example_id, example.question, example.answer, image.mode, image.size)
+        digest.update(repr(facts).encode())
+        digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def output_length_identity(model: OutputLengthModel) -> str:
+    """SHA-256 of all that the bounds of an output length model depend on."""
+    values = {entry.name: getattr(model, entry.name) for entry in fields(model) if entry.init}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """SHA-256 of a module's weights by name."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,0 +1,275 @@
+"""The controller's networks: shapes, how it starts, what it reads, and where gradients go."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pacevlm.controller.policy import Controller, ControllerConfig
+from pacevlm.controller.policy_interface import PolicyInput
+from pacevlm.controller.sampling import tier_masks
+from pacevlm.errors import BudgetError, ConfigError, DataError, IdentityError, ImageError, KnobError
+from pacevlm.knobs import KnobSpace
+from pacevlm.types import RequestSizes, VisionSizes
+
+SETTINGS = [
+    {},
+    {"feasible_fractions": False, "pairwise": False},
+    {"thumbnail": True, "hidden_dim": 16, "num_frequencies": 3},
+]
+
+
+def with_images(requests: list[PolicyInput]) -> list[PolicyInput]:
+    return [
+        dataclasses.replace(request, image=Image.new("RGB", (40, 30), (20 * i, 90, 5)))
+        for i, request in enumerate(requests)
+    ]
+
+
+def both_stages(controller: Controller, requests: list[PolicyInput]) -> tuple[torch.Tensor, torch.Tensor]:
+    budgets_ms = [request.budget_ms for request in requests]
+    outputs = controller.budget_tokens(budgets_ms)
+    tiers = [i % 3 for i in range(len(requests))]
+    tier_logits = controller.stage1_logits(controller.stage1_features(requests))
+    return tier_logits, controller.stage2_logits(outputs, budgets_ms, tiers)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_shapes(make_controller: Callable, make_request: Callable, space: KnobSpace, settings: dict) -> None:
+    controller = make_controller(**settings)
+    requests = with_images([make_request(seed) for seed in range(5)])
+    tier_logits, pair_logits = both_stages(controller, requests)
+    assert tier_logits.shape == (5, 3)
+    assert pair_logits.shape == (5, 2, 4)
+    assert controller.budget_tokens([10.0, 20.0]).shape == (2, 12)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_an_untrained_policy_is_near_uniform_over_the_mask(
+    make_controller: Callable, make_request: Callable, settings: dict
+) -> None:
+    controller = make_controller(**settings)
+    requests = with_images([make_request(seed) for seed in range(50)])
+    masks = torch.tensor(np.stack([request.feasible for request in requests]))
+    features = controller.stage1_features(requests)
+    budgets_ms = [request.budget_ms for request in requests]
+    tiers = tier_masks(masks).int().argmax(dim=1)
+    pair_mask = masks[torch.arange(50), tiers]
+    outputs = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
+    for logits, mask in (
+        (controller.stage1_logits(features, tier_masks(masks)), tier_masks(masks)),
+        (controller.stage2_logits(outputs, budgets_ms, tiers, pair_mask).flatten(1), pair_mask.flatten(1)),
+    ):
+        probabilities = logits.softmax(dim=1)
+        uniform = mask / mask.sum(dim=1, keepdim=True)
+        assert (probabilities[~mask] == 0).all()
+        assert (probabilities / uniform)[mask].sub(1).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_batch_gives_every_row_what_it_gets_alone(
+    make_controller: Callable, make_request: Callable, settings: dict
+) -> None:
+    controller = make_controller(opinionated=True, **settings)
+    requests = with_images([make_request(seed) for seed in range(9)])
+    budgets_ms = [request.budget_ms for request in requests]
+    tiers = [i % 3 for i in range(9)]
+    tokens = controller.budget_tokens(budgets_ms)
+    tier_logits, pair_logits = both_stages(controller, requests)
+    assert tier_logits.std() > 0.1
+    for i, request in enumerate(requests):
+        alone = controller.stage1_logits(controller.stage1_features([request]))
+        torch.testing.assert_close(alone[0], tier_logits[i], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(controller.budget_tokens([budgets_ms[i]])[0], tokens[i], atol=1e-6, rtol=1e-6)
+        alone = controller.stage2_logits(tokens[i : i + 1], [budgets_ms[i]], [tiers[i]])
+        torch.testing.assert_close(alone[0], pair_logits[i], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"budget_ms": 77.0},
+        {"question_embedding": torch.linspace(-1, 1, 12)},
+        {"image_size": (333, 444)},
+        {"sizes": RequestSizes((VisionSizes(2, 30), VisionSizes(3, 40), VisionSizes(9, 90)), 12, 100)},
+        {"feasible": np.eye(3, 8, dtype=bool).reshape(3, 2, 4)},
+        {"image": Image.new("RGB", (8, 8), (255, 0, 0))},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_stage1_reads_everything_that_it_should(
+    make_controller: Callable, make_request: Callable, change: dict
+) -> None:
+    controller = make_controller(opinionated=True, thumbnail=True)
+    request = make_request(1, image=Image.new("RGB", (8, 8)))
+    before, after = controller.stage1_logits(
+        controller.stage1_features([request, dataclasses.replace(request, **change)])
+    )
+    assert not torch.allclose(before, after, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("setting", "change"),
+    [
+        ("thumbnail", {"image": Image.new("RGB", (8, 8), (255, 0, 0))}),
+        ("feasible_fractions", {"feasible": np.eye(3, 8, dtype=bool).reshape(3, 2, 4)}),
+    ],
+)
+def test_what_is_switched_off_is_not_read(
+    make_controller: Callable, make_request: Callable, setting: str, change: dict
+) -> None:
+    controller = make_controller(opinionated=True, **{setting: False})
+    request = make_request(1)
+    before, after = controller.stage1_features([request, dataclasses.replace(request, **change)])
+    assert torch.equal(before, after)
+
+
+def test_stage2_reads_token_budget_and_tier(make_controller: Callable) -> None:
+    controller = make_controller(opinionated=True)
+    outputs = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+    outputs[1:3] = outputs[0]
+    logits = controller.stage2_logits(outputs, [80.0, 90.0, 80.0, 80.0], torch.tensor([0, 0, 1, 0]))
+    for other in logits[1:]:
+        assert not torch.allclose(logits[0], other, atol=1e-4)
+
+
+@pytest.mark.parametrize("pairwise", [False, True])
+def test_only_the_pair_term_goes_beyond_a_sum_of_two_heads(make_controller: Callable, pairwise: bool) -> None:
+    controller = make_controller(opinionated=True, pairwise=pairwise)
+    logits = controller.stage2_logits(torch.randn(3, 12), [50.0, 80.0, 120.0], [0, 1, 2])
+    interaction = (
+        logits - logits.mean(dim=1, keepdim=True) - logits.mean(dim=2, keepdim=True) + logits.mean((1, 2), True)
+    )
+    assert (interaction.abs().max() > 0.1) == pairwise
+
+
+def test_gradients_reach_the_encoder_through_the_latency_token_alone(
+    make_controller: Callable, make_request: Callable
+) -> None:
+    controller = make_controller()
+    requests = [make_request(seed) for seed in range(4)]
+    budgets_ms = [request.budget_ms for request in requests]
+    # Stands for the frozen first block: differentiable, with no weights that are trained.
+    mix = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
+    first_block = lambda tokens: tokens + torch.tanh(tokens @ mix)  # noqa: E731
+    encoder = dict(controller.budget_encoder.named_parameters())
+
+    outputs = first_block(controller.budget_tokens(budgets_ms))
+    controller.stage2_logits(outputs, budgets_ms, [0, 1, 2, 0])[:, 0, 0].sum().backward()
+    for name, parameter in (*encoder.items(), *controller.stage2.named_parameters()):
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    assert all(encoder[name].grad.abs().sum() > 0 for name in encoder if name != "log_scale")
+    assert encoder["log_scale"].grad.abs() > 0  # tanh makes the scale matter behind the norm
+
+    controller.zero_grad()
+    controller.stage1_logits(controller.stage1_features(requests))[:, 0].sum().backward()
+    assert all(parameter.grad is None for parameter in encoder.values())
+    assert all(parameter.grad is not None for parameter in controller.stage1.parameters())
+
+
+def test_stages_can_be_trained(make_controller: Callable, make_request: Callable) -> None:
+    """A few steps teach both stages to spend a large budget and to save under a small one."""
+    controller = make_controller()
+    budgets_ms = [40.0, 160.0] * 8
+    requests = [make_request(seed, budget_ms=budget_ms) for seed, budget_ms in enumerate(budgets_ms)]
+    features = controller.stage1_features(requests)
+    tier_target, pair_target = torch.tensor([0, 2] * 8), torch.tensor([0, 7] * 8)
+    optimizer = torch.optim.Adam(controller.parameters(), lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        tier_logits = controller.stage1_logits(features)
+        pair_logits = controller.stage2_logits(controller.budget_tokens(budgets_ms), budgets_ms, tier_target)
+        loss = torch.nn.functional.cross_entropy(tier_logits, tier_target)
+        (loss + torch.nn.functional.cross_entropy(pair_logits.flatten(1), pair_target)).backward()
+        optimizer.step()
+    assert torch.equal(tier_logits.argmax(1), tier_target)
+    assert torch.equal(pair_logits.flatten(1).argmax(1), pair_target)
+
+
+def test_features_are_finite_and_of_order_one(make_controller: Callable, make_request: Callable) -> None:
+    requests = [make_request(seed) for seed in range(50)]
+    requests.append(make_request(1, image_size=(1, 100_000), sizes=RequestSizes((VisionSizes(0, 0),) * 3, 0, 100_000)))
+    features = make_controller().stage1_features(requests)
+    assert features.isfinite().all()
+    assert features[:50].abs().max() < 8
+
+
+def test_half_precision_and_frozen_inputs_are_taken(make_controller: Callable, make_request: Callable) -> None:
+    controller = make_controller(opinionated=True)
+    feasible = np.ones((3, 2, 4), dtype=bool)
+    feasible.setflags(write=False)
+    question = torch.linspace(-1, 1, 12, dtype=torch.bfloat16)
+    features = controller.stage1_features([make_request(question_embedding=question, feasible=feasible)])
+    assert features.dtype == torch.float32
+    outputs = torch.linspace(-1, 1, 12, dtype=torch.bfloat16)[None]
+    assert controller.stage2_logits(outputs, [80.0], [1]).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"feasible": np.ones((3, 2, 3), dtype=bool)}, KnobError, "own knob space"),
+        ({"sizes": RequestSizes((VisionSizes(1, 1),), 1, 1)}, KnobError, "sizes of 1 tiers"),
+        ({"question_embedding": torch.zeros(13)}, IdentityError, "width 12"),
+        ({"image_size": (0, 10)}, ImageError, "0x10"),
+        ({"budget_ms": -3.0}, BudgetError, "-3"),
+    ],
+)
+def test_requests_of_another_kind_are_refused(
+    make_controller: Callable, make_request: Callable, change: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make_controller().stage1_features([make_request(), make_request(1, **change)])
+
+
+def test_a_thumbnail_needs_an_image(make_controller: Callable, make_request: Callable) -> None:
+    controller = make_controller(thumbnail=True)
+    with pytest.raises(ImageError, match="thumbnail=False"):
+        controller.stage1_features([make_request()])
+    colour = make_request(image=Image.new("RGB", (100, 10), (7, 7, 7)))
+    grey = make_request(image=Image.new("L", (100, 10), 7))
+    assert torch.equal(*controller.stage1_features([colour, grey]))
+
+
+def test_tensors_of_other_shapes_are_refused(make_controller: Callable) -> None:
+    controller = make_controller()
+    with pytest.raises(DataError, match="at least one"):
+        controller.stage1_features([])
+    with pytest.raises(DataError, match="stage-1 features"):
+        controller.stage1_logits(torch.zeros(2, 3))
+    for outputs, tiers in ((torch.zeros(2, 11), [0, 0]), (torch.zeros(1, 12), [0, 0]), (torch.zeros(2, 12), [0])):
+        with pytest.raises(DataError, match="latency token outputs"):
+            controller.stage2_logits(outputs, [80.0, 80.0], tiers)
+    for tier in (-1, 3):
+        with pytest.raises(KnobError, match=r"0\.\.2"):
+            controller.stage2_logits(torch.zeros(1, 12), [80.0], [tier])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"embedding_scale": 0.0},
+        {"embedding_scale": math.inf},
+        {"embedding_scale": "1"},
+        {"hidden_dim": 0},
+        {"hidden_dim": 1.5},
+        {"num_frequencies": True},
+        {"thumbnail": 1},
+    ],
+)
+def test_impossible_controller_settings_are_refused(settings: dict) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        ControllerConfig(**{"reference_ms": 100.0, "embedding_scale": 1.0, **settings})
+
+
+def test_settings_survive_a_dictionary_and_strangers_do_not() -> None:
+    config = ControllerConfig(90.0, 0.5, thumbnail=True)
+    assert ControllerConfig.from_dict(config.to_dict()) == config
+    for values in ({**config.to_dict(), "depth": 3}, {"reference_ms": 90.0}, [1]):
+        with pytest.raises(ConfigError, match="has the settings"):
+            ControllerConfig.from_dict(values)
