@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+
+if TYPE_CHECKING:
+    from pacevlm.models.elastic import ElasticModel
+    from pacevlm.types import Example
 
 # Before any test module loads the libraries that read these.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,3 +29,121 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+TINY_TEXTS = ["Which number is the largest? 407", "How many red digits are there?", "red green blue 1 2 3"] * 20
+
+
+def save_tiny_checkpoint(folder: Path, seed: int = 0, crop_px: int = 24, **changes: Any) -> Path:
+    """Write a random MolmoE of 6 blocks and 8 experts, its processor and its `elastic.json`; returns the folder."""
+    import torch
+
+    from pacevlm.models.elastic import write_elastic_settings
+    from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
+    from pacevlm.models.molmoe.image_processing import MolmoEImageProcessor
+    from pacevlm.models.molmoe.processing import MolmoEProcessor
+    from pacevlm.models.molmoe.tokenization import build_tokenizer
+
+    tokenizer = build_tokenizer(TINY_TEXTS, 300)
+    settings: dict[str, Any] = {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 6,
+        "mlp_hidden_size": 48,
+        "vocab_size": tokenizer.vocab_size + 1,
+        "embedding_size": tokenizer.vocab_size + 16,
+        "additional_vocab_size": 8,
+        "moe_num_experts": 8,
+        "moe_top_k": 4,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.25,  # large, so that prompts and knobs change the answer
+        "vit_layers": [-1, -2],
+        "max_crops": 4,
+        "overlap_margins": [2, 2],
+        "vision_backbone": {
+            "image_default_input_size": [crop_px, crop_px],
+            "image_patch_size": 4,
+            "image_pos_patch_size": 4,
+            "image_emb_dim": 16,
+            "image_num_heads": 2,
+            "image_num_key_value_heads": 2,
+            "image_head_dim": 8,
+            "image_mlp_dim": 32,
+            "image_num_layers": 2,
+            "image_num_pos": (crop_px // 4) ** 2 + 1,
+        },
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MolmoEForConditionalGeneration(MolmoEConfig(**(settings | changes)))
+    model.save_pretrained(folder)
+    MolmoEProcessor(MolmoEImageProcessor(crop_px, 4, (2, 2), max_crops=4), tokenizer, max_length=200).save_pretrained(
+        folder
+    )
+    write_elastic_settings(
+        folder,
+        max_crops={"low": 1, "medium": 2, "high": 4},
+        removal=[4, 2, 3],
+        max_new_tokens=6,
+        knob_space={"tiers": ["low", "medium", "high"], "top_ks": [2, 3, 4], "num_blocks": [3, 4, 5, 6]},
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_elastic_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a tiny random checkpoint; copy it before changing it."""
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_elastic(tiny_elastic_dir: Path) -> ElasticModel:
+    """A tiny random elastic model."""
+    from pacevlm.models.elastic import ElasticModel
+
+    return ElasticModel.from_pretrained(tiny_elastic_dir)
+
+
+@pytest.fixture(scope="session")
+def save_checkpoint() -> Callable[..., Path]:
+    """`save_tiny_checkpoint`, for tests that need another one."""
+    return save_tiny_checkpoint
+
+
+@pytest.fixture(scope="session", params=["tiny", "tiny_gqa", "embedded"])
+def law_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ElasticModel:
+    """Every model that the laws of elastic execution must hold for."""
+    from pacevlm.models.elastic import ElasticModel, read_elastic_settings
+    from pacevlm.models.embedded import EMBEDDED_DIR
+
+    if request.param == "embedded":
+        if not (EMBEDDED_DIR / "model.safetensors").exists():
+            pytest.skip(f"the embedded model is not in {EMBEDDED_DIR}; train it with scripts/train_embedded")
+        measured = "removal" in read_elastic_settings(EMBEDDED_DIR)
+        return ElasticModel.from_pretrained("embedded", policy="importance" if measured else "prefix")
+    if request.param == "tiny_gqa":
+        folder = save_tiny_checkpoint(tmp_path_factory.mktemp("tiny_gqa"), seed=1, n_kv_heads=2)
+        return ElasticModel.from_pretrained(folder)
+    return cast("ElasticModel", request.getfixturevalue("tiny_elastic"))
+
+
+@pytest.fixture(scope="session")
+def law_examples() -> list[Example]:
+    """Pictures and questions of different sizes."""
+    import numpy as np
+    from PIL import Image
+
+    from pacevlm.types import Example
+
+    rng = np.random.default_rng(0)
+    questions = [
+        "Which number is the largest?",
+        "How many red digits are there?",
+        "2?",
+        "Is 4 there? What colour has it?",
+    ]
+    sizes = [(24, 24), (40, 56), (64, 33), (90, 70)]
+    return [
+        Example(f"law-{i}", Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)), question, str(i))
+        for i, (size, question) in enumerate(zip(sizes, questions, strict=True))
+    ]

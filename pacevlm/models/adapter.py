@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -38,7 +38,11 @@ class Prepared(Protocol):
         """Prompt tokens that are not image tokens, BOS included."""
 
 
-class Adapter(Protocol):
+PromptT = TypeVar("PromptT", bound=Prompt)
+PreparedT = TypeVar("PreparedT", bound=Prepared)
+
+
+class Adapter(Protocol[PromptT, PreparedT]):
     """What pacevlm needs from a model family; one small class per family implements it.
 
     The loop over blocks is not the model's: `project`, `attend` and `mix_experts` are the three steps of one block,
@@ -85,22 +89,22 @@ class Adapter(Protocol):
     def dtype(self) -> torch.dtype:
         """Of the weights."""
 
-    def encode_question(self, question: str) -> Prompt:
+    def encode_question(self, question: str) -> PromptT:
         """Check and tokenise a question."""
 
-    def question_embedding(self, prompt: Prompt) -> Tensor:
+    def question_embedding(self, prompt: PromptT) -> Tensor:
         """Mean of the prompt's token embeddings, `(d_model,)`, float32."""
 
     def vision_sizes(self, height: int, width: int, max_crops: int) -> VisionSizes:
         """Crops and image tokens of an image, from its size in pixels alone."""
 
-    def prepare(self, image: Image.Image, prompt: Prompt, max_crops: int) -> Prepared:
+    def prepare(self, image: Image.Image, prompt: PromptT, max_crops: int) -> PreparedT:
         """Cut an RGB image for a tier and lay out the prompt."""
 
-    def encode_vision(self, requests: Sequence[Prepared]) -> list[Tensor]:
+    def encode_vision(self, requests: Sequence[PreparedT]) -> list[Tensor]:
         """Image features of every request, one batch for all crops; each `(crops, cells, d_model)`."""
 
-    def embed(self, request: Prepared, features: Tensor) -> Tensor:
+    def embed(self, request: PreparedT, features: Tensor) -> Tensor:
         """Input of the first block, `(tokens, d_model)`."""
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:

@@ -53,6 +53,6 @@ class BlockOrder:
         early = [b for b in self.removal[: self.num_blocks - min(num_blocks)] if b < stage2_after]
         if early:
             raise KnobError(
-                f"num_blocks {min(num_blocks)} would drop blocks {early}, but stage 2 reads after block {stage2_after}; "
-                "raise num_blocks or lower stage2_after"
+                f"num_blocks {min(num_blocks)} would drop blocks {early}, but the first {stage2_after} blocks always "
+                "run, before stage 2; raise num_blocks or lower stage2_after"
             )

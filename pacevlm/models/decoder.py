@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ class ElasticDecoder:
         stage2_after: blocks that always run, at the trained top_k, before stage 2 decides.
     """
 
-    def __init__(self, adapter: Adapter, order: BlockOrder, stage2_after: int = 1) -> None:
+    def __init__(self, adapter: Adapter[Any, Any], order: BlockOrder, stage2_after: int = 1) -> None:
         self.adapter, self.order, self.stage2_after = adapter, order, stage2_after
 
     def prefix(self, embeddings: Sequence[Tensor]) -> list[Prefix]:
@@ -291,4 +292,3 @@ def _pad_heads(tensors: Sequence[Tensor]) -> Tensor:
     if len({t.shape[1] for t in tensors}) == 1:
         return torch.stack(list(tensors))
     return torch.nn.utils.rnn.pad_sequence([t.transpose(0, 1) for t in tensors], batch_first=True).transpose(1, 2)
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import struct
 import time
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pacevlm.errors import CheckpointError, ConfigError, KnobError
+from pacevlm.errors import CheckpointError, ConfigError, KnobError, QuestionError
 from pacevlm.files import read_json, write_json_atomic
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.models.adapter import Adapter, Prompt
@@ -26,6 +27,7 @@ from pacevlm.models.images import ImageSource, load_image
 from pacevlm.types import RequestSizes, StageTimes
 
 ELASTIC_FILE = "elastic.json"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 DEFAULT_MAX_CROPS = {"low": 2, "medium": 6, "high": 12}
 
 
@@ -78,11 +80,12 @@ class ElasticModel:
 
     Raises:
         KnobError: the model cannot run a value of the knob space, or a tier has no crop limit.
+        ConfigError: a crop limit or max_new_tokens is not a whole number of at least 1.
     """
 
     def __init__(
         self,
-        adapter: Adapter,
+        adapter: Adapter[Any, Any],
         knob_space: KnobSpace,
         max_crops: Mapping[str, int],
         order: BlockOrder,
@@ -91,15 +94,17 @@ class ElasticModel:
         stage2_after: int = 1,
         max_new_tokens: int = 8,
     ) -> None:
+        if not 1 <= stage2_after < adapter.num_blocks:
+            raise KnobError(f"stage2_after is {stage2_after}; it must be 1..{adapter.num_blocks - 1}")
         knob_space.check_model(
             max_top_k=adapter.num_experts, max_num_blocks=adapter.num_blocks, min_num_blocks=stage2_after
         )
-        if not 1 <= stage2_after < adapter.num_blocks:
-            raise KnobError(f"stage2_after is {stage2_after}; it must be 1..{adapter.num_blocks - 1}")
+        if order.num_blocks != adapter.num_blocks:
+            raise KnobError(f"the block order is of a model with {order.num_blocks} blocks, not {adapter.num_blocks}")
         missing = [tier for tier in knob_space.tiers if tier not in max_crops]
         if missing:
             raise KnobError(f"tiers {missing} have no crop limit; known are {dict(max_crops)}")
-        limits = [max_crops[tier] for tier in knob_space.tiers]
+        limits = [_whole(f"crop limit of tier {tier!r}", max_crops[tier]) for tier in knob_space.tiers]
         if limits != sorted(limits):
             raise KnobError(f"crop limits {dict(max_crops)} must not fall from a cheaper tier to a dearer one")
         order.check_space(knob_space.num_blocks, stage2_after)
@@ -109,7 +114,7 @@ class ElasticModel:
         self.max_crops = {tier: max_crops[tier] for tier in knob_space.tiers}
         self.identity = identity
         self.stage2_after = stage2_after
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = _whole("max_new_tokens", max_new_tokens)
         self.decoder = ElasticDecoder(adapter, order, stage2_after)
 
     @property
@@ -160,7 +165,7 @@ class ElasticModel:
         Raises:
             CheckpointError: the directory or a file in it is missing, truncated, corrupt or of another model.
             KnobError: the model cannot run the knob space.
-            ConfigError: an unknown policy.
+            ConfigError: an unknown policy, or a limit that is not a whole number of at least 1.
         """
         from pacevlm.models.molmoe.loading import load_molmoe
 
@@ -174,31 +179,49 @@ class ElasticModel:
             raise ConfigError(f"block policy {policy!r} is unknown; use 'importance' or 'prefix'")
         settings = read_elastic_settings(folder)
         adapter = load_molmoe(folder, device, dtype)
-        space = knob_space or (KnobSpace.from_dict(settings["knob_space"]) if "knob_space" in settings else KnobSpace())
+        space = knob_space or KnobSpace.from_dict(settings.get("knob_space", KnobSpace().to_dict()))
         order = BlockOrder.prefix(adapter.num_blocks)
         if policy == "importance" and min(space.num_blocks) < adapter.num_blocks:
             if "removal" not in settings:
                 raise CheckpointError(
                     f"{folder} has no measured block order; run `pacevlm importance` on it, or choose policy='prefix'"
                 )
-            order = BlockOrder(adapter.num_blocks, tuple(settings["removal"]))
-        crops = dict(max_crops or settings.get("max_crops", DEFAULT_MAX_CROPS))
-        new_tokens = max_new_tokens or int(settings.get("max_new_tokens", 32))
-        facts = {"dtype": str(dtype), "max_crops": crops, "removal": list(order.removal), "stage2_after": stage2_after}
+            try:
+                order = BlockOrder(adapter.num_blocks, tuple(settings["removal"]))
+            except KnobError as error:
+                raise CheckpointError(f"{folder / ELASTIC_FILE}: {error}; measure it again") from error
+        crops = dict(settings.get("max_crops", DEFAULT_MAX_CROPS) if max_crops is None else max_crops)
+        new_tokens = settings.get("max_new_tokens", 32) if max_new_tokens is None else max_new_tokens
+        # Whatever changes what the model answers, so that nothing remembered or measured outlives it.
+        facts = {
+            "dtype": str(dtype),
+            "max_crops": crops,
+            "max_new_tokens": new_tokens,
+            "removal": list(order.removal),
+            "stage2_after": stage2_after,
+        }
         identity = model_fingerprint(folder, facts)
         return cls(adapter, space, crops, order, identity, stage2_after=stage2_after, max_new_tokens=new_tokens)
 
-    def _prompt_sizes(self, prompt: Prompt, height: int, width: int) -> RequestSizes:
+    def _prompt_sizes(self, prompt: Prompt, height: int, width: int, max_new_tokens: int) -> RequestSizes:
         vision = tuple(self.adapter.vision_sizes(height, width, limit) for limit in self.max_crops.values())
+        # The largest tier counts, so that the choice of tier never decides whether a question is accepted.
+        num_image_tokens = max(sizes.num_image_tokens for sizes in vision)
+        if prompt.num_text_tokens + num_image_tokens + max_new_tokens > self.adapter.max_positions:
+            raise QuestionError(
+                f"the prompt has {prompt.num_text_tokens:,} text tokens beside up to {num_image_tokens:,} image tokens "
+                f"and {max_new_tokens:,} of the answer, but the model has {self.adapter.max_positions:,} positions; "
+                "shorten the question or the answer"
+            )
         return RequestSizes(vision=vision, num_text_tokens=prompt.num_text_tokens, num_pixels=height * width)
 
-    def _view(self, image: Image.Image, prompt: Prompt) -> RequestView:
-        sizes = self._prompt_sizes(prompt, image.height, image.width)
+    def _view(self, image: Image.Image, prompt: Prompt, max_new_tokens: int) -> RequestView:
+        sizes = self._prompt_sizes(prompt, image.height, image.width, max_new_tokens)
         return RequestView(self.adapter.question_embedding(prompt), sizes, (image.height, image.width), image)
 
     def view(self, image: ImageSource, question: str) -> RequestView:
         """What a policy may know of a request before the vision encoder; raises ImageError and QuestionError."""
-        return self._view(load_image(image), self.adapter.encode_question(question))
+        return self._view(load_image(image), self.adapter.encode_question(question), self.max_new_tokens)
 
     def synchronise(self) -> None:
         """Wait until the device has finished what it was given."""
@@ -230,7 +253,9 @@ class ElasticModel:
         Raises:
             ImageError, QuestionError: the input cannot be used.
             KnobError: a chosen value is not in the knob space.
+            ConfigError: `max_new_tokens` is not a whole number of at least 1.
         """
+        limit = self.max_new_tokens if max_new_tokens is None else _whole("max_new_tokens", max_new_tokens)
         marks = [time.perf_counter()]
 
         def mark() -> None:
@@ -240,7 +265,7 @@ class ElasticModel:
         pixels = load_image(image)
         prompt = self.adapter.encode_question(question)
         mark()
-        tier = choose_tier(self._view(pixels, prompt))
+        tier = choose_tier(self._view(pixels, prompt, limit))
         if tier not in self.max_crops:
             raise KnobError(f"tier {tier!r} was chosen, but this model has {tuple(self.max_crops)}")
         mark()
@@ -256,11 +281,10 @@ class ElasticModel:
         knobs = Knobs(tier, top_k, num_blocks)
         self.knob_space.index(knobs)
         mark()
-        limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         generated, _ = self.decoder.generate([prefix], [top_k], [num_blocks], limit, on_token=lambda _: mark())
         answer = self.adapter.decode(generated[0])
         end = time.perf_counter()
-        spans = [(b - a) * 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+        spans = [(b - a) * 1e3 for a, b in itertools.pairwise(marks)]
         times = StageTimes(
             prepare_ms=spans[0] + spans[2],
             stage1_ms=spans[1],
@@ -305,7 +329,24 @@ def read_elastic_settings(folder: Path) -> dict[str, Any]:
     known = {"max_crops", "removal", "importance", "max_new_tokens", "knob_space", "measured_on"}
     if not isinstance(settings, dict) or not set(settings) <= known:
         raise CheckpointError(f"{file} holds keys other than {sorted(known)}; it is not an elastic settings file")
+    try:
+        for tier, limit in settings.get("max_crops", {}).items():
+            _whole(f"crop limit of tier {tier!r}", limit)
+        for block in settings.get("removal", []):
+            _whole("block to remove", block)
+        if "max_new_tokens" in settings:
+            _whole("max_new_tokens", settings["max_new_tokens"])
+        if "knob_space" in settings:
+            KnobSpace.from_dict(settings["knob_space"])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} is malformed: {error}; write it again") from error
     return settings
+
+
+def _whole(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    return value
 
 
 def write_elastic_settings(folder: Path, **changes: Any) -> None:
@@ -317,7 +358,7 @@ def model_fingerprint(folder: Path, facts: Mapping[str, Any]) -> str:
     """A short hash of a checkpoint and of the settings it runs with.
 
     Of every safetensors file the header (names, shapes, places), the size, and a megabyte at either end are hashed:
-    enough to tell checkpoints apart without reading tens of gigabytes.
+    enough to tell checkpoints apart without reading tens of gigabytes. The processor's files are hashed whole.
 
     Raises:
         CheckpointError: there is no safetensors file, or one has no readable header.
@@ -336,5 +377,8 @@ def model_fingerprint(folder: Path, facts: Mapping[str, Any]) -> str:
             stream.seek(max(0, size - (1 << 20)))
             digest.update(stream.read())
         digest.update(str(size).encode())
+    for name in PROCESSOR_FILES:
+        if (folder / name).is_file():
+            digest.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
     digest.update(json.dumps(facts, sort_keys=True).encode())
     return digest.hexdigest()[:16]

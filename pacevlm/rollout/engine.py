@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pacevlm.data.metrics import exact_match
-from pacevlm.errors import ConfigError
+from pacevlm.errors import ConfigError, DataError, IdentityError
 from pacevlm.knobs import Knobs
 from pacevlm.models.decoder import Prefix
 from pacevlm.models.elastic import ElasticModel, RequestView
@@ -60,7 +60,12 @@ class RolloutEngine:
         max_prefix_bytes: memory for shared prefixes.
 
     Raises:
-        ConfigError: a limit is below 1, or the memory is another model's.
+        ConfigError: a limit is below 1.
+        IdentityError: the memory is another model's.
+
+    Attributes:
+        num_run: rollouts that the model ran.
+        num_remembered: rollouts that cost nothing, because they were repeated or remembered.
     """
 
     def __init__(
@@ -76,20 +81,31 @@ class RolloutEngine:
         if min(max_rows, max_tokens, max_prefix_bytes) < 1:
             raise ConfigError("max_rows, max_tokens and max_prefix_bytes must be at least 1")
         if memory is not None and memory.model_identity != model.identity:
-            raise ConfigError(f"the memory is of model {memory.model_identity!r}, not of {model.identity!r}")
+            raise IdentityError(f"the memory is of model {memory.model_identity!r}, not of {model.identity!r}")
         self.model, self.metric = model, metric
         self.memory = OutcomeMemory(model.identity) if memory is None else memory
         self.max_rows, self.max_tokens = max_rows, max_tokens
         self.num_run = 0
         self.num_remembered = 0
+        self._texts: dict[str, tuple[str, str]] = {}
         self._views: dict[str, RequestView] = {}
         self._prefixes: _PrefixStore[tuple[str, str]] = _PrefixStore(max_prefix_bytes)
 
     def view(self, example: Example) -> RequestView:
-        """What is known of an example before the vision encoder; computed once."""
+        """What is known of an example before the vision encoder; computed once.
+
+        Raises:
+            DataError: another example has the same id, as two data sets may bring about.
+        """
+        self._check_id(example)
         if example.example_id not in self._views:
             self._views[example.example_id] = self.model.view(example.image, example.question)
         return self._views[example.example_id]
+
+    def _check_id(self, example: Example) -> None:
+        text = (example.question, example.answer)
+        if self._texts.setdefault(example.example_id, text) != text:
+            raise DataError(f"two examples have the id {example.example_id!r}; ids must be unique")
 
     def latency_token_outputs(self, examples: Sequence[Example], tiers: Sequence[str], tokens: Tensor) -> Tensor:
         """Latency tokens behind the first blocks, differentiable in `tokens`.
@@ -101,6 +117,8 @@ class RolloutEngine:
         Returns:
             `(n, d_model)`, in the order of `tokens`.
         """
+        if not examples:
+            return tokens.to(self.model.dtype)
         places: dict[tuple[str, str], list[int]] = {}
         by_id = {}
         for i, (example, tier) in enumerate(zip(examples, tiers, strict=True)):
@@ -126,12 +144,14 @@ class RolloutEngine:
 
         Raises:
             KnobError: knobs are not in the model's knob space.
+            DataError: two examples have the same id.
         """
         fresh: dict[tuple[str, Knobs], Example] = {}
         for example, knobs in jobs:
+            self.model.knob_space.index(knobs)
+            self._check_id(example)
             key = (example.example_id, knobs)
             if key not in self.memory and key not in fresh:
-                self.model.knob_space.index(knobs)
                 fresh[key] = example
         self.num_remembered += len(jobs) - len(fresh)
         lengths = {key: self._prompt_tokens(example, key[1].tier) for key, example in fresh.items()}
@@ -166,6 +186,8 @@ class RolloutEngine:
         if chunk:
             yield chunk
 
+    # Not inference mode, even inside it: a cached prefix may serve a gradient later.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _shared_prefixes(self, wanted: Sequence[tuple[Example, str]]) -> list[Prefix]:
         found: dict[tuple[str, str], Prefix] = {}

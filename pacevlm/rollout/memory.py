@@ -67,6 +67,8 @@ class OutcomeMemory:
             IdentityError: the outcomes are another model's.
         """
         head, *records = read_jsonl(path, "remembered outcomes", DataError) or [{}]
+        if "model_identity" not in head:
+            raise DataError(f"{path} does not begin with a model's identity; remove it")
         if head.get("model_identity") != model_identity:
             raise IdentityError(
                 f"{path} holds outcomes of model {head.get('model_identity')!r}, not of {model_identity!r}; remove it"
@@ -74,8 +76,16 @@ class OutcomeMemory:
         memory = cls(model_identity)
         try:
             for r in records:
-                knobs = Knobs.parse(r.pop("knobs"))
-                memory.add(Outcome(knobs=knobs, **r))
-        except (TypeError, KeyError, AttributeError) as error:
+                memory.add(
+                    Outcome(
+                        example_id=str(r["example_id"]),
+                        knobs=Knobs.parse(r["knobs"]),
+                        answer=str(r["answer"]),
+                        accuracy=float(r["accuracy"]),
+                        num_prompt_tokens=int(r["num_prompt_tokens"]),
+                        num_output_tokens=int(r["num_output_tokens"]),
+                    )
+                )
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise DataError(f"{path} holds a line that is no outcome ({error}); remove the file") from error
         return memory

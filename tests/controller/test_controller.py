@@ -71,22 +71,31 @@ def test_an_untrained_policy_is_near_uniform_over_the_mask(
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "opinionated"), [(torch.float64, 1e-12, True), (torch.float32, 1e-6, False)]
+)
 def test_a_batch_gives_every_row_what_it_gets_alone(
-    make_controller: Callable, make_request: Callable, settings: dict
+    make_controller: Callable,
+    make_request: Callable,
+    settings: dict,
+    dtype: torch.dtype,
+    tolerance: float,
+    opinionated: bool,
 ) -> None:
-    controller = make_controller(opinionated=True, **settings)
+    controller = make_controller(opinionated=opinionated, **settings).to(dtype)
     requests = with_images([make_request(seed) for seed in range(9)])
     budgets_ms = [request.budget_ms for request in requests]
     tiers = [i % 3 for i in range(9)]
     tokens = controller.budget_tokens(budgets_ms)
     tier_logits, pair_logits = both_stages(controller, requests)
-    assert tier_logits.std() > 0.1
+    assert tier_logits.dtype == pair_logits.dtype == dtype
+    assert tier_logits.std() > (0.1 if opinionated else 1e-3)
     for i, request in enumerate(requests):
-        alone = controller.stage1_logits(controller.stage1_features([request]))
-        torch.testing.assert_close(alone[0], tier_logits[i], atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(controller.budget_tokens([budgets_ms[i]])[0], tokens[i], atol=1e-6, rtol=1e-6)
-        alone = controller.stage2_logits(tokens[i : i + 1], [budgets_ms[i]], [tiers[i]])
-        torch.testing.assert_close(alone[0], pair_logits[i], atol=1e-6, rtol=1e-6)
+        one_tier = controller.stage1_logits(controller.stage1_features([request]))
+        one_token = controller.budget_tokens([budgets_ms[i]])
+        one_pair = controller.stage2_logits(tokens[i : i + 1], [budgets_ms[i]], [tiers[i]])
+        for alone, batched in ((one_tier, tier_logits), (one_token, tokens), (one_pair, pair_logits)):
+            torch.testing.assert_close(alone[0], batched[i], atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(

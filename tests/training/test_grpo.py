@@ -377,7 +377,7 @@ def test_mean_gradient_over_sampled_groups_is_the_enumerated_one(scale):
     config = GRPOConfig(scale_rewards=scale)
     order = torch.arange(contexts).repeat(1500)
     total = torch.zeros(contexts * TIERS * (PAIRS + 1), dtype=torch.float64)
-    batches = 10
+    batches = 6
     for _ in range(batches):
         total -= policy.gradient(bandit_loss(policy, order, table, config, generator))
     exact = policy.exact_gradient(table.double())

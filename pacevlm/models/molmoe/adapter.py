@@ -36,7 +36,8 @@ class MolmoEAdapter:
     renormalises_top_k = False
 
     def __init__(self, model: MolmoEForConditionalGeneration, processor: MolmoEProcessor) -> None:
-        self.model = model.eval().requires_grad_(False)
+        model.train(False)
+        self.model = model.requires_grad_(False)
         self.processor = processor
         self.config = model.config
         self.num_blocks: int = self.config.n_layers
@@ -61,7 +62,8 @@ class MolmoEAdapter:
 
     def vision_sizes(self, height: int, width: int, max_crops: int) -> VisionSizes:
         """See `Adapter`; raises ImageError."""
-        return self.processor.image_processor.vision_sizes(height, width, max_crops)
+        sizes: VisionSizes = self.processor.image_processor.vision_sizes(height, width, max_crops)
+        return sizes
 
     def prepare(self, image: Image.Image, prompt: MolmoEPrompt, max_crops: int) -> PreparedRequest:
         """See `Adapter`; raises ImageError."""
@@ -79,7 +81,8 @@ class MolmoEAdapter:
         """See `Adapter`."""
         index = cast(Tensor, request.image_input_idx).to(self.device)
         ids = request.input_ids.to(self.device)
-        return self.model.model.embed(ids[None], features[None], index[None])[0]
+        embeddings: Tensor = self.model.model.embed(ids[None], features[None], index[None])
+        return embeddings[0]
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """See `Adapter`."""

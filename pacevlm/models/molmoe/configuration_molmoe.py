@@ -51,6 +51,12 @@ FIXED: dict[str, Any] = {
 FIXED_VISION: dict[str, Any] = {"image_model_type": "openai", "image_mlp_activations": "quick_gelu"}
 
 
+def _whole_numbers(name: str, values: object) -> list[int]:
+    if not isinstance(values, (list, tuple)) or any(type(value) is not int for value in values):
+        raise ConfigError(f"{name} is {values!r}; it must be a list of whole numbers")
+    return list(values)
+
+
 class MolmoEConfig(PretrainedConfig):
     """Sizes and rules of a MolmoE model; the defaults are MolmoE-1B-0924.
 
@@ -110,6 +116,8 @@ class MolmoEConfig(PretrainedConfig):
         clip_qkv: float | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(vision_backbone, (dict, type(None))):
+            raise ConfigError(f"vision_backbone is {vision_backbone!r}; it must hold the tower's settings by name")
         self.d_model = d_model
         self.n_heads = n_heads
         self.n_kv_heads = n_kv_heads
@@ -126,14 +134,14 @@ class MolmoEConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
         self.vision_backbone = {**VISION_DEFAULTS, **(vision_backbone or {})}
-        self.vit_layers = list(vit_layers)
-        self.image_pooling_2d = image_pooling_2d.replace("_", "-")
+        self.vit_layers = _whole_numbers("vit_layers", vit_layers)
+        self.image_pooling_2d = str(image_pooling_2d).replace("_", "-")
         self.image_pooling_h = image_pooling_h
         self.image_pooling_w = image_pooling_w
         self.image_projector = image_projector
         self.image_padding_embed = image_padding_embed
         self.max_crops = max_crops
-        self.overlap_margins = list(overlap_margins)
+        self.overlap_margins = _whole_numbers("overlap_margins", overlap_margins)
         self.padding_crop_rule = padding_crop_rule
         self.use_cache = use_cache
         self.weight_tying = weight_tying
@@ -162,6 +170,7 @@ class MolmoEConfig(PretrainedConfig):
             name: getattr(self, name)
             for name in ("d_model", "n_heads", "n_layers", "vocab_size", "moe_num_experts", "moe_top_k", "max_crops")
         }
+        whole |= {"image_pooling_h": self.image_pooling_h, "image_pooling_w": self.image_pooling_w}
         whole |= {
             f"vision_backbone.{name}": vision[name] for name in VISION_DEFAULTS if type(VISION_DEFAULTS[name]) is int
         }
@@ -189,10 +198,10 @@ class MolmoEConfig(PretrainedConfig):
                 f"image_num_key_value_heads is {vision['image_num_key_value_heads']}; the vision tower has one per "
                 f"query head, {vision['image_num_heads']}"
             )
-        height, width = vision["image_default_input_size"]
-        patch = vision["image_patch_size"]
-        if height != width or height % patch:
-            raise ConfigError(f"crops of {height}x{width} px must be square and a multiple of the patch size {patch}")
+        sides = _whole_numbers("vision_backbone.image_default_input_size", vision["image_default_input_size"])
+        height, patch = sides[0] if sides else 0, vision["image_patch_size"]
+        if sides != [height, height] or height < 1 or height % patch:
+            raise ConfigError(f"crops of {sides} px must be square and their side a multiple of the patch size {patch}")
         expected = self.patches_per_side**2 + 1
         if vision["image_num_pos"] != expected:
             raise ConfigError(

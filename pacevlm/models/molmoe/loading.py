@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,26 +37,59 @@ def load_molmoe(folder: Path, device: str | torch.device, dtype: torch.dtype) ->
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, info = MolmoEForConditionalGeneration.from_pretrained(
+        loaded: Any = MolmoEForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, use_safetensors=True
         )
     except ConfigError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:
+        # A damaged config.json makes almost anything: TypeError, ZeroDivisionError, AttributeError, OSError ...
         raise CheckpointError(f"{folder} does not hold a loadable MolmoE checkpoint: {error}") from error
     finally:
         if bar:
             logging.enable_progress_bar()
+    model, info = cast("tuple[MolmoEForConditionalGeneration, dict[str, Any]]", loaded)
     wrong = {k: sorted(info[k])[:3] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(k)}
     if wrong:
         raise CheckpointError(
             f"the weights in {folder} do not belong to its config.json ({wrong}, ...); was a file swapped?"
         )
-    processor = MolmoEProcessor.from_pretrained(folder)
-    size = config.get("vision_backbone", {}).get("image_default_input_size", [None])[0]
-    if size is not None and processor.image_processor.geometry.crop_size != size:
+    try:
+        processor = MolmoEProcessor.from_pretrained(folder)
+    except ConfigError as error:
+        raise CheckpointError(f"the processor in {folder} cannot be used: {error}") from error
+    _check_processor(folder, processor, cast(MolmoEConfig, model.config))
+    torch.nn.Module.to(model, device)  # transformers' own `to` is not typed
+    return MolmoEAdapter(model, processor)
+
+
+def _check_processor(folder: Path, processor: MolmoEProcessor, config: MolmoEConfig) -> None:
+    """Refuse a processor that cuts other crops or knows other tokens than the model."""
+    geometry = processor.image_processor.geometry
+    cuts = {
+        "crop size": geometry.crop_size,
+        "patch size": geometry.patch_size,
+        "margins": tuple(geometry.margins),
+        "pool": (geometry.pool, geometry.pool),
+    }
+    takes = {
+        "crop size": config.vision_backbone["image_default_input_size"][0],
+        "patch size": config.vision_backbone["image_patch_size"],
+        "margins": tuple(config.overlap_margins),
+        "pool": (config.image_pooling_h, config.image_pooling_w),
+    }
+    for name, given in cuts.items():
+        if given != takes[name]:
+            raise CheckpointError(
+                f"the processor in {folder} works with {name} {given}, but the model takes {takes[name]}; was a file "
+                "swapped?"
+            )
+    special = processor.special_token_ids
+    text_id = max(special.bos, processor.tokenizer.vocab_size - 1)
+    image_id = max(special.im_start, special.im_end, special.im_patch, special.im_col)
+    num_all = config.num_embeddings + config.additional_vocab_size
+    if text_id >= config.num_embeddings or image_id >= num_all:
         raise CheckpointError(
-            f"the processor in {folder} cuts crops of {processor.image_processor.geometry.crop_size} px, but the model "
-            f"takes {size} px; was a file swapped?"
+            f"the tokenizer in {folder} has text ids up to {text_id} and image ids up to {image_id}, but the model "
+            f"embeds {config.num_embeddings} and {num_all} tokens; was a file swapped?"
         )
-    return MolmoEAdapter(model.to(device), processor)

@@ -246,7 +246,7 @@ class MolmoEModel(MolmoEPreTrainedModel):
         """Features of a batch of crops: `(batch, crops, patches, pixels)` to `(batch, crops, cells, d_model)`."""
         batch, crops = images.shape[:2]
         features: Tensor = self.vision_backbone(images.flatten(0, 1), image_masks.flatten(0, 1))
-        return features.unflatten(0, (batch, crops))
+        return features.view(batch, crops, *features.shape[1:])
 
     def embed(self, input_ids: Tensor, features: Tensor | None = None, image_input_idx: Tensor | None = None) -> Tensor:
         """Token embeddings with the image features added at their places.
@@ -389,13 +389,13 @@ class MolmoEForConditionalGeneration(MolmoEPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MolmoEConfig) -> None:
         super().__init__(config)
-        self.model = MolmoEModel(config)
-        self.lm_head = nn.Linear(config.d_model, config.num_embeddings, bias=False)
+        self.model: MolmoEModel = MolmoEModel(config)
+        self.lm_head: nn.Linear = nn.Linear(config.d_model, config.num_embeddings, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
-        return self.model.get_input_embeddings()
+        return self.model.transformer.wte
 
     def get_output_embeddings(self) -> nn.Module:
         """The output head."""
@@ -410,11 +410,18 @@ class MolmoEForConditionalGeneration(MolmoEPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        images: Tensor | None = None,
+        image_masks: Tensor | None = None,
+        image_input_idx: Tensor | None = None,
+        image_features: Tensor | None = None,
+        subsegment_ids: Tensor | None = None,
+        top_k_per_block: Sequence[int | Tensor] | None = None,
+        removed_blocks: Collection[int] = (),
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Logits `(batch, tokens, embedding_size)`, and the mean cross-entropy if `labels` are given (-100: ignored).
 
-        Other arguments are those of `MolmoEModel.forward`.
+        Other arguments are those of `MolmoEModel.forward`; `generate` accepts the ones that are spelled out here.
 
         Args:
             logits_to_keep: how many positions from the end get logits, or which ones; 0 means all. With 1 and an
@@ -426,6 +433,13 @@ class MolmoEForConditionalGeneration(MolmoEPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            images=images,
+            image_masks=image_masks,
+            image_input_idx=image_input_idx,
+            image_features=image_features,
+            subsegment_ids=subsegment_ids,
+            top_k_per_block=top_k_per_block,
+            removed_blocks=removed_blocks,
             **kwargs,
         )
         hidden = cast(Tensor, out.last_hidden_state)

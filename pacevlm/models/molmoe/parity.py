@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -120,7 +120,7 @@ class ParityFolder:
         bar = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            model, info = MolmoEForConditionalGeneration.from_pretrained(
+            loaded: Any = MolmoEForConditionalGeneration.from_pretrained(
                 self.folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True
             )
         except Exception as error:  # a damaged file raises whatever its reader does
@@ -128,13 +128,13 @@ class ParityFolder:
         finally:
             if bar:
                 logging.enable_progress_bar()
+        model, info = cast(tuple[MolmoEForConditionalGeneration, dict[str, Any]], loaded)
         wrong = {
             key: sorted(info[key])[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]
         }
         if wrong:
             raise CheckpointError(f"the weights in {self.folder} do not belong to its config.json: {wrong}")
-        loaded: MolmoEForConditionalGeneration = model.eval()
-        return loaded
+        return model
 
     @torch.no_grad()
     def run(self, name: str) -> list[Check]:
@@ -156,7 +156,7 @@ class ParityFolder:
         """Whether two router probabilities of a case are so close that one expert choice may differ without a bug."""
         case = self.cases.get(name, {})
         margins = [part.get("min_router_margin", 1.0) for part in (case, *case.get("variants", {}).values())]
-        return min(margins) < ROUTER_TIE
+        return bool(min(margins) < ROUTER_TIE)
 
     def _stored(self, case: str, name: str) -> Tensor | None:
         return self.tensors.get(f"{case}/{name}")
@@ -311,7 +311,7 @@ class ParityFolder:
     def _processor_checks(self, name: str) -> Iterator[Check]:
         pixels, prompt = self._stored(name, "in/image_uint8"), self._stored(name, "in/prompt_token_ids")
         if pixels is not None and prompt is not None:
-            geometry = geometry_of(self.model.config, self._cases_file.get("geometry", {}))
+            geometry = geometry_of(cast(MolmoEConfig, self.model.config), self._cases_file.get("geometry", {}))
             max_crops = self.cases[name].get("max_crops", self.model.config.max_crops)
             prepared = prepare_image(pixels.numpy(), max_crops, geometry)
             requests = [assemble_request([], prompt.tolist(), prepared, self._special_tokens(self._cases_file))]

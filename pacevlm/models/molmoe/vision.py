@@ -12,7 +12,8 @@ from pacevlm.models.molmoe.configuration_molmoe import MolmoEConfig
 def _attend_float32(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     # The tower's and the pooling's attention is computed in float32 whatever the weights' dtype (`float32_attention`).
     def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (num_heads, -1)).transpose(1, 2).float()
+        split: Tensor = x.unflatten(-1, (num_heads, -1))
+        return split.transpose(1, 2).float()
 
     out = F.scaled_dot_product_attention(heads(q), heads(k), heads(v))
     return out.transpose(1, 2).flatten(2).to(q.dtype)

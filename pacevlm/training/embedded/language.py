@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
@@ -27,6 +28,24 @@ def load_balancing_loss(router_logits: Tensor, top_k: int) -> Tensor:
     return probabilities.shape[1] * (share * probabilities.mean(0)).sum()
 
 
+def router_flatness_loss(router_logits: Tensor) -> Tensor:
+    """How far tokens' router probabilities are from even: 0 when all experts weigh the same, 1 when one has all.
+
+    A small model left alone puts nearly all weight on one expert, and the other seven could be dropped for free.
+    Published mixtures of experts spread their weights; this term makes the small one do so.
+
+    Args:
+        router_logits: `(tokens, experts)`.
+    """
+    log_probabilities = torch.log_softmax(router_logits.float(), dim=-1)
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1).mean()
+    return 1 - entropy / math.log(router_logits.shape[-1])
+
+
+# Questions that need several steps are rarer and slower to learn.
+FAMILY_WEIGHTS = {"sum": 3.0, "read": 1.5}
+
+
 def training_loss(
     model: MolmoEForConditionalGeneration,
     batch: PackedBatch,
@@ -36,6 +55,7 @@ def training_loss(
     heads_after: int,
     heads_weight: float,
     balance_weight: float,
+    flatness_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, float]]:
     """Answer cross-entropy plus the auxiliary terms of one packed batch.
 
@@ -47,6 +67,7 @@ def training_loss(
         heads_after: number of blocks below those heads.
         heads_weight: weight of the heads' loss.
         balance_weight: weight of the load-balancing loss, averaged over blocks.
+        flatness_weight: weight of the router-flatness loss, averaged over blocks.
 
     Returns:
         loss and metrics: `loss/*`, and `exact/<family>`, the share of questions with every token right when the
@@ -60,13 +81,15 @@ def training_loss(
     x = inner.transformer.wte(batch.input_ids)
     x = x.reshape(rows * tokens, -1).index_add(0, batch.cell_places, used).view(rows, tokens, -1)
     rope = rope_tables(batch.position_ids, model.config.head_dim_, model.config.rope_theta)
-    balance = x.new_zeros(())
+    balance, flatness = x.new_zeros(()), x.new_zeros(())
     metrics: dict[str, float] = {}
     total = x.new_zeros(())
     for block in inner.transformer.blocks:
         x, router_logits = block(x, rope, batch.mask)
         if balance_weight:
             balance = balance + load_balancing_loss(router_logits.flatten(0, 1), model.config.moe_top_k)
+        if flatness_weight:
+            flatness = flatness + router_flatness_loss(router_logits.flatten(0, 1))
         if heads is not None and heads_weight and block.index + 1 == heads_after:
             cells = x.reshape(rows * tokens, -1)[batch.cell_places]
             dense_loss, dense_metrics = heads.loss(F.rms_norm(cells, cells.shape[-1:]), batch.cell_labels)
@@ -77,13 +100,18 @@ def training_loss(
     hidden = inner.transformer.ln_f(x.reshape(rows * tokens, -1)[labelled])
     logits = model.lm_head(hidden)
     target = batch.labels.view(-1)[labelled]
-    answer_loss = F.cross_entropy(logits.float(), target)
-    total = total + answer_loss + balance_weight * balance / len(inner.transformer.blocks)
+    question = batch.question.view(-1)[labelled]
+    by_question = torch.tensor([FAMILY_WEIGHTS.get(family, 1.0) for family in batch.families])
+    weight = by_question[question]
+    answer_loss = (F.cross_entropy(logits.float(), target, reduction="none") * weight).sum() / weight.sum()
+    depth = len(inner.transformer.blocks)
+    total = total + answer_loss + (balance_weight * balance + flatness_weight * flatness) / depth
     metrics["loss/answer"] = float(answer_loss.detach())
     if balance_weight:
-        metrics["loss/balance"] = float(balance.detach()) / len(inner.transformer.blocks)
+        metrics["loss/balance"] = float(balance.detach()) / depth
+    if flatness_weight:
+        metrics["loss/flatness"] = float(flatness.detach()) / depth
     wrong = (logits.argmax(-1) != target).float()
-    question = batch.question.view(-1)[labelled]
     errors = torch.zeros(len(batch.families)).index_add(0, question, wrong)
     by_family: dict[str, list[float]] = defaultdict(list)
     for family, count in zip(batch.families, errors.tolist(), strict=True):

@@ -48,6 +48,7 @@ class Stage:
         num_blocks: depth of the decoder, or 0 to train the vision half alone on dense labels.
         freeze_tower: keep the vision half as it is.
         heads_weight: weight of the dense labels on hidden states at a quarter of the depth.
+        balance_weight, flatness_weight: weights of the routers' two losses, averaged over blocks.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Stage:
     freeze_tower: bool = True
     heads_weight: float = 0.2
     balance_weight: float = 0.01
+    flatness_weight: float = 0.0
 
 
 STAGES = (
@@ -69,8 +71,8 @@ STAGES = (
     Stage("tower", 1200, 256, 2e-3, (1,), CROPS, 0, final_lr=1e-4, freeze_tower=False),
     Stage("language-4-easy", 500, 48, 2e-3, (2,), EASY, 4, final_lr=2e-3),
     Stage("language-4", 400, 48, 2e-3, (2, 6, 12), FULL, 4, final_lr=1.5e-3),
-    Stage("language-16", 1000, 32, 1.5e-3, (2, 6, 12, 12), FULL, 16, final_lr=1e-4, heads_weight=0.1),
-    Stage("all", 150, 32, 3e-4, (2, 6, 12, 12), FULL, 16, freeze_tower=False, heads_weight=0.1),
+    Stage("language-16", 1000, 32, 1.5e-3, (2, 6, 12, 12), FULL, 16, final_lr=1e-4, heads_weight=0.0, flatness_weight=0.1),
+    Stage("all", 150, 32, 3e-4, (2, 6, 12, 12), FULL, 16, freeze_tower=False, heads_weight=0.0, flatness_weight=0.1),
 )
 
 
@@ -206,6 +208,7 @@ class EmbeddedTrainer:
             heads_after=max(1, stage.num_blocks // 4),
             heads_weight=stage.heads_weight,
             balance_weight=stage.balance_weight,
+            flatness_weight=stage.flatness_weight,
         )
 
     def run(self) -> MolmoEForConditionalGeneration:

@@ -1,0 +1,353 @@
+"""The sweep: every policy on the same examples and budgets, answers in batches, latencies one request at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pacevlm.baselines.cheapest import CheapestPolicy
+from pacevlm.baselines.full import FullPolicy
+from pacevlm.baselines.lookup_table import LookupTable
+from pacevlm.baselines.oracle import OraclePolicy
+from pacevlm.baselines.random_feasible import RandomFeasiblePolicy
+from pacevlm.baselines.static import StaticPolicy
+from pacevlm.config import EvaluateConfig
+from pacevlm.controller.policy_interface import Policy, PolicyInput
+from pacevlm.errors import DataError
+from pacevlm.evaluation.records import EvaluationRecord
+from pacevlm.knobs import Knobs
+from pacevlm.latency.measuring import use_num_threads, without_garbage_collection
+from pacevlm.models.elastic import ElasticModel, RequestView
+from pacevlm.rollout.engine import RolloutEngine
+from pacevlm.rollout.request import PacedResult, Pacing, run_with_policy
+from pacevlm.types import Example, Outcome
+
+# What is going on, how much of it is done, and how much there is.
+Progress = Callable[[str, int, int], None]
+# Timed requests between two garbage collections.
+WINDOW = 20
+
+
+# Requests and choices ------------------------------------------------------------------------------------------------
+
+
+def build_requests(
+    engine: RolloutEngine,
+    examples: Sequence[Example],
+    budgets_ms: Sequence[float],
+    pacing: Pacing,
+) -> list[list[PolicyInput]]:
+    """What policies are told of every example at every budget: one list per budget, in the order of the examples.
+
+    Raises:
+        BudgetError: a budget is not a positive, finite number.
+        ProfileError: the guardrail is not calibrated for this kind of budget, or does not fit the model.
+    """
+    views = [engine.view(example) for example in examples]
+    if not views:
+        return [[] for _ in budgets_ms]
+    num_output_tokens = _bound_output_tokens(views, pacing)
+    requests = []
+    for budget_ms in budgets_ms:
+        feasibility = pacing.guardrail.feasible_masks(
+            [view.sizes for view in views], [budget_ms] * len(views), num_output_tokens, pacing.kind
+        )
+        requests.append(
+            [
+                PolicyInput(
+                    example_id=example.example_id,
+                    budget_ms=budget_ms,
+                    question_embedding=view.question_embedding,
+                    image_size=view.image_size,
+                    sizes=view.sizes,
+                    feasible=mask,
+                    any_feasible=bool(any_feasible),
+                    image=view.image,
+                )
+                for example, view, mask, any_feasible in zip(
+                    examples, views, feasibility.mask, feasibility.any_feasible, strict=True
+                )
+            ]
+        )
+    return requests
+
+
+def _bound_output_tokens(views: Sequence[RequestView], pacing: Pacing) -> NDArray[np.int64]:
+    model = pacing.output_length
+    if model is None:
+        return np.full(len(views), pacing.max_new_tokens)
+    embeddings = torch.stack([view.question_embedding for view in views]).detach().double().cpu().numpy()
+    text = None if model.text_weight is None else [view.sizes.num_text_tokens for view in views]
+    return model.upper_many(embeddings, text)
+
+
+def feasible_table(requests: Sequence[Sequence[PolicyInput]]) -> NDArray[np.bool_]:
+    """The guardrail's masks as fitting wants them, `(budgets, examples, configurations)`."""
+    return np.array([[request.feasible.reshape(-1) for request in row] for row in requests])
+
+
+@torch.no_grad()
+def choose_knobs(
+    policy: Policy, engine: RolloutEngine, examples: Sequence[Example], requests: Sequence[PolicyInput]
+) -> list[Knobs]:
+    """A policy's choice for every request, the latency tokens of all of them run together.
+
+    Args:
+        examples: one per request.
+    """
+    tiers = [policy.choose_tier(request) for request in requests]
+    outputs: list[torch.Tensor | None] = [None] * len(requests)
+    tokens = {budget_ms: policy.latency_token(budget_ms) for budget_ms in {request.budget_ms for request in requests}}
+    given = [(i, token) for i, request in enumerate(requests) if (token := tokens[request.budget_ms]) is not None]
+    if given:
+        places = [i for i, _ in given]
+        together = engine.latency_token_outputs(
+            [examples[i] for i in places], [tiers[i] for i in places], torch.stack([token for _, token in given])
+        )
+        for i, output in zip(places, together, strict=True):
+            outputs[i] = output
+    return [
+        Knobs(tier, *policy.choose_compute(request, tier, output))
+        for request, tier, output in zip(requests, tiers, outputs, strict=True)
+    ]
+
+
+def exhaustive_sweep(
+    engine: RolloutEngine, examples: Sequence[Example], progress: Callable[[int, int], None] | None = None
+) -> NDArray[np.float64]:
+    """Accuracy of every example with every configuration, `(examples, configurations)`.
+
+    The engine remembers the outcomes, so that training on the same examples finds them.
+
+    Args:
+        progress: called with (rollouts done, rollouts to do).
+    """
+    configurations = list(engine.model.knob_space)
+    outcomes = engine.run([(example, knobs) for example in examples for knobs in configurations], progress)
+    return np.array([outcome.accuracy for outcome in outcomes]).reshape(len(examples), len(configurations))
+
+
+def fit_baselines(
+    engine: RolloutEngine,
+    examples: Sequence[Example],
+    budgets_ms: Sequence[float],
+    pacing: Pacing,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Policy]:
+    """Every policy that needs no controller: lookup table and static knobs, fitted on training examples, and the rest.
+
+    Args:
+        examples: of the training split; each runs with every configuration unless that is remembered.
+        budgets_ms: budgets that the lookup table knows, strictly increasing.
+        pacing: the same that applies to every policy later.
+        seed: of the random policy.
+    """
+    space = engine.model.knob_space
+    accuracy = exhaustive_sweep(engine, examples, progress)
+    feasible = feasible_table(build_requests(engine, examples, budgets_ms, pacing))
+    return [
+        LookupTable.fit(space, budgets_ms, accuracy, feasible),
+        StaticPolicy.fit(space, budgets_ms, accuracy, feasible),
+        FullPolicy(space),
+        CheapestPolicy(space),
+        RandomFeasiblePolicy(space, seed),
+    ]
+
+
+def build_oracle(
+    engine: RolloutEngine,
+    examples: Sequence[Example],
+    requests: Sequence[PolicyInput],
+    pacing: Pacing,
+    progress: Callable[[int, int], None] | None = None,
+) -> OraclePolicy:
+    """The oracle of these examples, from running each with every configuration.
+
+    Args:
+        requests: one per example, at any budget.
+    """
+    accuracy = exhaustive_sweep(engine, examples, progress)
+    # Among equally good knobs the oracle takes the fastest; which of them that is hardly depends on the output length.
+    predicted_ms = pacing.guardrail.estimator.predict_many(
+        [request.sizes for request in requests], np.full(len(requests), pacing.max_new_tokens), pacing.kind
+    ).reshape(len(requests), -1)
+    ids = [example.example_id for example in examples]
+    return OraclePolicy(
+        engine.model.knob_space,
+        dict(zip(ids, accuracy, strict=True)),
+        dict(zip(ids, predicted_ms, strict=True)),
+    )
+
+
+# The evaluation ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a sweep gave.
+
+    Attributes:
+        records: one per policy, budget and example.
+        num_timed_requests: requests that ran alone, with a clock.
+        num_disagreements: how many of them scored differently from the batched run of the same request; the model is
+            the same, so anything but a rare rounding is a fault.
+    """
+
+    records: list[EvaluationRecord]
+    num_timed_requests: int
+    num_disagreements: int
+
+
+def evaluate(
+    model: ElasticModel,
+    engine: RolloutEngine,
+    policies: Sequence[Policy],
+    examples: Sequence[Example],
+    budgets_ms: Sequence[float],
+    pacing: Pacing,
+    config: EvaluateConfig,
+    *,
+    num_threads: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Run every policy on the same examples and budgets.
+
+    Accuracy comes from all examples, answered in batches. Latency comes from a random part of them: each of those runs
+    alone with every policy at every budget, in one random order over all three, so that a machine that slows down
+    slows down every policy alike. A latency includes everything that a request needs, the policy's own time as well.
+
+    Args:
+        policies: learned ones and baselines; `config.oracle` adds the oracle.
+        budgets_ms: one per fraction of `config.budgets`.
+        pacing: the same for every policy.
+        num_threads: CPU threads of the timed requests; None leaves them.
+
+    Raises:
+        DataError: there are no examples, or budgets and fractions differ in number.
+        IdentityError: the pacing was made for another model.
+    """
+    pacing.check_model(model)
+    if not examples or len(budgets_ms) != len(config.budgets):
+        raise DataError(
+            f"{len(examples)} examples and {len(budgets_ms)} budgets for the fractions {config.budgets}; give at least "
+            "one example and one budget per fraction"
+        )
+    examples = list(examples)
+    report = progress or (lambda *_: None)
+    requests = build_requests(engine, examples, budgets_ms, pacing)
+    competitors = list(policies)
+    if config.oracle:
+        competitors.append(
+            build_oracle(
+                engine, examples, requests[0], pacing, lambda done, todo: report("every configuration", done, todo)
+            )
+        )
+    chosen: dict[tuple[str, int], list[Knobs]] = {}
+    cells = list(itertools.product(competitors, range(len(budgets_ms))))
+    for number, (policy, b) in enumerate(cells, start=1):
+        chosen[policy.name, b] = choose_knobs(policy, engine, examples, requests[b])
+        report("choices", number, len(cells))
+    jobs = [(example, knobs) for row in chosen.values() for example, knobs in zip(examples, row, strict=True)]
+    outcomes = iter(engine.run(jobs, lambda done, todo: report("answers", done, todo)))
+    records: dict[tuple[str, int, int], EvaluationRecord] = {}
+    for (policy_name, b), row in chosen.items():
+        answered = [next(outcomes) for _ in row]
+        predicted_ms = _predict(pacing, requests[b], answered)
+        for i, (example, request, outcome) in enumerate(zip(examples, requests[b], answered, strict=True)):
+            records[policy_name, b, i] = _record(
+                policy_name, config.budgets[b], example, request, outcome, float(predicted_ms[i])
+            )
+    timed = _draw_timed(len(examples), competitors, len(budgets_ms), config)
+    disagreements = 0
+    with use_num_threads(num_threads):
+        runs = _time_requests(model, examples, budgets_ms, pacing, timed, config.num_warmup)
+        for number, ((policy, b, i), run) in enumerate(zip(timed, runs, strict=True), start=1):
+            key = (policy.name, b, i)
+            records[key] = _add_latency(records[key], run)
+            disagreements += engine.metric(run.result.answer, examples[i].answer) != records[key].accuracy
+            report("timed requests", number, len(timed))
+    return Evaluation(list(records.values()), len(timed), disagreements)
+
+
+Timed = tuple[Policy, int, int]
+
+
+def _draw_timed(num_examples: int, policies: Sequence[Policy], num_budgets: int, config: EvaluateConfig) -> list[Timed]:
+    """(policy, budget, example) triples to time, in random order; every policy gets the same examples."""
+    rng = np.random.default_rng(config.seed)
+    drawn = rng.permutation(num_examples)[: config.num_timed].tolist()
+    triples = list(itertools.product(policies, range(num_budgets), drawn))
+    return [triples[i] for i in rng.permutation(len(triples))]
+
+
+def _time_requests(
+    model: ElasticModel,
+    examples: Sequence[Example],
+    budgets_ms: Sequence[float],
+    pacing: Pacing,
+    timed: Sequence[Timed],
+    num_warmup: int,
+) -> Iterator[PacedResult]:
+    def run(policy: Policy, b: int, i: int) -> PacedResult:
+        example = examples[i]
+        return run_with_policy(
+            model, policy, example.image, example.question, budgets_ms[b], pacing, example.example_id
+        )
+
+    for triple in itertools.islice(itertools.cycle(timed), num_warmup):
+        run(*triple)
+    for start in range(0, len(timed), WINDOW):
+        with without_garbage_collection():
+            results = [run(*triple) for triple in timed[start : start + WINDOW]]
+        yield from results
+
+
+def _predict(pacing: Pacing, requests: Sequence[PolicyInput], outcomes: Sequence[Outcome]) -> NDArray[np.float64]:
+    """Predicted latency of every request with the knobs and the output length it had, `(requests,)`."""
+    estimator = pacing.guardrail.estimator
+    lengths = [outcome.num_output_tokens for outcome in outcomes]
+    predicted_ms = estimator.predict_many([request.sizes for request in requests], lengths, pacing.kind)
+    indices = [estimator.knob_space.index(outcome.knobs) for outcome in outcomes]
+    return predicted_ms.reshape(len(outcomes), -1)[np.arange(len(outcomes)), indices]
+
+
+def _record(
+    policy: str, fraction: float, example: Example, request: PolicyInput, outcome: Outcome, predicted_ms: float
+) -> EvaluationRecord:
+    kept: dict[str, Any] = {
+        name: value
+        for name, value in example.metadata.items()
+        if name != "family" and isinstance(value, (str, int, float, bool))
+    }
+    return EvaluationRecord(
+        policy=policy,
+        fraction=fraction,
+        budget_ms=request.budget_ms,
+        example_id=example.example_id,
+        knobs=outcome.knobs,
+        accuracy=outcome.accuracy,
+        latency_ms=None,
+        predicted_latency_ms=predicted_ms,
+        feasible=request.any_feasible,
+        family=str(example.metadata["family"]) if "family" in example.metadata else None,
+        metadata={**kept, "answer": outcome.answer, "num_output_tokens": outcome.num_output_tokens},
+    )
+
+
+def _add_latency(record: EvaluationRecord, run: PacedResult) -> EvaluationRecord:
+    """A record with its measured latency, and with what the timed run did otherwise than the batched one."""
+    result = run.result
+    metadata = {**record.metadata, "e2e_ms": result.times.e2e_ms, "ttft_ms": result.times.ttft_ms}
+    if result.answer != record.metadata["answer"]:
+        metadata["timed_answer"] = result.answer
+    if result.knobs != record.knobs:
+        metadata["timed_knobs"] = str(result.knobs)
+    return replace(record, latency_ms=run.measured_ms, metadata=metadata)

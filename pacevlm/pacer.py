@@ -1,0 +1,348 @@
+"""The public face: a model, a controller and a guardrail that together answer within a budget."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from pacevlm.controller.policy import Controller, ControllerPolicy
+from pacevlm.controller.policy_interface import Policy
+from pacevlm.errors import BudgetError, CheckpointError, ConfigError, IdentityError, KnobError
+from pacevlm.files import read_json, write_json_atomic
+from pacevlm.knobs import Knobs, KnobSpace, check_budget_ms
+from pacevlm.latency.estimator import LatencyEstimator
+from pacevlm.latency.guardrail import Guardrail
+from pacevlm.latency.measuring import use_num_threads
+from pacevlm.latency.output_length import OutputLengthModel
+from pacevlm.latency.profile import collect_device_facts
+from pacevlm.models.elastic import DEFAULT_MAX_CROPS, ElasticModel, read_elastic_settings
+from pacevlm.models.embedded import EMBEDDED_DIR
+from pacevlm.models.images import ImageSource
+from pacevlm.rollout.request import Pacing, run_with_policy
+from pacevlm.types import StageTimes
+
+BUNDLE_NAME = "bundle.json"
+BUNDLE_FOLDER = "bundle"
+FORMAT = "pacevlm-bundle"
+VERSION = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and how it kept its budget.
+
+    Attributes:
+        answer: the text.
+        knobs: the configuration that ran.
+        budget_ms: what was asked for.
+        budget_met: whether some configuration was expected to fit and the measured time did.
+        feasible: whether any configuration's upper bound fitted the budget; where none did, the cheapest ran.
+        predicted_ms: the estimator's latency of these knobs at this answer's length.
+        upper_bound_ms: the bound on it that was known beforehand.
+        measured_ms: wall-clock time of what the budget covers.
+        times: measured stages; the guardrail and the controller are inside.
+        num_output_tokens: tokens generated, end-of-text included.
+    """
+
+    answer: str
+    knobs: Knobs
+    budget_ms: float
+    budget_met: bool
+    feasible: bool
+    predicted_ms: float
+    upper_bound_ms: float
+    measured_ms: float
+    times: StageTimes
+    num_output_tokens: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Latency of one request under one configuration, before anything runs.
+
+    Attributes:
+        predicted_ms: the estimator's latency for an answer as long as its bound.
+        upper_bound_ms: the guardrail's bound; budgets from here on admit these knobs.
+    """
+
+    knobs: Knobs
+    predicted_ms: float
+    upper_bound_ms: float
+
+
+class Pacer:
+    """Answers questions about images, each within its own latency budget.
+
+    Args:
+        model: the frozen model.
+        controller: chooses the knobs.
+        pacing: guardrail, output lengths and what budgets cover.
+        full_p50_ms: median milliseconds of the full configuration on the profiled device.
+        model_path: where the model came from, `embedded` or a directory; stored in bundles.
+        num_threads: CPU threads of a request, as profiled; None leaves them as they are.
+
+    Raises:
+        IdentityError: the parts were made for different models, knob spaces or estimators.
+        BudgetError: `full_p50_ms` is not a positive, finite number.
+    """
+
+    def __init__(
+        self,
+        model: ElasticModel,
+        controller: Controller,
+        pacing: Pacing,
+        *,
+        full_p50_ms: float,
+        model_path: str | os.PathLike[str] = "embedded",
+        num_threads: int | None = None,
+    ) -> None:
+        pacing.check_model(model)
+        fingerprint = pacing.guardrail.estimator.fingerprint
+        for what, made_for, found in (
+            ("model", controller.model_identity, model.identity),
+            ("knob space", controller.knob_space, model.knob_space),
+            ("latency estimator", controller.estimator_fingerprint, fingerprint),
+        ):
+            if made_for != found:
+                raise IdentityError(f"the controller was trained for another {what}: {made_for!r}, not {found!r}")
+        self.model, self.controller, self.pacing = model, controller, pacing
+        self.full_p50_ms = check_budget_ms(full_p50_ms)
+        self.model_path, self.num_threads = os.fspath(model_path), num_threads
+        self.policy: Policy = ControllerPolicy(controller.eval())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "cpu",
+        model_path: str | os.PathLike[str] | None = None,
+        any_device: bool = False,
+    ) -> Self:
+        """Load a bundle with everything in it, checking that its parts belong together.
+
+        Args:
+            path: a directory that `save_pretrained` wrote, or a run directory with a `bundle` folder in it.
+            device: where the model runs.
+            model_path: where the model is, if no longer where the bundle says.
+            any_device: accept latencies that were profiled on another device; budgets then mean little.
+
+        Raises:
+            CheckpointError: a file is missing, malformed or of another version.
+            IdentityError: the parts were made for different models, knob spaces or devices.
+            ProfileError: a latency file is missing or malformed.
+            KnobError: the model cannot run the knob space.
+        """
+        folder = _bundle_folder(path)
+        values = _read_bundle(folder / BUNDLE_NAME)
+        settings = values["model"]
+        source = _model_folder(os.fspath(model_path or settings["path"]), folder)
+        model = ElasticModel.from_pretrained(
+            source,
+            knob_space=values["knob_space"],
+            device=device,
+            dtype=DTYPES[settings["dtype"]],
+            stage2_after=settings["stage2_after"],
+            policy=settings["block_policy"],
+            # Limits of tiers outside the knob space count in the model's identity too.
+            max_crops=_stored_max_crops(source) | settings["max_crops"],
+            max_new_tokens=settings["max_new_tokens"],
+        )
+        if model.identity != settings["identity"]:
+            raise IdentityError(
+                f"the bundle {folder} was made for model {settings['identity']}, but {source} is {model.identity}: its "
+                "weights or its elastic.json changed; give the right one as model_path, or train for this one"
+            )
+        with use_num_threads(values["num_threads"]):
+            facts = None if any_device else collect_device_facts(device, model.dtype)
+        estimator = LatencyEstimator.load(
+            folder / "estimator.json", model_identity=model.identity, knob_space=model.knob_space, device=facts
+        )
+        lengths_file = folder / "output_length.json"
+        pacing = Pacing(
+            guardrail=Guardrail.load(folder / "guardrail.json", estimator),
+            output_length=OutputLengthModel.load(lengths_file, model_identity=model.identity)
+            if values["output_length"]
+            else None,
+            max_new_tokens=model.max_new_tokens,
+            kind=values["budget_kind"],
+        )
+        controller = Controller.from_pretrained(
+            folder / "controller",
+            model_identity=model.identity,
+            knob_space=model.knob_space,
+            estimator_fingerprint=estimator.fingerprint,
+            d_model=model.d_model,
+        )
+        return cls(
+            model,
+            controller,
+            pacing,
+            full_p50_ms=values["full_p50_ms"],
+            model_path=model_path or settings["path"],
+            num_threads=values["num_threads"],
+        )
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write everything but the model's weights into a directory.
+
+        Raises:
+            StorageError: a file could not be written.
+        """
+        folder, model = Path(path), self.model
+        self.controller.save_pretrained(folder / "controller")
+        self.pacing.guardrail.estimator.save(folder / "estimator.json")
+        self.pacing.guardrail.save(folder / "guardrail.json")
+        if self.pacing.output_length is not None:
+            self.pacing.output_length.save(folder / "output_length.json")
+        source = self.model_path
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": {
+                "path": source if source == "embedded" else os.path.abspath(source),
+                "identity": model.identity,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "stage2_after": model.stage2_after,
+                "block_policy": model.order.source,
+                "max_crops": model.max_crops,
+                "max_new_tokens": model.max_new_tokens,
+            },
+            "knob_space": model.knob_space.to_dict(),
+            "full_p50_ms": self.full_p50_ms,
+            "budget_kind": self.pacing.kind,
+            "num_threads": self.num_threads,
+            "output_length": self.pacing.output_length is not None,
+        }
+        # Last, so that a bundle that can be opened is whole.
+        write_json_atomic(folder / BUNDLE_NAME, content)
+
+    def answer(
+        self, image: ImageSource, question: str, budget_ms: float = 80.0, policy: Policy | None = None
+    ) -> Answer:
+        """Answer a question about an image within a latency budget.
+
+        Args:
+            image: path, bytes, PIL image or uint8 array.
+            question: the user's text.
+            budget_ms: milliseconds for what the bundle's budgets cover, by default the whole request.
+            policy: chooses the knobs in place of the controller.
+
+        Raises:
+            BudgetError: the budget is not a positive, finite number.
+            ImageError: the image cannot be read or used.
+            QuestionError: the question is empty, too long or not text.
+            ConfigError: `policy` is no policy.
+        """
+        chosen = self.policy if policy is None else policy
+        if not isinstance(chosen, Policy):
+            raise ConfigError(
+                f"policy is {policy!r}; give an object with name, choose_tier, latency_token, choose_compute"
+            )
+        with use_num_threads(self.num_threads):
+            paced = run_with_policy(self.model, chosen, image, question, budget_ms, self.pacing)
+        return Answer(
+            answer=paced.result.answer,
+            knobs=paced.result.knobs,
+            budget_ms=paced.budget_ms,
+            budget_met=paced.budget_met,
+            feasible=paced.feasible,
+            predicted_ms=paced.predicted_ms,
+            upper_bound_ms=paced.upper_bound_ms,
+            measured_ms=paced.measured_ms,
+            times=paced.result.times,
+            num_output_tokens=paced.result.num_output_tokens,
+        )
+
+    def estimate(self, image: ImageSource, question: str) -> tuple[Estimate, ...]:
+        """Latency of a request under every configuration, in the order of the knob space; runs nothing.
+
+        Raises:
+            ImageError, QuestionError: the input cannot be used.
+        """
+        with torch.inference_mode():
+            view = self.model.view(image, question)
+        estimator = self.pacing.guardrail.estimator
+        predicted_ms = estimator.predict_all(view.sizes, self.pacing.output_tokens_upper(view), self.pacing.kind)
+        bounds_ms = self.pacing.upper_bounds_ms(view)
+        return tuple(
+            Estimate(knobs, float(predicted), float(bound))
+            for knobs, predicted, bound in zip(
+                self.model.knob_space, np.ravel(predicted_ms), np.ravel(bounds_ms), strict=True
+            )
+        )
+
+
+def _bundle_folder(path: str | os.PathLike[str]) -> Path:
+    for folder in (Path(path), Path(path) / BUNDLE_FOLDER):
+        if (folder / BUNDLE_NAME).is_file():
+            return folder
+    raise CheckpointError(
+        f"there is no {BUNDLE_NAME} in {os.fspath(path)} or its folder {BUNDLE_FOLDER!r}; give a directory that "
+        "save_pretrained wrote, or that of a finished run"
+    )
+
+
+def _read_bundle(path: Path) -> dict[str, Any]:
+    """The values of a bundle file, `knob_space` as a KnobSpace; raises CheckpointError if it is malformed."""
+    values = read_json(path, "bundle", CheckpointError)
+    found = (values.get("format"), values.get("version")) if isinstance(values, dict) else None
+    if found != (FORMAT, VERSION):
+        raise CheckpointError(f"{path} holds {found}, not {(FORMAT, VERSION)}; save the bundle again")
+    kinds: dict[str, Any] = {
+        "model": dict,
+        "knob_space": dict,
+        "full_p50_ms": (int, float),
+        "budget_kind": str,
+        "num_threads": (int, type(None)),
+        "output_length": bool,
+    }
+    model_kinds: dict[str, Any] = {
+        "path": str,
+        "identity": str,
+        "dtype": str,
+        "stage2_after": int,
+        "block_policy": str,
+        "max_crops": dict,
+        "max_new_tokens": int,
+    }
+    for what, entries, expected in (
+        (str(path), values, kinds),
+        (f"'model' in {path}", values.get("model"), model_kinds),
+    ):
+        wrong = [
+            key
+            for key, kind in expected.items()
+            if not isinstance(entries, dict) or key not in entries or not isinstance(entries[key], kind)
+        ]
+        if wrong:
+            raise CheckpointError(f"{what} lacks or garbles the entries {wrong}; save the bundle again")
+    if values["model"]["dtype"] not in DTYPES or values["budget_kind"] not in ("e2e", "ttft"):
+        raise CheckpointError(
+            f"{path} asks for dtype {values['model']['dtype']!r} and budget kind {values['budget_kind']!r}; known are "
+            f"{sorted(DTYPES)} and ['e2e', 'ttft']"
+        )
+    try:
+        check_budget_ms(values["full_p50_ms"])
+        return {**values, "knob_space": KnobSpace.from_dict(values["knob_space"])}
+    except (BudgetError, KnobError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is malformed: {error}; save the bundle again") from error
+
+
+def _model_folder(path: str, bundle: Path) -> Path:
+    """Where a model directory is; a relative one may lie beside the bundle's files, so that both can move together."""
+    if path == "embedded":
+        return EMBEDDED_DIR
+    beside = bundle / path
+    return beside if beside.is_dir() else Path(path)
+
+
+def _stored_max_crops(folder: Path) -> dict[str, int]:
+    stored: dict[str, int] = read_elastic_settings(folder).get("max_crops", DEFAULT_MAX_CROPS)
+    return dict(stored)

@@ -1,0 +1,128 @@
+"""What the steps of a run share: its settings, and the parts that its directory holds so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+from pacevlm.controller.policy import Controller
+from pacevlm.data.splits import Splits, load_splits
+from pacevlm.errors import DataError
+from pacevlm.latency.estimator import LatencyEstimator
+from pacevlm.latency.guardrail import Guardrail
+from pacevlm.latency.measuring import use_num_threads
+from pacevlm.latency.output_length import OutputLengthModel
+from pacevlm.latency.profile import collect_device_facts
+from pacevlm.models.elastic import ElasticModel
+from pacevlm.pipeline.artefacts import (
+    CONTROLLER_NAME,
+    ESTIMATOR_NAME,
+    GUARDRAIL_NAME,
+    MEMORY_NAME,
+    OUTPUT_LENGTH_NAME,
+)
+from pacevlm.pipeline.loading import load_elastic_model
+from pacevlm.pipeline.run_config import RunConfig
+from pacevlm.pipeline.step_log import StepLog
+from pacevlm.rollout.engine import RolloutEngine
+from pacevlm.rollout.memory import OutcomeMemory
+from pacevlm.rollout.request import Pacing
+
+
+class Reporter:
+    """What a pipeline tells while it works; every method does nothing unless a subclass does."""
+
+    def started(self, step: str) -> None:
+        """A step begins."""
+
+    def skipped(self, step: str, facts: Mapping[str, Any]) -> None:
+        """A step was finished by an earlier run with the same settings."""
+
+    def finished(self, step: str, seconds: float, facts: Mapping[str, Any]) -> None:
+        """A step ended well, with what it found."""
+
+    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
+        """`done` of `total` units of a piece of work are done; `note` holds a few current numbers."""
+
+
+class RunContext:
+    """The parts of one run, each loaded when it is first wanted.
+
+    Args:
+        config: all settings.
+        reporter: is told what happens.
+        command: the command line that asked, for the report.
+    """
+
+    def __init__(self, config: RunConfig, reporter: Reporter | None = None, command: str | None = None) -> None:
+        self.config, self.reporter, self.command = config, reporter or Reporter(), command
+        self.run_dir = config.run_dir
+
+    @cached_property
+    def model(self) -> ElasticModel:
+        """The frozen model."""
+        return load_elastic_model(self.config.model)
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The data set in three parts."""
+        return load_splits(self.config.data)
+
+    @cached_property
+    def engine(self) -> RolloutEngine:
+        """The rollout engine, with all outcomes that the run directory remembers."""
+        path = self.run_dir / MEMORY_NAME
+        memory = OutcomeMemory.load(path, self.model.identity) if path.exists() else None
+        return RolloutEngine(self.model, memory=memory)
+
+    @cached_property
+    def estimator(self) -> LatencyEstimator:
+        """The fitted estimator; raises IdentityError if it was fitted for another model or device."""
+        with use_num_threads(self.config.profile.num_threads):
+            facts = collect_device_facts(self.model.device, self.model.dtype)
+        return LatencyEstimator.load(
+            self.run_dir / ESTIMATOR_NAME,
+            model_identity=self.model.identity,
+            knob_space=self.model.knob_space,
+            device=facts,
+        )
+
+    def pacing(self, guardrail_name: str = GUARDRAIL_NAME) -> Pacing:
+        """Guardrail and output lengths as the run directory holds them."""
+        lengths = OutputLengthModel.load(self.run_dir / OUTPUT_LENGTH_NAME, model_identity=self.model.identity)
+        guardrail = Guardrail.load(self.run_dir / guardrail_name, self.estimator)
+        return Pacing(guardrail, lengths, self.model.max_new_tokens, self.config.train.budget_kind)
+
+    def controller(self) -> Controller:
+        """The trained controller."""
+        return Controller.from_pretrained(
+            self.run_dir / CONTROLLER_NAME,
+            model_identity=self.model.identity,
+            knob_space=self.model.knob_space,
+            estimator_fingerprint=self.estimator.fingerprint,
+            d_model=self.model.d_model,
+        )
+
+    @property
+    def full_p50_ms(self) -> float:
+        """Median latency of the full configuration, of the kind that budgets cover: the budget of fraction 1."""
+        step = StepLog(self.run_dir).get("profile")
+        if step is None:
+            raise DataError(f"{self.run_dir} holds no finished profile; run `pacevlm profile` first")
+        return float(step.facts["full_p50_ms"][self.config.train.budget_kind])
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Keep the outcomes of a piece of work, whether it ends well or is interrupted."""
+        num_before = len(self.engine.memory)
+        try:
+            yield
+        finally:
+            if len(self.engine.memory) > num_before:
+                self.engine.memory.save(self.run_dir / MEMORY_NAME)
+
+    def count(self, what: str) -> Callable[[int, int], None]:
+        """A callback that reports the progress of one piece of work."""
+        return lambda done, total: self.reporter.progress(what, done, total)

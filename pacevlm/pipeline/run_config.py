@@ -1,0 +1,82 @@
+"""Settings of a whole run: thorough by default, and a set that is quick enough for a first look."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pacevlm.config import (
+    CalibrateConfig,
+    ControllerSettings,
+    DataConfig,
+    EvaluateConfig,
+    LookupConfig,
+    ModelConfig,
+    ProfileConfig,
+)
+from pacevlm.errors import ConfigError
+from pacevlm.training.grpo import GRPOConfig
+from pacevlm.training.train_config import TrainConfig
+
+DEFAULT_RUN_DIR = Path("runs/default")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of a run: model, data, and each step from profiling to evaluation.
+
+    The defaults are thorough: about an hour on two CPU cores with the embedded model.
+
+    Attributes:
+        run_dir: folder that holds everything the run leaves behind.
+        model: which model runs, and which configurations of it.
+        data: which questions the controller learns from and is judged on.
+        profile: how latencies are measured and bounded.
+        lookup: the exhaustive sweep that the lookup table is fitted on.
+        controller: how the controller is built.
+        train: how the controller is trained; its `run_dir` is the name of a folder inside the run's.
+        calibrate: the guardrail's second calibration, on the knobs that the controller picks.
+        evaluate: how policies are compared on the test examples.
+
+    Raises:
+        ConfigError: `train.run_dir` is no plain name.
+    """
+
+    run_dir: Path = DEFAULT_RUN_DIR
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    lookup: LookupConfig = field(default_factory=LookupConfig)
+    controller: ControllerSettings = field(default_factory=ControllerSettings)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(run_dir=Path("train"), steps=400))
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "run_dir", Path(self.run_dir))
+        name = self.train.run_dir
+        # It is deleted when a run starts over, so it must not be able to name anything else.
+        if len(name.parts) != 1 or name.name in ("", "..") or name.is_absolute():
+            raise ConfigError(f"train.run_dir is {str(name)!r}; it must be the name of a folder inside run_dir")
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """The training settings with the folder resolved."""
+        return dataclasses.replace(self.train, run_dir=self.run_dir / self.train.run_dir)
+
+
+def quickstart_config(run_dir: Path = Path("runs/quickstart")) -> RunConfig:
+    """The quick defaults, about ten minutes on two CPU cores with the embedded model.
+
+    Every number that decides how long a quickstart takes stands here.
+    """
+    return RunConfig(
+        run_dir=run_dir,
+        data=DataConfig(num_train=600, num_val=200, num_test=200),
+        profile=ProfileConfig(num_samples=250, repeats=1, num_lengths=400),
+        lookup=LookupConfig(num_examples=300),
+        train=TrainConfig(run_dir=Path("train"), steps=120, batch_size=32, grpo=GRPOConfig(group_size=16)),
+        calibrate=CalibrateConfig(num_requests=200),
+        evaluate=EvaluateConfig(budgets=(0.5, 0.65, 0.8, 1.0), num_timed=40),
+    )

@@ -1,0 +1,305 @@
+"""The work of each step; every one leaves its artefacts in the run directory and returns what it found."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from pacevlm.baselines.lookup_table import LookupTable
+from pacevlm.baselines.static import StaticPolicy
+from pacevlm.config import config_to_dict
+from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
+from pacevlm.errors import DataError
+from pacevlm.evaluation.summary import RunFacts
+from pacevlm.evaluation.sweep import evaluate, exhaustive_sweep, fit_baselines
+from pacevlm.files import read_jsonl
+from pacevlm.latency.calibrate import coverage, fit_latency, full_p50_ms
+from pacevlm.latency.guardrail import Guardrail
+from pacevlm.latency.measuring import use_num_threads
+from pacevlm.latency.output_length import OutputLengthModel
+from pacevlm.latency.profile import Sample
+from pacevlm.latency.profiler import ProfilerSettings, profile_requests
+from pacevlm.pacer import Pacer
+from pacevlm.pipeline.artefacts import (
+    BUNDLE_NAME,
+    CONTROLLER_NAME,
+    ESTIMATOR_NAME,
+    GUARDRAIL_NAME,
+    LOOKUP_NAME,
+    OUTPUT_LENGTH_NAME,
+    PROFILE_GUARDRAIL_NAME,
+    PROFILE_NAME,
+    STATIC_NAME,
+)
+from pacevlm.pipeline.context import RunContext
+from pacevlm.pipeline.outputs import write_outputs
+from pacevlm.rollout.profiling import profiling_run
+from pacevlm.rollout.request import PacedResult, run_with_policy
+from pacevlm.training.run_record import installed_versions, source_commit
+from pacevlm.training.trainer import METRICS_NAME, Trainer
+
+# Requests before the clock counts, and between two garbage collections.
+NUM_WARMUP, WINDOW = 5, 20
+
+
+def profile_step(run: RunContext) -> dict[str, Any]:
+    """Time requests, fit and calibrate the estimator, and learn how long answers get."""
+    config, model, train = run.config.profile, run.model, run.splits.train
+    requests = [(example.image, example.question) for example in train[: config.num_requests]]
+    settings = ProfilerSettings(
+        num_requests=len(requests),
+        num_samples=config.num_samples,
+        repeats=config.repeats,
+        num_threads=config.num_threads,
+        seed=config.seed,
+    )
+    # The controller that will be trained, as far as its cost goes.
+    stand_in = ControllerConfig(reference_ms=1.0, embedding_scale=1.0, **config_to_dict(run.config.controller))
+    profile = profile_requests(
+        profiling_run(model, requests, stand_in),
+        model.knob_space,
+        settings,
+        model_identity=model.identity,
+        device=model.device,
+        dtype=model.dtype,
+        path=run.run_dir / PROFILE_NAME,
+        progress=lambda state: run.reporter.progress("timed requests", state.num_done, state.num_total),
+    )
+    fit = fit_latency(
+        profile,
+        trained_top_k=model.trained_top_k,
+        stage2_after=model.stage2_after,
+        alpha=config.alpha,
+        group_by=config.group_by,
+        seed=config.seed,
+    )
+    fit.estimator.save(run.run_dir / ESTIMATOR_NAME)
+    fit.guardrail.save(run.run_dir / PROFILE_GUARDRAIL_NAME)
+    run.__dict__.pop("estimator", None)
+    num_lengths = _fit_output_length(run)
+    full = model.knob_space.full
+    return {
+        "full_p50_ms": {
+            "e2e": full_p50_ms(profile),
+            "ttft": float(np.median([sample.stages.ttft_ms for sample in profile.samples if sample.knobs == full])),
+        },
+        "num_samples": len(profile.samples),
+        "num_lengths": num_lengths,
+        **dataclasses.asdict(fit.report),
+    }
+
+
+def _fit_output_length(run: RunContext) -> int:
+    """Learn output lengths from answers given with random knobs; returns their number."""
+    config, model = run.config.profile, run.model
+    rng = np.random.default_rng(config.seed)
+    examples = run.splits.train[: config.num_lengths]
+    jobs = [(example, model.knob_space[int(rng.integers(len(model.knob_space)))]) for example in examples]
+    with run.remembering():
+        outcomes = run.engine.run(jobs, run.count("answers"))
+    views = [run.engine.view(example) for example in examples]
+    lengths = OutputLengthModel.fit(
+        torch.stack([view.question_embedding for view in views]).detach().double().cpu().numpy(),
+        [outcome.num_output_tokens for outcome in outcomes],
+        model.max_new_tokens,
+        config.alpha,
+        model_identity=model.identity,
+        num_text_tokens=[view.sizes.num_text_tokens for view in views],
+        seed=config.seed,
+    )
+    lengths.save(run.run_dir / OUTPUT_LENGTH_NAME)
+    return len(examples)
+
+
+def lookup_step(run: RunContext) -> dict[str, Any]:
+    """Run training examples with every configuration; the outcomes are remembered."""
+    examples = run.splits.train[: run.config.lookup.num_examples]
+    with run.remembering():
+        accuracy = exhaustive_sweep(run.engine, examples, run.count("answers"))
+    space = run.model.knob_space
+    return {
+        "num_examples": len(examples),
+        "accuracy_full": float(accuracy[:, space.index(space.full)].mean()),
+        "accuracy_cheapest": float(accuracy[:, space.index(space.cheapest)].mean()),
+    }
+
+
+def train_step(run: RunContext) -> dict[str, Any]:
+    """Train the controller, or go on with its training."""
+    config, pacing = run.config.train_config, run.pacing(PROFILE_GUARDRAIL_NAME)
+    assert pacing.output_length is not None
+    controller = _new_controller(run, config.seed)
+    trainer = Trainer(
+        controller,
+        run.engine,
+        run.estimator,
+        pacing.guardrail,
+        pacing.output_length,
+        run.splits.train,
+        config,
+        run.full_p50_ms,
+    )
+
+    def on_step(step: int, metrics: Mapping[str, float], seconds_left: float) -> None:
+        note = f"reward {metrics['reward']:.3f}, entropy {metrics['entropy']:.2f}"
+        run.reporter.progress("training steps", step, config.steps, note)
+
+    with run.remembering():
+        trainer.run(on_step=on_step)
+    controller.save_pretrained(run.run_dir / CONTROLLER_NAME)
+    # From the file, because a run that was finished before has no step left to report.
+    last = read_jsonl(config.run_dir / METRICS_NAME, "training metrics", DataError)[-1]
+    shown = ("reward", "accuracy", "entropy", "cost/violation_rate", "cost/lambda")
+    return {"num_steps": trainer.step} | {name: last[name] for name in shown if name in last}
+
+
+def _new_controller(run: RunContext, seed: int) -> Controller:
+    model = run.model
+    example = run.splits.train[0]
+    prompt = model.adapter.encode_question(example.question)
+    prepared = model.adapter.prepare(example.image, prompt, model.max_crops[model.knob_space.tiers[0]])
+    with torch.no_grad():
+        scale = float(model.adapter.embed_tokens(prepared.input_ids).float().square().mean().sqrt())
+    config = ControllerConfig(
+        reference_ms=run.full_p50_ms, embedding_scale=scale, **config_to_dict(run.config.controller)
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        controller = Controller(
+            config,
+            model_identity=model.identity,
+            knob_space=model.knob_space,
+            estimator_fingerprint=run.estimator.fingerprint,
+            d_model=model.d_model,
+        )
+    return controller
+
+
+def calibrate_step(run: RunContext) -> dict[str, Any]:
+    """Calibrate the guardrail again on the knobs that the controller picks, and write the bundle.
+
+    A bound that was calibrated on knobs drawn evenly promises nothing about those that a policy prefers, because it
+    prefers what just fits. The requests are of the validation split, each at a random budget.
+    """
+    config, profile_config, model = run.config.calibrate, run.config.profile, run.model
+    pacing, controller = run.pacing(PROFILE_GUARDRAIL_NAME), run.controller()
+    policy = ControllerPolicy(controller.eval())
+    rng = np.random.default_rng([config.seed, 1])
+    order = rng.permutation(len(run.splits.val))
+    train = run.config.train
+    budgets_ms = run.full_p50_ms * rng.uniform(train.min_budget, train.max_budget, config.num_requests)
+    runs: list[PacedResult] = []
+
+    def run_one(number: int) -> PacedResult:
+        example = run.splits.val[int(order[number % len(order)])]
+        return run_with_policy(model, policy, example.image, example.question, float(budgets_ms[number]), pacing)
+
+    with use_num_threads(profile_config.num_threads):
+        for number in range(min(NUM_WARMUP, config.num_requests)):
+            run_one(number)
+        for start in range(0, config.num_requests, WINDOW):
+            with without_garbage_collection():
+                runs += [run_one(number) for number in range(start, min(start + WINDOW, config.num_requests))]
+            run.reporter.progress("timed requests", len(runs), config.num_requests)
+    samples = [_sample(paced) for paced in runs]
+    guardrail = Guardrail.from_samples(run.estimator, samples, profile_config.alpha, profile_config.group_by)
+    guardrail.save(run.run_dir / GUARDRAIL_NAME)
+    pacer = Pacer(
+        model,
+        controller,
+        dataclasses.replace(pacing, guardrail=guardrail),
+        full_p50_ms=run.full_p50_ms,
+        model_path=run.config.model.path,
+        num_threads=profile_config.num_threads,
+    )
+    pacer.save_pretrained(run.run_dir / BUNDLE_NAME)
+    kept = [paced.budget_met for paced in runs if paced.feasible]
+    calibration = guardrail.calibrations[pacing.kind]
+    return {
+        "num_requests": len(runs),
+        "violation_rate_before": 1.0 - float(np.mean(kept)) if kept else None,
+        "coverage_before": coverage(pacing.guardrail, samples),
+        "factors": {group: calibration.factor(group) for group in calibration.num_samples},
+    }
+
+
+def evaluate_step(run: RunContext) -> dict[str, Any]:
+    """Fit the baselines, run every policy on the test examples and write results, figures and report."""
+    config, model, pacing = run.config.evaluate, run.model, run.pacing()
+    budgets_ms = [fraction * run.full_p50_ms for fraction in config.budgets]
+    with run.remembering():
+        baselines = fit_baselines(
+            run.engine,
+            run.splits.train[: run.config.lookup.num_examples],
+            budgets_ms,
+            pacing,
+            seed=config.seed,
+            progress=run.count("training answers"),
+        )
+        for policy in baselines:
+            if isinstance(policy, LookupTable):
+                policy.save(run.run_dir / LOOKUP_NAME)
+            elif isinstance(policy, StaticPolicy):
+                policy.save(run.run_dir / STATIC_NAME)
+        examples = list(run.splits.test)
+        evaluation = evaluate(
+            model,
+            run.engine,
+            [ControllerPolicy(run.controller().eval()), *baselines],
+            examples,
+            budgets_ms,
+            pacing,
+            config,
+            num_threads=run.config.profile.num_threads,
+            progress=run.reporter.progress,
+        )
+    device = run.estimator.device
+    facts = RunFacts(
+        commit=source_commit() or "unknown",
+        device=f"{device.device_name}, {device.num_threads} thread{'s' if device.num_threads > 1 else ''}",
+        model=run.config.model.path,
+        dataset_name=run.splits.name,
+        dataset_split="test",
+        dtype=device.dtype,
+        versions={name: version for name, version in installed_versions().items() if version},
+        seeds={
+            "data": run.config.data.seed,
+            "profile": run.config.profile.seed,
+            "train": run.config.train.seed,
+            "calibrate": run.config.calibrate.seed,
+            "evaluate": config.seed,
+        },
+    )
+    results = write_outputs(
+        run.run_dir,
+        evaluation.records,
+        facts,
+        seed=config.seed,
+        examples=examples,
+        config=config_to_dict(run.config),
+        command=run.command,
+    )
+    return {
+        "num_examples": len(examples),
+        "num_timed_requests": evaluation.num_timed_requests,
+        "num_disagreements": evaluation.num_disagreements,
+        "controller_vs_lookup_table": results["average"].get("controller"),
+        "gap_closed": results["gap_closed"],
+    }
+
+
+def _sample(paced: PacedResult) -> Sample:
+    result = paced.result
+    return Sample(
+        knobs=result.knobs,
+        num_crops=result.num_crops,
+        num_image_tokens=result.num_image_tokens,
+        num_text_tokens=result.num_text_tokens,
+        num_pixels=result.num_pixels,
+        num_output_tokens=result.num_output_tokens,
+        stages=result.times,
+    )

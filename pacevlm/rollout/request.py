@@ -1,0 +1,195 @@
+"""One request under a budget, with any policy: look, ask the guardrail, let the policy choose, run, time it all."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pacevlm.controller.policy_interface import Policy, PolicyInput
+from pacevlm.errors import IdentityError
+from pacevlm.knobs import check_budget_ms
+from pacevlm.latency.guardrail import Guardrail
+from pacevlm.latency.output_length import OutputLengthModel
+from pacevlm.models.elastic import ElasticModel, RequestResult, RequestView
+from pacevlm.models.images import ImageSource
+from pacevlm.types import BudgetKind
+
+
+@dataclass(frozen=True)
+class Pacing:
+    """What turns a budget into a mask over knobs.
+
+    Attributes:
+        guardrail: calibrated bounds, which hold its estimator.
+        output_length: bounds the tokens of an answer; None always assumes the most that the model may generate.
+        max_new_tokens: that most.
+        kind: what a budget covers.
+
+    Raises:
+        IdentityError: the output lengths were fitted for another model or another `max_new_tokens`.
+    """
+
+    guardrail: Guardrail
+    output_length: OutputLengthModel | None
+    max_new_tokens: int
+    kind: BudgetKind = "e2e"
+
+    def __post_init__(self) -> None:
+        if self.output_length is None:
+            return
+        if self.output_length.model_identity != self.guardrail.estimator.model_identity:
+            raise IdentityError(
+                f"output lengths were fitted for model {self.output_length.model_identity!r}, latencies for "
+                f"{self.guardrail.estimator.model_identity!r}; fit both for one model"
+            )
+        if self.output_length.max_new_tokens != self.max_new_tokens:
+            raise IdentityError(
+                f"output lengths were fitted for at most {self.output_length.max_new_tokens} new tokens, but the model "
+                f"generates up to {self.max_new_tokens}; fit them anew"
+            )
+
+    def check_model(self, model: ElasticModel) -> None:
+        """Raise IdentityError unless everything was made for this model and knob space."""
+        self.guardrail.estimator.check_identity(model_identity=model.identity, knob_space=model.knob_space)
+        if self.max_new_tokens != model.max_new_tokens:
+            raise IdentityError(
+                f"output lengths are bounded by {self.max_new_tokens} new tokens, but the model generates up to "
+                f"{model.max_new_tokens}"
+            )
+
+    def output_tokens_upper(self, view: RequestView) -> int:
+        """Bound on the output tokens of a request that has only been looked at."""
+        model = self.output_length
+        if model is None:
+            return self.max_new_tokens
+        text = None if model.text_weight is None else view.sizes.num_text_tokens
+        return model.upper(view.question_embedding.double().cpu().numpy(), text)
+
+    def upper_bounds_ms(self, view: RequestView) -> NDArray[np.float64]:
+        """Bound on a request's latency under every configuration, `(tiers, top_ks, num_blocks)`, milliseconds."""
+        return self.guardrail.upper_bounds_ms(view.sizes, self.output_tokens_upper(view), self.kind)
+
+
+def policy_input(view: RequestView, budget_ms: float, pacing: Pacing, example_id: str = "") -> PolicyInput:
+    """What a policy is told of a request: its looks, its budget, and the guardrail's mask.
+
+    Raises:
+        BudgetError: the budget is not a positive, finite number.
+        ProfileError: the guardrail is not calibrated for this kind of budget, or does not fit the knob space.
+    """
+    mask, any_feasible = pacing.guardrail.feasible_mask(
+        view.sizes, budget_ms, pacing.output_tokens_upper(view), pacing.kind
+    )
+    return PolicyInput(
+        example_id=example_id,
+        budget_ms=budget_ms,
+        question_embedding=view.question_embedding,
+        image_size=view.image_size,
+        sizes=view.sizes,
+        feasible=mask,
+        any_feasible=any_feasible,
+        image=view.image,
+    )
+
+
+@dataclass(frozen=True)
+class PacedResult:
+    """A request that a policy ran under a budget.
+
+    Attributes:
+        result: answer, knobs, sizes and times; the times include the guardrail and the policy.
+        budget_ms: the budget.
+        feasible: whether any configuration's upper bound kept the budget.
+        predicted_ms: the estimator's latency of the knobs that ran, with the output length that the answer had.
+        upper_bound_ms: the guardrail's bound on these knobs, known before the answer was.
+        measured_ms: wall-clock time of what the budget covers.
+    """
+
+    result: RequestResult
+    budget_ms: float
+    feasible: bool
+    predicted_ms: float
+    upper_bound_ms: float
+    measured_ms: float
+
+    @property
+    def budget_met(self) -> bool:
+        """Whether the budget could be kept and was."""
+        return self.feasible and self.measured_ms <= self.budget_ms
+
+
+def run_with_policy(
+    model: ElasticModel,
+    policy: Policy,
+    image: ImageSource,
+    question: str,
+    budget_ms: float,
+    pacing: Pacing,
+    example_id: str = "",
+    max_new_tokens: int | None = None,
+) -> PacedResult:
+    """Run one request alone, with the knobs that a policy chooses for a budget.
+
+    Everything that the choice takes is inside the measured time: encoding the budget, bounding the output length,
+    bounding all latencies, and both stages of the policy. Where nothing fits, the mask holds the cheapest knobs alone.
+    Answers are never cut short for a budget.
+
+    Args:
+        image: path, bytes, PIL image or array.
+        question: the user's text.
+        example_id: identity of the request, the seed of policies that draw at random.
+        max_new_tokens: most generated tokens, for measurements; the model's own limit if None.
+
+    Raises:
+        BudgetError: the budget is not a positive, finite number.
+        ImageError, QuestionError: the input cannot be used.
+        KnobError: the policy chose knobs outside the knob space.
+    """
+    budget_ms = check_budget_ms(budget_ms)
+    request: PolicyInput | None = None
+    seen: RequestView | None = None
+
+    def choose_tier(view: RequestView) -> str:
+        nonlocal request, seen
+        seen, request = view, policy_input(view, budget_ms, pacing, example_id)
+        return policy.choose_tier(request)
+
+    def choose_compute(tier: str, latency_token_output: Tensor | None) -> tuple[int, int]:
+        assert request is not None
+        return policy.choose_compute(request, tier, latency_token_output)
+
+    started = time.perf_counter()
+    latency_token = policy.latency_token(budget_ms)
+    model.synchronise()
+    token_ms = (time.perf_counter() - started) * 1e3
+    result = model.run_request(
+        image,
+        question,
+        choose_tier=choose_tier,
+        choose_compute=choose_compute,
+        latency_token=latency_token,
+        max_new_tokens=max_new_tokens,
+    )
+    assert request is not None
+    assert seen is not None
+    # The budget is encoded before the model's own clock starts; it is part of stage 1 all the same.
+    times = dataclasses.replace(
+        result.times, stage1_ms=result.times.stage1_ms + token_ms, e2e_ms=result.times.e2e_ms + token_ms
+    )
+    result = dataclasses.replace(result, times=times)
+    predicted = pacing.guardrail.estimator.predict(request.sizes, result.knobs, result.num_output_tokens)
+    place = np.unravel_index(model.knob_space.index(result.knobs), model.knob_space.shape)
+    e2e = pacing.kind == "e2e"
+    return PacedResult(
+        result=result,
+        budget_ms=budget_ms,
+        feasible=request.any_feasible,
+        predicted_ms=predicted.e2e_ms if e2e else predicted.ttft_ms,
+        upper_bound_ms=float(pacing.upper_bounds_ms(seen)[place]),
+        measured_ms=times.e2e_ms if e2e else times.ttft_ms,
+    )

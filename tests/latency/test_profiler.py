@@ -1,0 +1,299 @@
+"""The profiler: what it measures, in which order, and what it makes of it."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pacevlm.errors import ConfigError, ProfileError
+from pacevlm.knobs import Knobs, KnobSpace
+from pacevlm.latency.calibrate import coverage, fit_latency, full_p50_ms, split_samples
+from pacevlm.latency.measuring import use_num_threads
+from pacevlm.latency.profile import NoiseFloor, Profile, Sample
+from pacevlm.latency.profiler import (
+    Measurement,
+    ProfileProgress,
+    ProfilerSettings,
+    noisy_windows,
+    plan_workload,
+    profile_requests,
+)
+
+SMALL = KnobSpace(("low", "high"), (2, 4), (3, 4, 6))
+TOKENS_PER_CROP = 144
+
+
+@dataclass
+class FakeModel:
+    """Runs requests on the simulated device and keeps a record of the circumstances."""
+
+    device: Any
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    calls: list[tuple[int, Knobs]] = field(default_factory=list)
+    threads: set[int] = field(default_factory=set)
+    collecting: list[bool] = field(default_factory=list)
+    fail_after: int | None = None
+
+    def __call__(self, index: int, knobs: Knobs, max_new_tokens: int | None) -> Any:
+        if self.fail_after is not None and len(self.calls) == self.fail_after:
+            raise KeyboardInterrupt
+        self.calls.append((index, knobs))
+        self.threads.add(torch.get_num_threads())
+        self.collecting.append(gc.isenabled())
+        crops = 1 + index % 5 if knobs.tier == "low" else 2 + index % 10
+        sizes = {
+            "num_crops": crops,
+            "num_image_tokens": crops * TOKENS_PER_CROP,
+            "num_text_tokens": 8 + index,
+            "num_pixels": 50_000 + 1000 * index,
+            "num_output_tokens": 1 + index % 4,
+        }
+        return SimpleNamespace(knobs=knobs, **sizes, times=self.device.stages(self.rng, sizes, knobs))
+
+
+def profile(run: Callable[..., Any], settings: ProfilerSettings, space: KnobSpace = SMALL, **options: Any) -> Profile:
+    return profile_requests(run, space, settings, model_identity="weights-a", device="cpu", dtype="float32", **options)
+
+
+def samples_of(workload: Any) -> list[Measurement]:
+    return [entry for entry in workload.schedule if not entry.is_reference]
+
+
+@pytest.mark.parametrize("num_samples", [2, 7, 60, 400])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_workload_has_distinct_points_and_both_ends_of_every_knob(
+    space: KnobSpace, num_samples: int, seed: int
+) -> None:
+    settings = ProfilerSettings(num_requests=16, num_samples=num_samples, repeats=3, seed=seed)
+    counts = Counter((entry.request, entry.knobs) for entry in samples_of(plan_workload(space, settings)))
+    assert len(counts) == num_samples
+    assert set(counts.values()) == {3}
+    for name, values in (("tier", space.tiers), ("top_k", space.top_ks), ("num_blocks", space.num_blocks)):
+        measured = {getattr(knobs, name) for _, knobs in counts}
+        assert {values[0], values[-1]} <= measured
+    assert all(knobs in space and 0 <= request < 16 for request, knobs in counts)
+
+
+def test_a_workload_fills_the_space_evenly(space: KnobSpace) -> None:
+    settings = ProfilerSettings(num_requests=20, num_samples=1000, repeats=1)
+    inner = [
+        entry for entry in samples_of(plan_workload(space, settings)) if entry.knobs not in (space.cheapest, space.full)
+    ]
+    for name, num_values in (("tier", 3), ("top_k", 5), ("num_blocks", 5)):
+        counts = Counter(getattr(entry.knobs, name) for entry in inner)
+        assert len(counts) == num_values
+        assert max(counts.values()) < 1.3 * min(counts.values())
+    per_request = Counter(entry.request for entry in inner)
+    assert len(per_request) == 20
+    assert max(per_request.values()) < 1.5 * min(per_request.values())
+
+
+def test_a_small_workload_is_the_whole_product() -> None:
+    settings = ProfilerSettings(num_requests=3, num_samples=10_000, repeats=1)
+    points = {(entry.request, entry.knobs) for entry in samples_of(plan_workload(SMALL, settings))}
+    assert points == set(itertools.product(range(3), SMALL))
+
+
+def test_the_order_is_random_and_the_seed_decides_it(space: KnobSpace) -> None:
+    def plan(seed: int) -> Any:
+        return plan_workload(space, ProfilerSettings(num_samples=100, repeats=2, seed=seed))
+
+    assert plan(3) == plan(3)
+    assert plan(3) != plan(4)
+    # Repeats of one point are not measured side by side, nor are the ends of the space at the start.
+    entries = samples_of(plan(3))
+    neighbours = sum(a == b for a, b in itertools.pairwise(entries))
+    assert neighbours < 10
+    assert any(entry.knobs not in (space.cheapest, space.full) for entry in entries[:10])
+
+
+def test_the_reference_is_interleaved(space: KnobSpace) -> None:
+    workload = plan_workload(space, ProfilerSettings(num_samples=45, repeats=1, reference_every=10))
+    places = [i for i, entry in enumerate(workload.schedule) if entry.is_reference]
+    assert places == [0, 11, 22, 33, 44, 50]
+    assert {workload.schedule[i] for i in places} == {workload.reference}
+
+
+def test_a_profile_holds_what_was_measured(make_device: Callable[..., Any], tmp_path: Path) -> None:
+    model = FakeModel(make_device(noise=0.02))
+    settings = ProfilerSettings(num_requests=8, num_samples=30, repeats=2, reference_every=10, max_warmup=12)
+    before = torch.get_num_threads()
+    result = profile(model, settings, path=tmp_path / "profile.json")
+    workload = plan_workload(SMALL, settings)
+    assert [sample.knobs for sample in result.samples] == [entry.knobs for entry in samples_of(workload)]
+    assert [sample.num_text_tokens - 8 for sample in result.samples] == [e.request for e in samples_of(workload)]
+    assert len(result.noise_floor.repeats_ms) == sum(entry.is_reference for entry in workload.schedule)
+    assert result.noise_floor.knobs == SMALL.full
+    assert 0 < result.noise_floor.cv < 0.05
+    assert model.calls[-len(workload.schedule) :] == [(entry.request, entry.knobs) for entry in workload.schedule]
+    # What was set for measuring is put back.
+    assert model.threads == {1} == {result.device.num_threads}
+    assert torch.get_num_threads() == before
+    assert not any(model.collecting[-len(workload.schedule) :])
+    assert gc.isenabled()
+    assert Profile.load(tmp_path / "profile.json") == result
+    assert [file.name for file in tmp_path.iterdir()] == ["profile.json"]
+
+
+def test_warm_up_ends_when_times_have_settled(make_device: Callable[..., Any]) -> None:
+    def num_warmup(slowdown: Callable[[int], float], max_warmup: int) -> int:
+        model = FakeModel(make_device())
+        settings = ProfilerSettings(num_requests=2, num_samples=2, repeats=1, max_warmup=max_warmup)
+
+        def run(index: int, knobs: Knobs, limit: int | None) -> Any:
+            result = model(index, knobs, limit)
+            factor = slowdown(len(model.calls))
+            times = {name: getattr(result.times, name) * factor for name in ("prepare_ms", "e2e_ms")}
+            result.times = type(result.times)(
+                **{name: getattr(result.times, name) for name in result.times.__slots__} | times
+            )
+            return result
+
+        profile(run, settings)
+        return len(model.calls) - len(plan_workload(SMALL, settings).schedule)
+
+    assert num_warmup(lambda call: 1.0, 50) == 10
+    assert 10 < num_warmup(lambda call: 1.0 + 20.0 * 0.7**call, 50) < 50
+    assert num_warmup(lambda call: 1.0 + call, 15) == 15
+    assert num_warmup(lambda call: 1.0, 0) == 0
+
+
+def test_progress_tells_the_time_left(make_device: Callable[..., Any]) -> None:
+    ticks = itertools.count()
+    seen: list[ProfileProgress] = []
+    settings = ProfilerSettings(num_requests=3, num_samples=20, repeats=1, reference_every=5, max_warmup=0)
+    profile(
+        FakeModel(make_device()), settings, progress=seen.append, clock=lambda: 2.0 * next(ticks)
+    )  # every look at the clock is one measurement of two seconds
+    total = len(plan_workload(SMALL, settings).schedule)
+    assert [step.num_done for step in seen] == list(range(1, total + 1))
+    assert [step.seconds_left for step in seen] == pytest.approx([2.0 * (total - i) for i in range(1, total + 1)])
+
+
+def test_an_interrupted_profile_goes_on(make_device: Callable[..., Any], tmp_path: Path) -> None:
+    settings = ProfilerSettings(num_requests=4, num_samples=20, repeats=1, reference_every=5, max_warmup=0)
+    path = tmp_path / "profile.json"
+    stopped = FakeModel(make_device(), fail_after=13)
+    with pytest.raises(KeyboardInterrupt):
+        profile(stopped, settings, path=path)
+    assert gc.isenabled()
+    assert not path.exists()
+    resumed = FakeModel(make_device())
+    result = profile(resumed, settings, path=path)
+    schedule = plan_workload(SMALL, settings).schedule
+    assert stopped.calls + resumed.calls == [(entry.request, entry.knobs) for entry in schedule]
+    # Without noise, a stopped and resumed run gives what one that was never stopped gives.
+    whole = profile(FakeModel(make_device()), settings)
+    assert (result.samples, result.noise_floor) == (whole.samples, whole.noise_floor)
+
+
+def test_another_runs_measurements_are_refused(make_device: Callable[..., Any], tmp_path: Path) -> None:
+    settings = ProfilerSettings(num_requests=4, num_samples=20, repeats=1)
+    with pytest.raises(KeyboardInterrupt):
+        profile(FakeModel(make_device(), fail_after=14), settings, path=tmp_path / "p.json")
+    other = ProfilerSettings(num_requests=4, num_samples=20, repeats=1, seed=1)
+    with pytest.raises(ProfileError, match="begun for another"):
+        profile(FakeModel(make_device()), other, path=tmp_path / "p.json")
+
+
+def test_a_request_with_other_knobs_is_refused(make_device: Callable[..., Any]) -> None:
+    model = FakeModel(make_device())
+    with pytest.raises(ProfileError, match="was to run with"):
+        profile(lambda i, knobs, limit: model(i, SMALL.cheapest, limit), ProfilerSettings())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_requests": 0}, {"num_samples": 1}, {"repeats": 0}, {"num_threads": 0}, {"seed": -1}, {"repeats": True}],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        ProfilerSettings(**settings)
+
+
+def test_threads_are_put_back_after_an_error() -> None:
+    before = torch.get_num_threads()
+
+    def fail() -> None:
+        with use_num_threads(before + 1):
+            assert torch.get_num_threads() == before + 1
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.get_num_threads() == before
+    with pytest.raises(ConfigError, match="num_threads"), use_num_threads(0):
+        pass
+
+
+def test_noisy_windows_are_those_beside_a_slow_reference(space: KnobSpace) -> None:
+    assert noisy_windows(NoiseFloor(space.full, (10.0, 10.4, 9.9, 10.1))) == ()
+    assert noisy_windows(NoiseFloor(space.full, (10.0, 10.1, 14.0, 10.0, 10.1, 13.0))) == (1, 2, 4)
+
+
+# Fitting -------------------------------------------------------------------------------------------------------------
+
+
+def request_key(sample: Sample) -> tuple[int, int]:
+    return sample.num_text_tokens, sample.num_pixels
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.7])
+def test_no_request_is_on_both_sides_of_a_split(make_device: Callable[..., Any], share: float, seed: int) -> None:
+    result = profile(FakeModel(make_device()), ProfilerSettings(num_requests=30, num_samples=200, repeats=2))
+    fit, calibration = split_samples(result.samples, share, seed)
+    assert not {request_key(sample) for sample in fit} & {request_key(sample) for sample in calibration}
+    assert sorted(map(repr, fit + calibration)) == sorted(map(repr, result.samples))
+    assert len(calibration) == pytest.approx(share * len(result.samples), abs=0.06 * len(result.samples))
+
+
+def test_a_single_request_cannot_be_split(make_device: Callable[..., Any]) -> None:
+    result = profile(FakeModel(make_device()), ProfilerSettings(num_requests=1, num_samples=10, repeats=1))
+    with pytest.raises(ProfileError, match="1 distinct requests"):
+        split_samples(result.samples)
+    with pytest.raises(ConfigError, match="calibration_share"):
+        split_samples(result.samples, 1.0)
+
+
+def test_a_fitted_profile_predicts_and_bounds_new_requests(make_device: Callable[..., Any], space: KnobSpace) -> None:
+    device = make_device(noise=0.05)
+    settings = ProfilerSettings(num_requests=60, num_samples=600, repeats=1)
+    result = profile(FakeModel(device), settings, space)
+    estimator, guardrail, report = fit_latency(result, trained_top_k=8, alpha=0.1)
+    assert report.num_fit + report.num_calibration == len(result.samples)
+    assert report.mape_e2e < 0.05
+    assert report.ape_p50 <= report.ape_p95
+    assert report.coverage == pytest.approx(0.9, abs=0.04)
+    fresh = profile(FakeModel(device, np.random.default_rng(7)), ProfilerSettings(num_requests=60, seed=7), space)
+    held_out = coverage(guardrail, fresh.samples)
+    assert held_out == pytest.approx(0.9, abs=0.05)
+    assert guardrail.estimator is estimator
+    assert full_p50_ms(result) == pytest.approx(
+        np.median([sample.stages.e2e_ms for sample in result.samples if sample.knobs == space.full])
+    )
+
+
+def test_the_report_is_of_requests_that_the_fit_did_not_see(make_device: Callable[..., Any], space: KnobSpace) -> None:
+    result = profile(FakeModel(make_device(noise=0.3)), ProfilerSettings(num_samples=300), space)
+    estimator, _, report = fit_latency(result, trained_top_k=8, alpha=0.1, seed=5)
+    held_out = split_samples(result.samples, 0.5, 5).calibration
+    measured = np.array([sample.stages.e2e_ms for sample in held_out])
+    errors = np.abs(estimator.predict_samples(held_out) / measured - 1)
+    assert report.mape_e2e == pytest.approx(errors.mean())
+    assert report.num_calibration == len(held_out)
+
+
+def test_coverage_is_left_out_where_halves_are_too_small(make_device: Callable[..., Any], space: KnobSpace) -> None:
+    result = profile(FakeModel(make_device()), ProfilerSettings(num_requests=10, num_samples=150, repeats=1), space)
+    assert fit_latency(result, trained_top_k=8, alpha=0.02).report.coverage is None

@@ -1,0 +1,346 @@
+"""Laws of elastic execution: what the block loop gives is what the model gives, whatever else runs beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from pacevlm.knobs import Knobs
+from pacevlm.models.block_order import BlockOrder
+from pacevlm.models.decoder import ElasticDecoder, Prefix, _Generation
+from pacevlm.models.elastic import ElasticModel
+from pacevlm.types import Example
+
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+STEPS = 6
+
+
+def embeddings_of(model: ElasticModel, example: Example, tier: str) -> Tensor:
+    prompt = model.adapter.encode_question(example.question)
+    prepared = model.adapter.prepare(example.image, prompt, model.max_crops[tier])
+    return model.adapter.embed(prepared, model.adapter.encode_vision([prepared])[0])
+
+
+def text_embeddings(model: ElasticModel, text: str) -> tuple[Tensor, Tensor]:
+    """Ids `(1, tokens)` and embeddings `(tokens, d_model)` of a prompt without an image."""
+    ids = model.adapter.processor(text=text)["input_ids"]
+    return ids, model.adapter.model.model.embed(ids)[0]
+
+
+def prefix_of(model: ElasticModel, example: Example, tier: str) -> Prefix:
+    return model.decoder.prefix([embeddings_of(model, example, tier)])[0]
+
+
+def row_logits(generated: list[list[int]], logits: list[Tensor]) -> list[Tensor]:
+    """Logits of every row, `(its steps, vocabulary)`: a row is in the batch until it has all its tokens."""
+    rows: list[list[Tensor]] = [[] for _ in generated]
+    for step, block in enumerate(logits):
+        alive = [row for row, tokens in enumerate(generated) if len(tokens) > step]
+        for place, row in enumerate(alive):
+            rows[row].append(block[place])
+        assert len(alive) == block.shape[0]
+    return [torch.stack(row) for row in rows]
+
+
+def generate(
+    decoder: ElasticDecoder, prefixes: Sequence[Prefix], knobs: Sequence[Knobs], steps: int = STEPS
+) -> tuple[list[list[int]], list[Tensor]]:
+    generated, logits = decoder.generate(
+        prefixes, [k.top_k for k in knobs], [k.num_blocks for k in knobs], steps, keep_logits=True
+    )
+    return generated, row_logits(generated, logits)
+
+
+def choose_end(generated: list[list[int]]) -> int:
+    """The token which, taken as end-of-text, makes the lengths of these answers differ most."""
+
+    def num_lengths(token: int) -> int:
+        return len({row.index(token) if token in row else len(row) for row in generated})
+
+    return max(sorted({token for row in generated for token in row}), key=num_lengths)
+
+
+def mixed_jobs(model: ElasticModel, examples: list[Example]) -> list[tuple[Example, Knobs]]:
+    """Every example with several knobs, so that tier, top_k, num_blocks and prompt length all differ."""
+    space = model.knob_space
+    pairs = list(range(0, space.num_stage2, max(1, space.num_stage2 // 3)))
+    jobs = []
+    for i, example in enumerate(examples):
+        for j, pair in enumerate(pairs):
+            jobs.append((example, Knobs(space.tiers[(i + j) % len(space.tiers)], *space.pair(pair))))
+        jobs.append((example, space.full))
+    return jobs
+
+
+@pytest.mark.parametrize("with_image", [True, False])
+def test_full_knobs_are_the_unmodified_checkpoint(
+    law_model: ElasticModel, law_examples: list[Example], with_image: bool
+) -> None:
+    space, hf = law_model.knob_space, law_model.adapter.model
+    full = Knobs(space.tiers[-1], law_model.trained_top_k, law_model.adapter.num_blocks)
+    for example in (law_examples[1], law_examples[3]):
+        if with_image:
+            crops = law_model.max_crops[full.tier]
+            batch = dict(law_model.adapter.processor(images=example.image, text=example.question, max_crops=crops))
+            embeddings = embeddings_of(law_model, example, full.tier)
+        else:
+            ids, embeddings = text_embeddings(law_model, example.question)
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        generated, logits = generate(law_model.decoder, law_model.decoder.prefix([embeddings]), [full])
+        tokens, prompt_length = generated[0], batch["input_ids"].shape[1]
+        fed = torch.cat([batch["input_ids"], torch.tensor([tokens[:-1]], dtype=torch.long)], dim=1)
+        images = {name: batch[name] for name in batch if name.startswith("image")}
+        with torch.no_grad():
+            out = hf(input_ids=fed, use_cache=False, **images)
+        torch.testing.assert_close(logits[0], out.logits[0, prompt_length - 1 :], **TOLERANCE)
+        eos, pad = law_model.adapter.eos_token_id, law_model.adapter.processor.tokenizer.pad_token_id
+        whole = hf.generate(**batch, max_new_tokens=STEPS, do_sample=False, eos_token_id=eos, pad_token_id=pad)
+        assert whole[0, prompt_length:].tolist() == tokens
+
+
+def test_mixed_batch_gives_every_row_what_it_gets_alone(
+    law_model: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = mixed_jobs(law_model, law_examples)
+    knobs = [k for _, k in jobs]
+    embeddings = [embeddings_of(law_model, example, k.tier) for example, k in jobs]
+    lone = [law_model.decoder.prefix([e])[0] for e in embeddings]
+    endless, _ = law_model.decoder.generate(lone, [k.top_k for k in knobs], [k.num_blocks for k in knobs], STEPS)
+    monkeypatch.setattr(law_model.adapter, "eos_token_id", choose_end(endless))
+
+    together = law_model.decoder.prefix(embeddings)
+    for alone, row in zip(lone, together, strict=True):
+        torch.testing.assert_close(row.hidden, alone.hidden, **TOLERANCE)
+        torch.testing.assert_close(row.keys, alone.keys, **TOLERANCE)
+        torch.testing.assert_close(row.values, alone.values, **TOLERANCE)
+    generated, logits = generate(law_model.decoder, together, knobs)
+    assert len({len(row) for row in generated}) >= 3  # rows really leave at different steps
+    assert len({p.num_tokens for p in together}) >= 3
+    for i, prefix in enumerate(lone):
+        one, one_logits = generate(law_model.decoder, [prefix], [knobs[i]])
+        assert generated[i] == one[0]
+        torch.testing.assert_close(logits[i], one_logits[0], **TOLERANCE)
+
+
+def test_rows_that_leave_do_not_disturb_the_others(
+    tiny_elastic: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = mixed_jobs(tiny_elastic, law_examples)
+    prefixes, knobs = [prefix_of(tiny_elastic, e, k.tier) for e, k in jobs], [k for _, k in jobs]
+    monkeypatch.setattr(tiny_elastic.adapter, "eos_token_id", -1)
+    stayed, stayed_logits = generate(tiny_elastic.decoder, prefixes, knobs)
+    for end in {row[1] for row in stayed}:
+        monkeypatch.setattr(tiny_elastic.adapter, "eos_token_id", end)
+        generated, logits = generate(tiny_elastic.decoder, prefixes, knobs)
+        assert any(len(row) < STEPS for row in generated)
+        for row, whole, row_logits_, whole_logits in zip(generated, stayed, logits, stayed_logits, strict=True):
+            assert row == whole[: whole.index(end) + 1 if end in whole else STEPS]
+            torch.testing.assert_close(row_logits_, whole_logits[: len(row)], **TOLERANCE)
+
+
+def test_order_of_rows_does_not_matter(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+    jobs = mixed_jobs(tiny_elastic, law_examples)
+    prefixes, knobs = [prefix_of(tiny_elastic, e, k.tier) for e, k in jobs], [k for _, k in jobs]
+    forwards, _ = generate(tiny_elastic.decoder, prefixes, knobs)
+    backwards, _ = generate(tiny_elastic.decoder, prefixes[::-1], knobs[::-1])
+    assert forwards == backwards[::-1]
+
+
+def test_skipped_blocks_keep_no_keys_and_values(
+    law_model: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, order, first = law_model.knob_space, law_model.order, law_model.stage2_after
+    counts = [space.num_blocks[0], space.num_blocks[-1], space.num_blocks[1], space.num_blocks[0]]
+    prefixes = [prefix_of(law_model, example, space.tiers[0]) for example in law_examples]
+    top_k = [space.top_ks[-1]] * len(counts)
+
+    def check(loop: _Generation) -> None:
+        for block in range(law_model.adapter.num_blocks):
+            keeping = [i for i, row in enumerate(loop.alive) if block < first or block in order.kept(counts[row])]
+            cache = loop.caches.get(block)
+            if not keeping:
+                assert cache is None
+                continue
+            assert cache is not None
+            assert cache.keys.shape[0] == cache.values.shape[0] == len(keeping)
+            places = list(range(len(loop.alive))) if cache.rows is None else cache.rows.tolist()
+            assert places == keeping
+
+    loop = _Generation(law_model.decoder, prefixes, top_k, counts, STEPS)
+    first_tokens = loop.step().argmax(-1)
+    check(loop)
+    # The second row, the only one that keeps every block, ends here, and with it the cache of the first to go.
+    monkeypatch.setattr(law_model.adapter, "eos_token_id", -2)
+    first_tokens[1] = -2
+    assert not loop.accept(first_tokens)
+    check(loop)
+    assert order.removal[0] not in loop.caches
+    loop.accept(loop.step().argmax(-1))
+    check(loop)
+
+
+def test_a_block_that_every_row_skips_equals_a_model_without_it(
+    law_model: ElasticModel, law_examples: list[Example]
+) -> None:
+    space, hf = law_model.knob_space, law_model.adapter.model
+    for num_blocks in space.num_blocks:
+        removed = tuple(set(range(law_model.adapter.num_blocks)) - set(law_model.order.kept(num_blocks)))
+        knobs = [Knobs(space.tiers[0], law_model.trained_top_k, num_blocks)] * 2
+        embeddings = [embeddings_of(law_model, example, space.tiers[0]) for example in law_examples[:2]]
+        generated, logits = generate(law_model.decoder, law_model.decoder.prefix(embeddings), knobs, 3)
+        for prompt, tokens, found in zip(embeddings, generated, logits, strict=True):
+            fed = torch.cat([prompt, law_model.adapter.embed_tokens(torch.tensor(tokens[:-1], dtype=torch.long))])
+            with torch.no_grad():
+                out = hf(inputs_embeds=fed[None], use_cache=False, removed_blocks=removed).logits[0]
+            torch.testing.assert_close(found, out[prompt.shape[0] - 1 :], **TOLERANCE)
+
+
+def naive_experts(model: ElasticModel, block: int, x: Tensor, top_k: int) -> Tensor:
+    """One token after the other, one expert after the other; `x` is `(tokens, d_model)`."""
+    mlp = model.adapter.blocks[block].mlp
+    out = torch.zeros_like(x)
+    for t, row in enumerate(x):
+        h = mlp.ff_norm.weight * row / torch.sqrt(row.pow(2).mean() + mlp.ff_norm.eps)
+        share = torch.softmax(mlp.gate.weight @ h, dim=0)
+        for expert in sorted(range(share.numel()), key=lambda e: -float(share[e]))[:top_k]:
+            gate, up = (mlp.experts.gate_up_proj[expert] @ h).chunk(2)
+            out[t] += share[expert] * (mlp.experts.down_proj[expert] @ (gate * torch.sigmoid(gate) * up))
+    return out
+
+
+def test_smaller_top_k_keeps_the_leading_weights_unscaled(law_model: ElasticModel) -> None:
+    space = law_model.knob_space
+    x = torch.randn(len(space.top_ks), 4, law_model.d_model, generator=torch.Generator().manual_seed(0))
+    for block in (0, law_model.adapter.num_blocks - 1):
+        naive = torch.stack([naive_experts(law_model, block, row, k) for row, k in zip(x, space.top_ks, strict=True)])
+        mixed = law_model.adapter.mix_experts(block, x, torch.tensor(space.top_ks))
+        torch.testing.assert_close(mixed, naive, atol=1e-5, rtol=1e-4)
+        for i, k in enumerate(space.top_ks):
+            torch.testing.assert_close(law_model.adapter.mix_experts(block, x[i : i + 1], k)[0], mixed[i], **TOLERANCE)
+
+
+def test_smaller_top_k_holds_behind_stage_2_only(law_model: ElasticModel, law_examples: list[Example]) -> None:
+    space, hf = law_model.knob_space, law_model.adapter.model
+    num_blocks = law_model.adapter.num_blocks
+    embeddings = embeddings_of(law_model, law_examples[2], space.tiers[0])
+    prefix = law_model.decoder.prefix([embeddings])
+    for top_k in space.top_ks[:2]:
+        per_block = [law_model.trained_top_k] * law_model.stage2_after
+        per_block += [top_k] * (num_blocks - law_model.stage2_after)
+        generated, logits = generate(law_model.decoder, prefix, [Knobs(space.tiers[0], top_k, num_blocks)], 3)
+        fed = torch.cat([embeddings, law_model.adapter.embed_tokens(torch.tensor(generated[0][:-1], dtype=torch.long))])
+        with torch.no_grad():
+            out = hf(inputs_embeds=fed[None], use_cache=False, top_k_per_block=per_block).logits[0]
+        torch.testing.assert_close(logits[0], out[embeddings.shape[0] - 1 :], **TOLERANCE)
+
+
+def with_stage2_after(model: ElasticModel, stage2_after: int) -> ElasticDecoder:
+    removal = tuple(block for block in model.order.removal if block >= stage2_after)
+    return ElasticDecoder(model.adapter, BlockOrder(model.adapter.num_blocks, removal), stage2_after)
+
+
+@pytest.mark.parametrize("stage2_after", [1, 2])
+def test_latency_token_is_a_real_last_token(
+    law_model: ElasticModel, law_examples: list[Example], stage2_after: int
+) -> None:
+    decoder, space = with_stage2_after(law_model, stage2_after), law_model.knob_space
+    embeddings = [embeddings_of(law_model, e, t) for e, t in zip(law_examples, space.tiers, strict=False)]
+    prefixes = decoder.prefix(embeddings)
+    generator = torch.Generator().manual_seed(0)
+    groups = [torch.randn(n, law_model.d_model, generator=generator) for n in (2, 1, 3)]
+    outputs = decoder.latency_token(prefixes, groups).split([2, 1, 3])
+    for prompt, prefix, group, found in zip(embeddings, prefixes, groups, outputs, strict=True):
+        for token, output in zip(group, found, strict=True):
+            with torch.no_grad():
+                states = law_model.adapter.model.model(
+                    inputs_embeds=torch.cat([prompt, token[None]])[None], use_cache=False, output_hidden_states=True
+                ).hidden_states
+            torch.testing.assert_close(output, states[stage2_after][0, -1], **TOLERANCE)
+            # The prompt's states are those behind which no token stood.
+            torch.testing.assert_close(prefix.hidden, states[stage2_after][0, :-1], **TOLERANCE)
+
+
+@pytest.mark.parametrize("stage2_after", [1, 2])
+def test_latency_token_leaves_no_trace(law_model: ElasticModel, law_examples: list[Example], stage2_after: int) -> None:
+    decoder, space = with_stage2_after(law_model, stage2_after), law_model.knob_space
+    knobs = [Knobs(t, space.top_ks[i % 2], space.num_blocks[-1 - i % 2]) for i, t in enumerate(space.tiers)]
+    embeddings = [embeddings_of(law_model, e, k.tier) for e, k in zip(law_examples, knobs, strict=False)]
+
+    def run(token: Tensor | None) -> tuple[list[Prefix], Tensor | None, list[Tensor], dict[int, tuple[Tensor, Tensor]]]:
+        prefixes, output = decoder.prefix(embeddings), None
+        if token is not None:
+            output = decoder.latency_token(prefixes, [token[None]] * len(prefixes))
+        loop = _Generation(decoder, prefixes, [k.top_k for k in knobs], [k.num_blocks for k in knobs], 3)
+        logits = []
+        for _ in range(3):
+            logits.append(loop.step())
+            if loop.accept(logits[-1].argmax(-1)):
+                break
+        return prefixes, output, logits, {block: (c.keys, c.values) for block, c in loop.caches.items()}
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = [None, *(scale * torch.randn(law_model.d_model, generator=generator) for scale in (0.1, 10.0))]
+    none, low, high = (run(token) for token in tokens)
+    assert not torch.equal(low[1], high[1])
+    for seen in (low, high):
+        for prefix, plain in zip(seen[0], none[0], strict=True):
+            assert torch.equal(prefix.hidden, plain.hidden)
+            assert all(map(torch.equal, prefix.keys + prefix.values, plain.keys + plain.values))
+        assert all(map(torch.equal, seen[2], none[2]))
+        assert seen[3].keys() == none[3].keys()
+        assert all(torch.equal(a, b) for block in none[3] for a, b in zip(seen[3][block], none[3][block], strict=True))
+
+
+def test_stage_2_after_two_blocks_is_the_same_model(law_model: ElasticModel, law_examples: list[Example]) -> None:
+    later, space = with_stage2_after(law_model, 2), law_model.knob_space
+    num_blocks = law_model.adapter.num_blocks
+    embeddings = [embeddings_of(law_model, example, space.tiers[0]) for example in law_examples]
+    full = [Knobs(space.tiers[0], law_model.trained_top_k, num_blocks)] * len(embeddings)
+    _, expected = generate(law_model.decoder, law_model.decoder.prefix(embeddings), full, 3)
+    _, found = generate(later, later.prefix(embeddings), full, 3)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+    # With fewer experts, the second block keeps the trained number of them.
+    top_k = space.top_ks[0]
+    per_block = [law_model.trained_top_k] * 2 + [top_k] * (num_blocks - 2)
+    _, found = generate(later, later.prefix(embeddings[:1]), [Knobs(space.tiers[0], top_k, num_blocks)], 1)
+    with torch.no_grad():
+        hf = law_model.adapter.model
+        out = hf(inputs_embeds=embeddings[0][None], use_cache=False, top_k_per_block=per_block).logits[0, -1]
+    torch.testing.assert_close(found[0][0], out, **TOLERANCE)
+
+
+def test_gradient_reaches_tokens_and_no_weight(law_model: ElasticModel, law_examples: list[Example]) -> None:
+    space = law_model.knob_space
+    prefixes = [prefix_of(law_model, example, space.tiers[0]) for example in law_examples[:2]]
+    tokens = torch.randn(3, law_model.d_model, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    output = law_model.decoder.latency_token(prefixes, [tokens[:2], tokens[2:]])
+    output.square().sum().backward()
+    assert tokens.grad is not None
+    assert (tokens.grad.abs().sum(1) > 0).all()
+    assert all(p.grad is None and not p.requires_grad for p in law_model.adapter.model.parameters())
+
+    # One token's gradient is its own: a change of another token leaves it alone, and it is the numerical one.
+    def loss(x: Tensor) -> Tensor:
+        return law_model.decoder.latency_token(prefixes, [x[:2], x[2:]])[0].square().sum()
+
+    x = tokens.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(x), x)
+    assert (gradient[1:] == 0).all()
+    direction = torch.zeros_like(x).detach()
+    direction[0] = gradient[0] / gradient[0].norm()
+    step = 1e-2
+    with torch.no_grad():
+        numeric = (loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
+    torch.testing.assert_close(numeric, gradient[0].norm(), rtol=2e-2, atol=1e-3)
+
+
+def test_tokens_are_reported_once_per_step(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+    prefix = prefix_of(tiny_elastic, law_examples[0], "low")
+    seen: list[int] = []
+    generated, logits = tiny_elastic.decoder.generate([prefix], [4], [6], 4, on_token=seen.append)
+    assert seen == list(range(len(generated[0])))
+    assert logits == []
