@@ -101,6 +101,7 @@ class ProfileConfig:
         num_samples: distinct pairs of request and knobs to time, spread over all knobs; a tenth of them have the full
             configuration, whose median is the budget of fraction 1.
         repeats: measurements of each pair.
+        max_warmup: most requests that run before timing; fewer once their time has settled.
         num_lengths: answers generated to learn how long answers get.
         num_threads: CPU threads of every measured request, here, in evaluation and when answering; None takes all.
         alpha: how often a latency may exceed its bound, and an answer its predicted length.
@@ -114,6 +115,7 @@ class ProfileConfig:
     num_requests: int = 64
     num_samples: int = 400
     repeats: int = 2
+    max_warmup: int = 50
     num_lengths: int = 800
     num_threads: int | None = 1
     alpha: float = 0.05
@@ -121,7 +123,9 @@ class ProfileConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole_numbers(self, {"num_requests": 2, "num_samples": 2, "repeats": 1, "num_lengths": 2, "seed": 0})
+        check_whole_numbers(
+            self, {"num_requests": 2, "num_samples": 2, "repeats": 1, "max_warmup": 0, "num_lengths": 2, "seed": 0}
+        )
         if self.num_threads is not None:
             check_whole_numbers(self, {"num_threads": 1})
         if not 0 < self.alpha < 1:
@@ -183,7 +187,7 @@ class CalibrateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole_numbers(self, {"num_requests": 40, "seed": 0})
+        check_whole_numbers(self, {"num_requests": 2, "seed": 0})
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -102,6 +103,12 @@ def tiny_elastic(tiny_elastic_dir: Path) -> ElasticModel:
     from pacevlm.models.elastic import ElasticModel
 
     return ElasticModel.from_pretrained(tiny_elastic_dir)
+
+
+@pytest.fixture
+def checkpoint(tiny_elastic_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint, to damage."""
+    return Path(shutil.copytree(tiny_elastic_dir, tmp_path / "model"))
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"baselines"}),
     frozenset({"evaluation"}),
     frozenset({"pacer"}),
+    frozenset({"pipeline"}),
     frozenset({"serving"}),
     frozenset({"cli"}),
 )

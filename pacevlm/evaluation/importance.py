@@ -19,6 +19,8 @@ from pacevlm.models.elastic import ElasticModel, write_elastic_settings
 from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.types import Example
 
+Scores = NDArray[np.float64]
+
 # Enough for the ends of a 95 % interval to two digits, at a hundred sets of a thousand examples within seconds.
 NUM_RESAMPLES = 2000
 
@@ -103,7 +105,7 @@ class _WithoutBlocks(RolloutEngine):
         super().__init__(variant, base.metric, max_rows=base.max_rows, max_tokens=base.max_tokens)
         self._views, self._prefixes = base._views, base._prefixes
 
-    def accuracy(self, examples: Sequence[Example]) -> NDArray[np.float64]:
+    def scores(self, examples: Sequence[Example]) -> Scores:
         """Score of each example, `(examples,)`."""
         outcomes = self.run([(example, self.model.knob_space.full) for example in examples])
         return np.array([outcome.accuracy for outcome in outcomes])
@@ -156,49 +158,73 @@ def measure_importance(
         )
     base = RolloutEngine(model, metric, max_rows=max_rows, max_tokens=max_tokens)
     blocks = range(first, num_blocks)
-    num_rounds = num_blocks - min_num_blocks
-    num_sets = 1 + len(blocks) + sum(min(num_candidates, len(blocks) - i) for i in range(1, num_rounds))
+    num_removed = num_blocks - min_num_blocks
+    num_sets = 1 + len(blocks) + sum(min(num_candidates, len(blocks) - i) for i in range(1, num_removed))
     num_measured = 0
 
-    def measure(removed: tuple[int, ...]) -> NDArray[np.float64]:
+    def measure(removed: tuple[int, ...]) -> Scores:
         nonlocal num_measured
-        accuracy = _WithoutBlocks(base, removed).accuracy(examples)
+        scores = _WithoutBlocks(base, removed).scores(examples)
         num_measured += 1
         if progress is not None:
             progress(num_measured, num_sets)
-        return accuracy
+        return scores
 
+    search = choose_removal(measure, blocks, num_removed, num_candidates=num_candidates)
+    return ImportanceResult(
+        removal=search.removal,
+        num_examples=len(examples),
+        full=_figure((), search.full, search.full),
+        single=tuple(_figure((block,), scores, search.full) for block, scores in search.single.items()),
+        greedy=tuple(_figure(search.removal[: i + 1], scores, search.full) for i, scores in enumerate(search.greedy)),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class RemovalSearch:
+    """A greedy search's outcome: the order, and the scores of all blocks, without each one, and after each removal."""
+
+    removal: tuple[int, ...]
+    full: Scores
+    single: dict[int, Scores]
+    greedy: tuple[Scores, ...]
+
+
+def choose_removal(
+    measure: Callable[[tuple[int, ...]], Scores], blocks: Sequence[int], num_removed: int, *, num_candidates: int
+) -> RemovalSearch:
+    """The greedy search of `measure_importance` over any scores.
+
+    Args:
+        measure: scores of each example without the given blocks, `(examples,)`.
+        blocks: those that may go.
+        num_removed: how many go.
+        num_candidates: blocks tried per round after the first.
+    """
     full = measure(())
-    alone = {block: measure((block,)) for block in blocks}
-    lost_alone = {block: _mean_lost(full, accuracy) for block, accuracy in alone.items()}
+    single = {block: measure((block,)) for block in blocks}
+    lost_alone = {block: _mean_lost(full, scores) for block, scores in single.items()}
     lost_last = dict(lost_alone)  # by a block's removal, on top of what was gone when it was last tried
     removed: tuple[int, ...] = ()
-    current, tried = full, alone
-    greedy = []
-    for _ in range(num_rounds):
+    tried, greedy = single, [full]
+    for _ in range(num_removed):
         if removed:
             remaining = [block for block in blocks if block not in removed]
             candidates = sorted(remaining, key=lambda block: (lost_last[block], lost_alone[block], block))
             tried = {block: measure((*removed, block)) for block in candidates[:num_candidates]}
-            lost_last |= {block: _mean_lost(current, accuracy) for block, accuracy in tried.items()}
+            lost_last |= {block: _mean_lost(greedy[-1], scores) for block, scores in tried.items()}
         best = min(tried, key=lambda block: (lost_last[block], lost_alone[block], block))
-        removed, current = (*removed, best), tried[best]
-        greedy.append(_figure(removed, current, full))
-    return ImportanceResult(
-        removal=removed,
-        num_examples=len(examples),
-        full=_figure((), full, full),
-        single=tuple(_figure((block,), accuracy, full) for block, accuracy in alone.items()),
-        greedy=tuple(greedy),
-    )
+        removed = (*removed, best)
+        greedy.append(tried[best])
+    return RemovalSearch(removed, full, single, tuple(greedy[1:]))
 
 
-def _mean_lost(before: NDArray[np.float64], after: NDArray[np.float64]) -> float:
+def _mean_lost(before: Scores, after: Scores) -> float:
     # Rounded, so that equal losses that were added up in another order stay equal.
     return round(float(np.mean(before - after)), 12)
 
 
-def _figure(removed: tuple[int, ...], accuracy: NDArray[np.float64], full: NDArray[np.float64]) -> BlockSetFigure:
+def _figure(removed: tuple[int, ...], accuracy: Scores, full: Scores) -> BlockSetFigure:
     columns = np.stack([accuracy, full - accuracy], axis=1)
     resamples = resampled_means(columns, num_resamples=NUM_RESAMPLES)
     means = columns.mean(axis=0)

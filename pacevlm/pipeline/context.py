@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from pacevlm.controller.policy import Controller
 from pacevlm.data.splits import Splits, load_splits
@@ -31,8 +31,8 @@ from pacevlm.rollout.memory import OutcomeMemory
 from pacevlm.rollout.request import Pacing
 
 
-class Reporter:
-    """What a pipeline tells while it works; every method does nothing unless a subclass does."""
+class Reporter(Protocol):
+    """What is told of a run while it works."""
 
     def started(self, step: str) -> None:
         """A step begins."""
@@ -47,6 +47,22 @@ class Reporter:
         """`done` of `total` units of a piece of work are done; `note` holds a few current numbers."""
 
 
+class SilentReporter:
+    """Tells nobody; see `Reporter`."""
+
+    def started(self, step: str) -> None:
+        """Nothing."""
+
+    def skipped(self, step: str, facts: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def finished(self, step: str, seconds: float, facts: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Nothing."""
+
+
 class RunContext:
     """The parts of one run, each loaded when it is first wanted.
 
@@ -57,7 +73,7 @@ class RunContext:
     """
 
     def __init__(self, config: RunConfig, reporter: Reporter | None = None, command: str | None = None) -> None:
-        self.config, self.reporter, self.command = config, reporter or Reporter(), command
+        self.config, self.reporter, self.command = config, reporter or SilentReporter(), command
         self.run_dir = config.run_dir
 
     @cached_property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from pacevlm.evaluation.summary import RunFacts
 from pacevlm.evaluation.sweep import evaluate, exhaustive_sweep, fit_baselines
 from pacevlm.files import read_jsonl
 from pacevlm.latency.calibrate import coverage, fit_latency, full_p50_ms
-from pacevlm.latency.guardrail import Guardrail
-from pacevlm.latency.measuring import use_num_threads
+from pacevlm.latency.guardrail import Calibration, Guardrail
+from pacevlm.latency.measuring import use_num_threads, without_garbage_collection
 from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.latency.profile import Sample
 from pacevlm.latency.profiler import ProfilerSettings, profile_requests
@@ -41,6 +41,7 @@ from pacevlm.rollout.profiling import profiling_run
 from pacevlm.rollout.request import PacedResult, run_with_policy
 from pacevlm.training.run_record import installed_versions, source_commit
 from pacevlm.training.trainer import METRICS_NAME, Trainer
+from pacevlm.types import BudgetKind
 
 # Requests before the clock counts, and between two garbage collections.
 NUM_WARMUP, WINDOW = 5, 20
@@ -54,6 +55,7 @@ def profile_step(run: RunContext) -> dict[str, Any]:
         num_requests=len(requests),
         num_samples=config.num_samples,
         repeats=config.repeats,
+        max_warmup=config.max_warmup,
         num_threads=config.num_threads,
         seed=config.seed,
     )
@@ -183,7 +185,8 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
     """Calibrate the guardrail again on the knobs that the controller picks, and write the bundle.
 
     A bound that was calibrated on knobs drawn evenly promises nothing about those that a policy prefers, because it
-    prefers what just fits. The requests are of the validation split, each at a random budget.
+    prefers what just fits. The requests are of the validation split, each at a random budget. Every policy is judged
+    under the guardrail that comes of this.
     """
     config, profile_config, model = run.config.calibrate, run.config.profile, run.model
     pacing, controller = run.pacing(PROFILE_GUARDRAIL_NAME), run.controller()
@@ -206,7 +209,7 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
                 runs += [run_one(number) for number in range(start, min(start + WINDOW, config.num_requests))]
             run.reporter.progress("timed requests", len(runs), config.num_requests)
     samples = [_sample(paced) for paced in runs]
-    guardrail = Guardrail.from_samples(run.estimator, samples, profile_config.alpha, profile_config.group_by)
+    guardrail = recalibrate(pacing.guardrail, samples, profile_config.alpha)
     guardrail.save(run.run_dir / GUARDRAIL_NAME)
     pacer = Pacer(
         model,
@@ -225,6 +228,23 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
         "coverage_before": coverage(pacing.guardrail, samples),
         "factors": {group: calibration.factor(group) for group in calibration.num_samples},
     }
+
+
+def recalibrate(guardrail: Guardrail, samples: Sequence[Sample], alpha: float) -> Guardrail:
+    """A guardrail calibrated on new samples; groups of which they hold too few keep the bound that they had.
+
+    Raises:
+        ProfileError: all samples together are too few for this alpha.
+    """
+    fresh = Guardrail.from_samples(guardrail.estimator, samples, alpha, guardrail.group_by)
+    calibrations: dict[BudgetKind, Calibration] = {}
+    for kind, new in fresh.calibrations.items():
+        old = guardrail.calibrations.get(kind)
+        # The usual stand-in for a small group, the largest value of all samples, would shut out what is picked rarely,
+        # and with it, since bounds never fall, everything dearer.
+        kept = {} if old is None else dict(old.log_margins)
+        calibrations[kind] = dataclasses.replace(new, log_margins=kept | dict(new.log_margins))
+    return Guardrail(guardrail.estimator, guardrail.group_by, calibrations)
 
 
 def evaluate_step(run: RunContext) -> dict[str, Any]:

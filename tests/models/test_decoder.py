@@ -132,7 +132,7 @@ def test_rows_that_leave_do_not_disturb_the_others(
     prefixes, knobs = [prefix_of(tiny_elastic, e, k.tier) for e, k in jobs], [k for _, k in jobs]
     monkeypatch.setattr(tiny_elastic.adapter, "eos_token_id", -1)
     stayed, stayed_logits = generate(tiny_elastic.decoder, prefixes, knobs)
-    for end in {row[1] for row in stayed}:
+    for end in sorted({row[1] for row in stayed})[:4]:
         monkeypatch.setattr(tiny_elastic.adapter, "eos_token_id", end)
         generated, logits = generate(tiny_elastic.decoder, prefixes, knobs)
         assert any(len(row) < STEPS for row in generated)

@@ -539,7 +539,7 @@ def test_experts_are_the_weighted_sum(
     close(ours, expected, atol=1e-4)
 
 
-def test_grouped_and_looped_experts_are_both_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grouped_and_looped_experts_are_both_used() -> None:
     """Dimensions that the grouped kernel cannot take (rows of no whole 16 bytes) go through the loop."""
     supports = experts_module._supports_grouped_mm
     x = torch.zeros(1, 16)

@@ -149,3 +149,11 @@ def grow(model: MolmoEForConditionalGeneration, num_blocks: int) -> MolmoEForCon
                 state[f"{prefix}{int(index) * copies + copy}.{rest}"] = value * scale
     deeper.load_state_dict(state)
     return deeper
+
+
+@torch.no_grad()
+def strengthen(model: MolmoEForConditionalGeneration, attention: float, experts: float) -> None:
+    """Multiply what every block adds to the residual stream: attention's and the experts' output projections."""
+    for block in model.model.transformer.blocks:
+        block.attn.attn_out.weight.mul_(attention)
+        block.mlp.experts.down_proj.mul_(experts)

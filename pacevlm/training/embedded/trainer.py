@@ -23,7 +23,7 @@ from pacevlm.models.molmoe import MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.image_processing import MolmoEImageProcessor
 from pacevlm.models.molmoe.processing import MolmoEProcessor
 from pacevlm.training.embedded.corpus import Packer, build_embedded_tokenizer, draw_crops, draw_sample
-from pacevlm.training.embedded.language import grow, training_loss
+from pacevlm.training.embedded.language import grow, strengthen, training_loss
 from pacevlm.training.embedded.tower import CellHeads, init_tower_as_convolution
 
 SMALL_CANVASES = ((32, 32), (40, 32), (32, 40), (40, 40), (48, 48))
@@ -48,6 +48,8 @@ class Stage:
         num_blocks: depth of the decoder, or 0 to train the vision half alone on dense labels.
         freeze_tower: keep the vision half as it is.
         heads_weight: weight of the dense labels on hidden states at a quarter of the depth.
+        scale_attention, scale_experts: factors put on what every block adds to the residual stream before the stage
+            begins, so that blocks and experts weigh against the embeddings and are missed when they are left out.
         balance_weight, flatness_weight: weights of the routers' two losses, averaged over blocks.
     """
 
@@ -64,6 +66,8 @@ class Stage:
     heads_weight: float = 0.2
     balance_weight: float = 0.01
     flatness_weight: float = 0.0
+    scale_attention: float = 1.0
+    scale_experts: float = 1.0
 
 
 STAGES = (
@@ -71,8 +75,21 @@ STAGES = (
     Stage("tower", 1200, 256, 2e-3, (1,), CROPS, 0, final_lr=1e-4, freeze_tower=False),
     Stage("language-4-easy", 500, 48, 2e-3, (2,), EASY, 4, final_lr=2e-3),
     Stage("language-4", 400, 48, 2e-3, (2, 6, 12), FULL, 4, final_lr=1.5e-3),
-    Stage("language-16", 1000, 32, 1.5e-3, (2, 6, 12, 12), FULL, 16, final_lr=1e-4, heads_weight=0.0, flatness_weight=0.1),
-    Stage("all", 150, 32, 3e-4, (2, 6, 12, 12), FULL, 16, freeze_tower=False, heads_weight=0.0, flatness_weight=0.1),
+    Stage("language-16", 800, 32, 1.5e-3, (2, 6, 12, 12), FULL, 16, final_lr=1e-4, heads_weight=0.0, flatness_weight=0.1),
+    Stage(
+        "strengthened",
+        350,
+        32,
+        1.5e-3,
+        (2, 6, 12, 12),
+        FULL,
+        16,
+        final_lr=5e-5,
+        heads_weight=0.0,
+        flatness_weight=0.1,
+        scale_attention=2.5,
+        scale_experts=5.0,
+    ),
 )
 
 
@@ -218,6 +235,8 @@ class EmbeddedTrainer:
             stage = self.stages[state.stage]
             if stage.num_blocks and stage.num_blocks != state.model.config.n_layers:
                 state.model = grow(state.model, stage.num_blocks)
+            if state.step == 0:
+                strengthen(state.model, stage.scale_attention, stage.scale_experts)
             optimizer = self._optimizer(stage)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             averages: dict[str, float] = {}

@@ -1,0 +1,338 @@
+"""The sweep on a tiny random model, whose estimator is made up so that budgets divide the knob space."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pacevlm.baselines.lookup_table import LookupTable
+from pacevlm.baselines.static import StaticPolicy
+from pacevlm.config import EvaluateConfig
+from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
+from pacevlm.errors import DataError, IdentityError
+from pacevlm.evaluation import sweep
+from pacevlm.evaluation.sweep import (
+    Evaluation,
+    build_requests,
+    choose_knobs,
+    evaluate,
+    exhaustive_sweep,
+    feasible_table,
+    fit_baselines,
+)
+from pacevlm.knobs import Knobs
+from pacevlm.latency.estimator import STAGE_TERMS, LatencyEstimator
+from pacevlm.latency.guardrail import Calibration, Guardrail
+from pacevlm.latency.profile import collect_device_facts
+from pacevlm.latency.stage_fit import StageFit
+from pacevlm.models.elastic import ElasticModel
+from pacevlm.rollout.engine import RolloutEngine
+from pacevlm.rollout.request import Pacing, run_with_policy
+from pacevlm.types import Example
+
+COEFFICIENTS = {
+    "prepare_ms": {"constant": 1.0},
+    "vision_ms": {"crops": 2.0},
+    "prefill_ms": {"later_blocks": 1.0, "later_blocks*top_k": 0.5},
+    "decode_ms_per_token": {"constant": 0.1},
+}
+FRACTIONS = (0.3, 0.6, 0.9)
+CONFIG = EvaluateConfig(budgets=FRACTIONS, num_timed=3, num_warmup=1)
+
+
+def make_pacing(model: ElasticModel) -> Pacing:
+    stages = {
+        stage: StageFit(tuple(COEFFICIENTS.get(stage, {}).get(term, 0.0) for term in terms), 1, 0, 0.0, 0.0)
+        for stage, terms in STAGE_TERMS.items()
+    }
+    estimator = LatencyEstimator(
+        model.identity,
+        model.knob_space,
+        collect_device_facts("cpu", "float32"),
+        model.trained_top_k,
+        model.stage2_after,
+        stages,
+    )
+    calibration = Calibration(0.1, {"all": 0.05}, 0.05, {"all": 100})
+    return Pacing(Guardrail(estimator, "none", {"e2e": calibration, "ttft": calibration}), None, model.max_new_tokens)
+
+
+def make_examples(engine: RolloutEngine, count: int, seed: int) -> list[Example]:
+    """Each example's reference is what the model says with some configuration, so that knobs decide who is right."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for i in range(count):
+        height, width = rng.integers(20, 90, 2).tolist()
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        question = ("How many red digits are there?", "Which number is the largest?")[i % 2]
+        knobs = engine.model.knob_space[int(rng.integers(len(engine.model.knob_space)))]
+        answer = engine.model.run_static(image, question, knobs).answer
+        examples.append(Example(f"{seed}-{i}", image, question, answer, {"family": "ab"[i % 2], "size": height}))
+    return examples
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_elastic: ElasticModel) -> RolloutEngine:
+    return RolloutEngine(tiny_elastic)
+
+
+@pytest.fixture(scope="module")
+def pacing(tiny_elastic: ElasticModel) -> Pacing:
+    return make_pacing(tiny_elastic)
+
+
+@pytest.fixture(scope="module")
+def train(engine: RolloutEngine) -> list[Example]:
+    return make_examples(engine, 10, seed=1)
+
+
+@pytest.fixture(scope="module")
+def test(engine: RolloutEngine) -> list[Example]:
+    return make_examples(engine, 8, seed=2)
+
+
+@pytest.fixture(scope="module")
+def budgets_ms(engine: RolloutEngine, test: list[Example], pacing: Pacing) -> list[float]:
+    full_ms = np.median([pacing.upper_bounds_ms(engine.view(example)).max() for example in test])
+    return [fraction * float(full_ms) for fraction in FRACTIONS]
+
+
+@pytest.fixture(scope="module")
+def controller(tiny_elastic: ElasticModel, pacing: Pacing) -> ControllerPolicy:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        controller = Controller(
+            ControllerConfig(reference_ms=30.0, embedding_scale=0.25),
+            model_identity=tiny_elastic.identity,
+            knob_space=tiny_elastic.knob_space,
+            estimator_fingerprint=pacing.guardrail.estimator.fingerprint,
+            d_model=tiny_elastic.d_model,
+        )
+        for parameter in controller.parameters():  # opinionated, so that requests differ in what they get
+            torch.nn.init.normal_(parameter, std=0.3)
+    return ControllerPolicy(controller)
+
+
+@pytest.fixture(scope="module")
+def evaluation(
+    engine: RolloutEngine,
+    pacing: Pacing,
+    train: list[Example],
+    test: list[Example],
+    budgets_ms: list[float],
+    controller: ControllerPolicy,
+) -> Evaluation:
+    baselines = fit_baselines(engine, train, budgets_ms, pacing)
+    return evaluate(engine.model, engine, [controller, *baselines], test, budgets_ms, pacing, CONFIG)
+
+
+def test_the_material_is_worth_testing_with(evaluation: Evaluation) -> None:
+    accuracies = {record.accuracy for record in evaluation.records if record.policy == "random"}
+    assert accuracies == {0.0, 1.0}
+    assert len({record.knobs for record in evaluation.records if record.policy == "controller"}) > 3
+    assert {record.feasible for record in evaluation.records} == {True, False}
+
+
+def test_records_are_complete(evaluation: Evaluation, test: list[Example]) -> None:
+    names = {"controller", "lookup_table", "static", "full", "cheapest", "random", "oracle"}
+    keys = Counter((record.policy, record.fraction, record.example_id) for record in evaluation.records)
+    assert set(keys) == {
+        (name, fraction, example.example_id) for name in names for fraction in FRACTIONS for example in test
+    }
+    assert set(keys.values()) == {1}
+    assert {record.family for record in evaluation.records} == {"a", "b"}
+
+
+def test_no_guarded_policy_beats_the_oracle_on_any_request(evaluation: Evaluation) -> None:
+    best = {(r.fraction, r.example_id): r.accuracy for r in evaluation.records if r.policy == "oracle"}
+    for record in evaluation.records:
+        if record.policy != "full":
+            assert record.accuracy <= best[record.fraction, record.example_id], record
+
+
+def test_guarded_policies_run_only_what_the_guardrail_admits(
+    evaluation: Evaluation, engine: RolloutEngine, test: list[Example], budgets_ms: list[float], pacing: Pacing
+) -> None:
+    space = engine.model.knob_space
+    requests = build_requests(engine, test, budgets_ms, pacing)
+    masks = {
+        (fraction, request.example_id): request.feasible.reshape(-1)
+        for fraction, row in zip(FRACTIONS, requests, strict=True)
+        for request in row
+    }
+    for record in evaluation.records:
+        if record.policy != "full":
+            assert masks[record.fraction, record.example_id][space.index(record.knobs)]
+    assert feasible_table(requests).shape == (len(FRACTIONS), len(test), len(space))
+
+
+def test_records_hold_the_outcome_and_the_prediction_of_their_knobs(
+    evaluation: Evaluation, engine: RolloutEngine, test: list[Example], pacing: Pacing
+) -> None:
+    by_id = {example.example_id: example for example in test}
+    for record in evaluation.records:
+        outcome = engine.memory.get(record.example_id, record.knobs)
+        assert outcome is not None
+        assert (record.accuracy, record.metadata["answer"]) == (outcome.accuracy, outcome.answer)
+        sizes = engine.view(by_id[record.example_id]).sizes
+        predicted = pacing.guardrail.estimator.predict(sizes, record.knobs, outcome.num_output_tokens)
+        assert record.predicted_latency_ms == pytest.approx(predicted.e2e_ms)
+
+
+def test_the_same_examples_are_timed_for_every_policy_and_budget(evaluation: Evaluation) -> None:
+    timed = defaultdict(set)
+    for record in evaluation.records:
+        assert (record.latency_ms is not None) == ("e2e_ms" in record.metadata)
+        if record.latency_ms is not None:
+            timed[record.policy, record.fraction].add(record.example_id)
+    (examples,) = {frozenset(ids) for ids in timed.values()}
+    assert len(timed) == 7 * len(FRACTIONS)
+    assert len(examples) == CONFIG.num_timed
+    assert evaluation.num_timed_requests == len(timed) * CONFIG.num_timed
+
+
+def test_requests_alone_agree_with_the_batch(evaluation: Evaluation) -> None:
+    assert evaluation.num_disagreements == 0
+    for record in evaluation.records:
+        assert not {"timed_answer", "timed_knobs"} & set(record.metadata)
+
+
+def test_batched_choices_are_those_of_single_requests(
+    engine: RolloutEngine, test: list[Example], budgets_ms: list[float], pacing: Pacing, controller: ControllerPolicy
+) -> None:
+    for budget_ms, row in zip(budgets_ms, build_requests(engine, test, budgets_ms, pacing), strict=True):
+        chosen = choose_knobs(controller, engine, test, row)
+        for example, request, knobs in zip(test, row, chosen, strict=True):
+            alone = run_with_policy(engine.model, controller, example.image, example.question, budget_ms, pacing)
+            assert alone.result.knobs == knobs
+            assert alone.feasible == request.any_feasible
+
+
+def test_an_exhaustive_sweep_is_remembered(tiny_elastic: ElasticModel, test: list[Example]) -> None:
+    engine = RolloutEngine(tiny_elastic)
+    seen: list[tuple[int, int]] = []
+    accuracy = exhaustive_sweep(engine, test[:2], lambda done, todo: seen.append((done, todo)))
+    space = tiny_elastic.knob_space
+    assert accuracy.shape == (2, len(space))
+    assert seen[-1] == (2 * len(space), 2 * len(space)) == (engine.num_run, engine.num_run)
+    for i, example in enumerate(test[:2]):
+        for knobs in (space.cheapest, space.full, Knobs("medium", 3, 5)):
+            alone = tiny_elastic.run_static(example.image, example.question, knobs).answer
+            assert accuracy[i, space.index(knobs)] == engine.metric(alone, example.answer)
+    assert np.array_equal(exhaustive_sweep(engine, test[:2]), accuracy)
+    assert engine.num_run == 2 * len(space)
+
+
+def test_baselines_are_fitted_on_training_examples_under_the_same_guardrail(
+    engine: RolloutEngine, train: list[Example], budgets_ms: list[float], pacing: Pacing
+) -> None:
+    policies = fit_baselines(engine, train, budgets_ms, pacing, seed=3)
+    lookup, static = policies[:2]
+    space = engine.model.knob_space
+    accuracy = exhaustive_sweep(engine, train)
+    feasible = feasible_table(build_requests(engine, train, budgets_ms, pacing))
+    assert isinstance(lookup, LookupTable)
+    assert isinstance(static, StaticPolicy)
+    assert lookup.budgets_ms == tuple(budgets_ms)
+    expected = LookupTable.fit(space, budgets_ms, accuracy, feasible)
+    assert all(np.array_equal(a, b) for a, b in zip(lookup.orders, expected.orders, strict=True))
+    assert static.knobs == StaticPolicy.fit(space, budgets_ms, accuracy, feasible).knobs
+
+
+def evaluate_untimed(monkeypatch: pytest.MonkeyPatch, run: Any, engine: RolloutEngine, *args: Any) -> Evaluation:
+    monkeypatch.setattr(sweep, "run_with_policy", run)
+    config = dataclasses.replace(CONFIG, oracle=False, num_warmup=2)
+    return evaluate(engine.model, engine, *args, config)
+
+
+def test_timed_requests_come_in_one_random_but_repeatable_order(
+    monkeypatch: pytest.MonkeyPatch,
+    engine: RolloutEngine,
+    train: list[Example],
+    test: list[Example],
+    budgets_ms: list[float],
+    pacing: Pacing,
+) -> None:
+    policies = fit_baselines(engine, train, budgets_ms, pacing)
+    orders: list[list[tuple[str, float, str]]] = []
+
+    def run(model: Any, policy: Any, image: Any, question: str, budget_ms: float, *rest: Any) -> Any:
+        orders[-1].append((policy.name, budget_ms, rest[-1]))
+        return run_with_policy(model, policy, image, question, budget_ms, *rest)
+
+    for _ in range(2):
+        orders.append([])
+        evaluate_untimed(monkeypatch, run, engine, policies, test, budgets_ms, pacing)
+    assert orders[0] == orders[1]
+    warmup, timed = orders[0][:2], orders[0][2:]
+    assert warmup == timed[:2]
+    assert len(set(timed)) == len(timed) == len(policies) * len(FRACTIONS) * CONFIG.num_timed
+    for place in range(3):
+        column = [entry[place] for entry in timed]
+        num_changes = sum(a != b for a, b in zip(column, column[1:], strict=False))
+        assert num_changes > len(timed) / 3  # sorted by any of the three there would be a few changes only
+
+
+def test_a_timed_request_that_scores_otherwise_is_counted_and_named(
+    monkeypatch: pytest.MonkeyPatch,
+    engine: RolloutEngine,
+    train: list[Example],
+    test: list[Example],
+    budgets_ms: list[float],
+    pacing: Pacing,
+) -> None:
+    policies = fit_baselines(engine, train, budgets_ms, pacing)[2:3]
+
+    def run(*args: Any) -> Any:
+        paced = run_with_policy(*args)
+        return dataclasses.replace(paced, result=dataclasses.replace(paced.result, answer="nonsense 99"))
+
+    evaluation = evaluate_untimed(monkeypatch, run, engine, policies, test, budgets_ms, pacing)
+    changed = [record for record in evaluation.records if record.metadata.get("timed_answer") == "nonsense 99"]
+    assert len(changed) == evaluation.num_timed_requests
+    assert evaluation.num_disagreements == sum(record.accuracy for record in changed)
+
+
+def test_without_timing_there_are_no_latencies(
+    engine: RolloutEngine, train: list[Example], test: list[Example], budgets_ms: list[float], pacing: Pacing
+) -> None:
+    policies = fit_baselines(engine, train, budgets_ms, pacing)
+    config = dataclasses.replace(CONFIG, num_timed=0, oracle=False)
+    evaluation = evaluate(engine.model, engine, policies, test, budgets_ms, pacing, config)
+    assert evaluation.num_timed_requests == 0
+    assert all(record.latency_ms is None for record in evaluation.records)
+    assert "oracle" not in {record.policy for record in evaluation.records}
+
+
+def test_a_budget_may_cover_the_first_token_alone(
+    engine: RolloutEngine, test: list[Example], budgets_ms: list[float], pacing: Pacing, controller: ControllerPolicy
+) -> None:
+    pacing = dataclasses.replace(pacing, kind="ttft")
+    config = dataclasses.replace(CONFIG, oracle=False)
+    evaluation = evaluate(engine.model, engine, [controller], test, budgets_ms, pacing, config)
+    timed = [record for record in evaluation.records if record.latency_ms is not None]
+    assert timed
+    assert all(record.latency_ms == record.metadata["ttft_ms"] <= record.metadata["e2e_ms"] for record in timed)
+
+
+def test_unusable_input_is_refused(
+    engine: RolloutEngine, test: list[Example], budgets_ms: list[float], pacing: Pacing, controller: ControllerPolicy
+) -> None:
+    with pytest.raises(DataError, match="0 examples"):
+        evaluate(engine.model, engine, [controller], [], budgets_ms, pacing, CONFIG)
+    with pytest.raises(DataError, match="2 budgets"):
+        evaluate(engine.model, engine, [controller], test, budgets_ms[:2], pacing, CONFIG)
+    other = dataclasses.replace(
+        pacing,
+        guardrail=dataclasses.replace(
+            pacing.guardrail, estimator=dataclasses.replace(pacing.guardrail.estimator, model_identity="another")
+        ),
+    )
+    with pytest.raises(IdentityError):
+        evaluate(engine.model, engine, [controller], test, budgets_ms, other, CONFIG)

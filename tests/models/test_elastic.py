@@ -1,0 +1,401 @@
+"""Elastic models: loading and refusing, sizes known beforehand, one request end to end, identity."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pacevlm.errors import CheckpointError, ConfigError, ImageError, KnobError, QuestionError
+from pacevlm.knobs import Knobs, KnobSpace
+from pacevlm.models.block_order import BlockOrder
+from pacevlm.models.elastic import ElasticModel, RequestView, write_elastic_settings
+from pacevlm.rollout.engine import RolloutEngine
+from pacevlm.types import Example
+
+QUESTION = "Which number is the largest?"
+TINY_SPACE = KnobSpace(("low", "medium", "high"), (2, 3, 4), (3, 4, 5, 6))
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def corner_knobs(space: KnobSpace) -> list[Knobs]:
+    return [space.cheapest, space[len(space) // 2], space.full]
+
+
+# Requests
+
+
+def test_sizes_are_known_before_encoding(law_model: ElasticModel, law_examples: list[Example]) -> None:
+    for example in law_examples:
+        view = law_model.view(example.image, example.question)
+        assert view.image_size == (example.image.height, example.image.width)
+        assert view.sizes.num_pixels == example.image.height * example.image.width
+        assert view.question_embedding.shape == (law_model.d_model,)
+        assert view.question_embedding.isfinite().all()
+        prompt = law_model.adapter.encode_question(example.question)
+        for tier, sizes in zip(law_model.knob_space.tiers, view.sizes.vision, strict=True):
+            prepared = law_model.adapter.prepare(example.image, prompt, law_model.max_crops[tier])
+            assert prepared.vision_sizes == sizes
+            assert prepared.num_text_tokens == view.sizes.num_text_tokens
+            assert prepared.input_ids.shape[0] == sizes.num_image_tokens + view.sizes.num_text_tokens
+
+
+def test_view_touches_no_pixel_reader_of_the_model(tiny_elastic: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the image was prepared or encoded")
+
+    monkeypatch.setattr(tiny_elastic.adapter, "prepare", refuse)
+    monkeypatch.setattr(tiny_elastic.adapter, "encode_vision", refuse)
+    tiny_elastic.view(picture(40, 40), QUESTION)
+
+
+def test_question_embedding_depends_on_the_question_alone(tiny_elastic: ElasticModel) -> None:
+    one = tiny_elastic.view(picture(40, 40), QUESTION).question_embedding
+    same = tiny_elastic.view(picture(24, 90, seed=1), QUESTION).question_embedding
+    other = tiny_elastic.view(picture(40, 40), "How many?").question_embedding
+    assert torch.equal(one, same)
+    assert not torch.allclose(one, other)
+
+
+def test_a_request_reports_what_it_ran_and_its_stages_add_up(
+    law_model: ElasticModel, law_examples: list[Example]
+) -> None:
+    for example, knobs in zip(law_examples, corner_knobs(law_model.knob_space), strict=False):
+        result = law_model.run_static(example.image, example.question, knobs)
+        sizes = law_model.view(example.image, example.question).sizes
+        vision = sizes.vision[law_model.knob_space.tiers.index(knobs.tier)]
+        assert result.knobs == knobs
+        assert (result.num_crops, result.num_image_tokens) == (vision.num_crops, vision.num_image_tokens)
+        assert (result.num_text_tokens, result.num_pixels) == (sizes.num_text_tokens, sizes.num_pixels)
+        assert 1 <= result.num_output_tokens == len(result.token_ids) <= law_model.max_new_tokens
+        assert result.answer == law_model.adapter.decode(result.token_ids)
+
+        times = result.times
+        stages = [times.prepare_ms, times.stage1_ms, times.vision_ms, times.first_block_ms, times.prefill_ms]
+        assert len(times.decode_ms) == result.num_output_tokens - 1
+        assert all(ms >= 0 for ms in (*stages, *times.decode_ms))
+        detokenising_ms = times.e2e_ms - sum(stages) - sum(times.decode_ms)
+        assert detokenising_ms >= -1e-6
+        assert times.ttft_ms == pytest.approx(sum(stages) + detokenising_ms)
+
+
+def test_a_request_answers_as_the_engine_does(law_model: ElasticModel, law_examples: list[Example]) -> None:
+    jobs = [(example, knobs) for example in law_examples[:3] for knobs in corner_knobs(law_model.knob_space)]
+    outcomes = RolloutEngine(law_model).run(jobs)
+    for (example, knobs), outcome in zip(jobs, outcomes, strict=True):
+        result = law_model.run_static(example.image, example.question, knobs)
+        assert (outcome.answer, outcome.num_output_tokens) == (result.answer, result.num_output_tokens)
+        assert outcome.num_prompt_tokens == result.num_image_tokens + result.num_text_tokens
+
+
+def test_stages_see_what_they_may(law_model: ElasticModel, law_examples: list[Example]) -> None:
+    example, space = law_examples[1], law_model.knob_space
+    token = torch.randn(law_model.d_model, generator=torch.Generator().manual_seed(0))
+    seen: list[Any] = []
+
+    def choose_tier(view: RequestView) -> str:
+        seen.append(view)
+        return space.tiers[-1]
+
+    def choose_compute(tier: str, output: Tensor | None) -> tuple[int, int]:
+        seen.append((tier, output))
+        return space.top_ks[0], space.num_blocks[0]
+
+    result = law_model.run_request(
+        example.image, example.question, choose_tier=choose_tier, choose_compute=choose_compute, latency_token=token
+    )
+    view, (tier, output) = seen
+    assert view.sizes == law_model.view(example.image, example.question).sizes
+    assert tier == space.tiers[-1]
+    expected = RolloutEngine(law_model).latency_token_outputs([example], [tier], token[None])
+    torch.testing.assert_close(output, expected[0], atol=1e-5, rtol=1e-5)
+    assert result.knobs == Knobs(space.tiers[-1], space.top_ks[0], space.num_blocks[0])
+
+
+def test_the_budget_changes_no_answer(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = [None, *(scale * torch.randn(tiny_elastic.d_model, generator=generator) for scale in (0.1, 1.0, 100.0))]
+    for example, knobs in zip(law_examples, corner_knobs(tiny_elastic.knob_space), strict=False):
+        results = [
+            tiny_elastic.run_request(
+                example.image,
+                example.question,
+                choose_tier=lambda _, knobs=knobs: knobs.tier,
+                choose_compute=lambda *_, knobs=knobs: (knobs.top_k, knobs.num_blocks),
+                latency_token=token,
+            )
+            for token in tokens
+        ]
+        assert len({result.token_ids for result in results}) == 1
+
+
+def test_outside_choices_are_refused(tiny_elastic: ElasticModel) -> None:
+    image = picture(24, 24)
+
+    def run(tier: str, pair: tuple[int, int]) -> None:
+        tiny_elastic.run_request(image, QUESTION, choose_tier=lambda _: tier, choose_compute=lambda *_: pair)
+
+    with pytest.raises(KnobError, match="huge"):
+        run("huge", (4, 6))
+    with pytest.raises(KnobError, match="top_k"):
+        run("low", (5, 6))
+    with pytest.raises(KnobError, match="num_blocks"):
+        run("low", (4, 2))
+    with pytest.raises(KnobError):
+        tiny_elastic.run_static(image, QUESTION, Knobs("low", 8, 16))
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_answers_can_be_cut(tiny_elastic: ElasticModel, limit: int) -> None:
+    whole = tiny_elastic.run_static(picture(24, 24), QUESTION, TINY_SPACE.full)
+    cut = tiny_elastic.run_static(picture(24, 24), QUESTION, TINY_SPACE.full, max_new_tokens=limit)
+    assert cut.token_ids == whole.token_ids[:limit]
+    assert len(cut.times.decode_ms) == limit - 1
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True])
+def test_a_senseless_answer_length_is_refused(tiny_elastic: ElasticModel, limit: Any) -> None:
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        tiny_elastic.run_static(picture(24, 24), QUESTION, TINY_SPACE.full, max_new_tokens=limit)
+
+
+# Bad and unusual input
+
+
+@pytest.mark.parametrize("question", ["", "   \n\t ", "x" * 100_000, "word " * 20_000, "\ud800", None, 7, b"bytes"])
+def test_unusable_questions_are_refused(tiny_elastic: ElasticModel, question: Any) -> None:
+    with pytest.raises(QuestionError):
+        tiny_elastic.run_static(picture(24, 24), question, TINY_SPACE.full)
+    with pytest.raises(QuestionError):
+        tiny_elastic.view(picture(24, 24), question)
+
+
+@pytest.mark.parametrize(
+    "question", ["?", "¿Qué número? 数字 🙂", "\x00\x07", "<|endoftext|>", "<im_patch> 3", "a<|image|>b"]
+)
+def test_unusual_questions_are_answered(tiny_elastic: ElasticModel, question: str) -> None:
+    image = picture(40, 40)
+    result = tiny_elastic.run_static(image, question, TINY_SPACE.full)
+    outcome = RolloutEngine(tiny_elastic).run([(Example("q", image, question, ""), TINY_SPACE.full)])[0]
+    assert (result.answer, result.num_output_tokens) == (outcome.answer, outcome.num_output_tokens)
+
+
+def test_a_prompt_longer_than_the_model_is_refused_whatever_the_tier(
+    tiny_elastic_dir: Path, tiny_elastic: ElasticModel
+) -> None:
+    question = "7" * 100
+    with pytest.raises(QuestionError, match="256 positions"):
+        tiny_elastic.run_static(picture(90, 90), question, TINY_SPACE.cheapest, max_new_tokens=200)
+    long_answers = ElasticModel.from_pretrained(tiny_elastic_dir, max_new_tokens=200)
+    for run in (long_answers.view, lambda *request: long_answers.run_static(*request, TINY_SPACE.cheapest)):
+        with pytest.raises(QuestionError, match="256 positions"):
+            run(picture(90, 90), question)
+    assert long_answers.view(picture(90, 90), "7").sizes.num_text_tokens < 20
+
+
+def encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+@functools.cache
+def bad_images() -> dict[str, Any]:
+    png = encoded(picture(30, 30), "PNG")
+    # The header of a file of a few bytes may claim any size: width and height, then a checksum.
+    header = png[12:16] + struct.pack(">II", 30_000, 30_000) + png[24:29]
+    return {
+        "missing": "/nowhere/picture.png",
+        "zero_bytes": b"",
+        "text": b"this is no image",
+        "truncated": png[: len(png) // 2],
+        "corrupt": png[:60] + bytes(len(png) - 60),
+        "huge": png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:],
+        "elongated": Image.new("RGB", (4000, 1)),
+        "no_side": np.zeros((0, 5, 3), np.uint8),
+        "float": np.zeros((5, 5, 3), np.float32),
+        "none": None,
+    }
+
+
+@pytest.mark.parametrize("name", bad_images())
+def test_unusable_images_are_refused(tiny_elastic: ElasticModel, name: str) -> None:
+    with pytest.raises(ImageError, match="30000x30000" if name == "huge" else None):
+        tiny_elastic.run_static(bad_images()[name], QUESTION, TINY_SPACE.full)
+
+
+def test_every_kind_of_file_gives_the_answer_of_its_pixels(tiny_elastic: ElasticModel, tmp_path: Path) -> None:
+    image = picture(48, 40)
+    grey = np.asarray(image.convert("L"))
+    cases: list[tuple[Any, Image.Image]] = [
+        (encoded(image, "PNG"), image),
+        (np.asarray(image), image),
+        (encoded(image, "GIF", save_all=True, append_images=[picture(48, 40, seed=1)]), None),
+        (encoded(image, "WEBP", lossless=True), image),
+        (image.convert("CMYK"), image.convert("CMYK").convert("RGB")),
+        (encoded(image.convert("CMYK"), "JPEG"), None),
+        (Image.fromarray(grey.astype(np.uint16) * 257), Image.fromarray(grey).convert("RGB")),
+        (Image.merge("RGBA", [*image.split(), Image.new("L", image.size, 3)]), image),
+        (picture(1, 1), picture(1, 1)),
+    ]
+    path = tmp_path / "picture.png"
+    image.save(path)
+    cases.append((path, image))
+    for source, pixels in cases:
+        if pixels is None:
+            with Image.open(io.BytesIO(source)) as opened:
+                pixels = opened.convert("RGB")
+        found = tiny_elastic.run_static(source, QUESTION, TINY_SPACE.full)
+        assert found.token_ids == tiny_elastic.run_static(pixels, QUESTION, TINY_SPACE.full).token_ids
+        assert found.num_pixels == pixels.width * pixels.height
+
+
+def test_flat_pictures_give_finite_logits(law_model: ElasticModel) -> None:
+    for value in (0, 127, 255):
+        image = Image.new("RGB", (64, 48), (value,) * 3)
+        prompt = law_model.adapter.encode_question(QUESTION)
+        for tier, limit in law_model.max_crops.items():
+            prepared = law_model.adapter.prepare(image, prompt, limit)
+            features = law_model.adapter.encode_vision([prepared])[0]
+            prefix = law_model.decoder.prefix([law_model.adapter.embed(prepared, features)])
+            top_k, num_blocks = law_model.knob_space.pair(0)
+            _, logits = law_model.decoder.generate(prefix, [top_k], [num_blocks], 2, keep_logits=True)
+            assert all(step.isfinite().all() for step in logits), tier
+
+
+def test_half_precision_answers(tiny_elastic_dir: Path, tiny_elastic: ElasticModel) -> None:
+    half = ElasticModel.from_pretrained(tiny_elastic_dir, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert half.identity != tiny_elastic.identity
+    token = torch.randn(half.d_model, generator=torch.Generator().manual_seed(0))
+    outputs: list[Tensor] = []
+
+    def choose_compute(_: str, output: Tensor | None) -> tuple[int, int]:
+        assert output is not None
+        outputs.append(output)
+        return 3, 5
+
+    for model in (half, tiny_elastic):
+        model.run_request(
+            picture(60, 40), QUESTION, choose_tier=lambda _: "high", choose_compute=choose_compute, latency_token=token
+        )
+    torch.testing.assert_close(outputs[0].float(), outputs[1], atol=0.1, rtol=0.1)
+
+
+# Construction
+
+
+def test_values_that_the_model_lacks_are_refused(tiny_elastic_dir: Path) -> None:
+    def load(top_ks: tuple[int, ...] = (4,), num_blocks: tuple[int, ...] = (6,), **options: Any) -> ElasticModel:
+        space = KnobSpace(options.pop("tiers", ("low", "high")), top_ks, num_blocks)
+        return ElasticModel.from_pretrained(tiny_elastic_dir, knob_space=space, **options)
+
+    assert load((8,), (3, 6)).knob_space.full == Knobs("high", 8, 6)
+    with pytest.raises(KnobError, match="8 experts"):
+        load((4, 9))
+    with pytest.raises(KnobError, match=r"1\.\.6"):
+        load(num_blocks=(6, 7))
+    with pytest.raises(KnobError, match="this order knows 3 to 6"):
+        load(num_blocks=(2, 6))
+    assert load(num_blocks=(1, 6), policy="prefix").order.kept(1) == (0,)
+    with pytest.raises(KnobError, match="huge"):
+        load(tiers=("low", "huge"))
+    with pytest.raises(KnobError, match="must not fall"):
+        load(tiers=("high", "low"))
+    with pytest.raises(KnobError, match=r"drop blocks \[2\]"):
+        load(num_blocks=(4, 6), stage2_after=3)
+    with pytest.raises(KnobError, match=r"3\.\.6"):
+        load(num_blocks=(2, 6), stage2_after=3, policy="prefix")
+    for stage2_after in (0, 6):
+        with pytest.raises(KnobError, match="stage2_after"):
+            load(stage2_after=stage2_after)
+    with pytest.raises(ConfigError, match="policy"):
+        load(policy="best")
+    for limits in ({"low": 0, "high": 4}, {"low": 1, "high": 2.5}):
+        with pytest.raises(ConfigError, match="crop limit"):
+            load(max_crops=limits)
+    with pytest.raises(KnobError, match="no crop limit"):
+        load(max_crops={})
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        load(max_new_tokens=0)
+
+
+def test_an_order_of_another_model_is_refused(tiny_elastic: ElasticModel) -> None:
+    with pytest.raises(KnobError, match="16 blocks"):
+        ElasticModel(
+            tiny_elastic.adapter, TINY_SPACE, tiny_elastic.max_crops, BlockOrder(16, tuple(range(15, 1, -1))), "x"
+        )
+
+
+def test_settings_come_from_the_checkpoint(tiny_elastic: ElasticModel) -> None:
+    assert tiny_elastic.knob_space == TINY_SPACE
+    assert tiny_elastic.order.removal == (4, 2, 3)
+    assert tiny_elastic.max_crops == {"low": 1, "medium": 2, "high": 4}
+    assert tiny_elastic.max_new_tokens == 6
+    assert tiny_elastic.trained_top_k == 4
+
+
+def test_a_checkpoint_without_a_measured_order_says_what_to_do(checkpoint: Path) -> None:
+    (checkpoint / "elastic.json").unlink()
+    limits = {"low": 1, "medium": 2, "high": 4}
+    with pytest.raises(CheckpointError, match=r"importance.*prefix"):
+        ElasticModel.from_pretrained(checkpoint, knob_space=TINY_SPACE, max_crops=limits)
+    model = ElasticModel.from_pretrained(checkpoint, knob_space=TINY_SPACE, max_crops=limits, policy="prefix")
+    assert model.order.kept(3) == (0, 1, 2)
+
+
+# Identity
+
+
+def test_identity_names_weights_and_settings(
+    checkpoint: Path,
+    tiny_elastic_dir: Path,
+    tiny_elastic: ElasticModel,
+    save_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    def load(folder: Path = checkpoint, **options: Any) -> str:
+        return ElasticModel.from_pretrained(folder, **options).identity
+
+    same = load()
+    assert same == tiny_elastic.identity  # wherever the files are
+    others = {
+        "dtype": load(dtype=torch.bfloat16),
+        "tiers": load(max_crops={"low": 1, "medium": 3, "high": 4}),
+        "order": load(policy="prefix"),
+        "stage2_after": load(stage2_after=2),
+        "answer length": load(max_new_tokens=5),
+        "other weights": load(save_checkpoint(tmp_path / "other", seed=2)),
+    }
+    write_elastic_settings(checkpoint, removal=[2, 4, 3])
+    others["other order"] = load()
+    shutil.copy(tiny_elastic_dir / "elastic.json", checkpoint)
+    assert load() == same
+
+    weights = load_file(checkpoint / "model.safetensors")
+    name = "model.transformer.blocks.3.attn.att_proj.weight"
+    weights[name][0, 0] += 1
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    others["one weight"] = load()
+    weights[name][0, 0] -= 1
+    processor = json.loads((checkpoint / "processor_config.json").read_text())
+    processor["image_processor"]["image_mean"] = [0.5, 0.5, 0.5]
+    (checkpoint / "processor_config.json").write_text(json.dumps(processor))
+    others["normalisation"] = load()
+    assert len({same, *others.values()}) == 1 + len(others), others

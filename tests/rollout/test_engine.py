@@ -1,0 +1,241 @@
+"""Laws of rollouts: shared, deduplicated, remembered and batched work gives what naive runs give."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pacevlm.errors import ConfigError, DataError, IdentityError, ImageError, KnobError, QuestionError
+from pacevlm.knobs import Knobs
+from pacevlm.models.elastic import ElasticModel
+from pacevlm.rollout.engine import RolloutEngine
+from pacevlm.rollout.memory import OutcomeMemory
+from pacevlm.types import Example, Outcome
+
+Job = tuple[Example, Knobs]
+TIGHT = [{"max_rows": 1}, {"max_rows": 3}, {"max_tokens": 1}, {"max_tokens": 150}, {"max_prefix_bytes": 1}]
+
+
+def first_letter(answer: str, reference: str) -> float:
+    """A metric that differs from the default one and is not all zero for random answers."""
+    return (len(answer) + len(reference)) % 4 / 4
+
+
+def jobs_of(model: ElasticModel, examples: list[Example], num_jobs: int = 24) -> list[Job]:
+    """Jobs in a random order, some of them repeated."""
+    rng = random.Random(0)
+    space = model.knob_space
+    jobs = [(rng.choice(examples), space[rng.randrange(len(space))]) for _ in range(num_jobs)]
+    jobs += jobs[: num_jobs // 4]
+    rng.shuffle(jobs)
+    return jobs
+
+
+def naive(model: ElasticModel, job: Job) -> Outcome:
+    example, knobs = job
+    result = model.run_static(example.image, example.question, knobs)
+    num_prompt_tokens = result.num_image_tokens + result.num_text_tokens
+    accuracy = first_letter(result.answer, example.answer)
+    return Outcome(example.example_id, knobs, result.answer, accuracy, num_prompt_tokens, result.num_output_tokens)
+
+
+def end_some_answers_early(model: ElasticModel, jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the most frequent later token end an answer, as end-of-text does in a trained model."""
+    results = [model.run_static(e.image, e.question, k).token_ids[1:] for e, k in jobs[:8]]
+    tokens = [token for row in results for token in row]
+    if tokens:
+        monkeypatch.setattr(model.adapter, "eos_token_id", max(sorted(set(tokens)), key=tokens.count))
+
+
+def test_rollouts_are_naive_runs(
+    law_model: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = jobs_of(law_model, law_examples)
+    end_some_answers_early(law_model, jobs, monkeypatch)
+    engine = RolloutEngine(law_model, first_letter)
+    outcomes = engine.run(jobs)
+    assert outcomes == [naive(law_model, job) for job in jobs]
+    assert len({o.num_output_tokens for o in outcomes}) > 1
+    # Again, and in another order: remembered, and the same.
+    assert engine.run(jobs[::-1]) == outcomes[::-1]
+
+
+@pytest.mark.parametrize("limits", TIGHT, ids=str)
+def test_limits_change_no_outcome(
+    tiny_elastic: ElasticModel, law_examples: list[Example], limits: dict[str, int]
+) -> None:
+    jobs = jobs_of(tiny_elastic, law_examples)
+    expected = RolloutEngine(tiny_elastic, first_letter).run(jobs)
+    assert RolloutEngine(tiny_elastic, first_letter, **limits).run(jobs) == expected
+
+
+def test_work_is_done_once(
+    tiny_elastic: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = jobs_of(tiny_elastic, law_examples)
+    encoded: list[Any] = []
+    encode = tiny_elastic.adapter.encode_vision
+
+    def counted(requests: Any) -> Any:
+        encoded.extend(requests)
+        return encode(requests)
+
+    monkeypatch.setattr(tiny_elastic.adapter, "encode_vision", counted)
+    engine, num_distinct = RolloutEngine(tiny_elastic), len({(e.example_id, k) for e, k in jobs})
+    progress: list[tuple[int, int]] = []
+    engine.run(jobs, progress=lambda done, total: progress.append((done, total)))
+    assert progress == [(num_distinct, num_distinct)]
+    assert (engine.num_run, engine.num_remembered) == (num_distinct, len(jobs) - num_distinct)
+    assert len(encoded) == len({(e.example_id, k.tier) for e, k in jobs})
+
+    engine.run(jobs)
+    assert (engine.num_run, engine.num_remembered) == (num_distinct, 2 * len(jobs) - num_distinct)
+    token = torch.zeros(len(jobs), tiny_elastic.d_model)
+    engine.latency_token_outputs([e for e, _ in jobs], [k.tier for _, k in jobs], token)
+    assert len(encoded) == len({(e.example_id, k.tier) for e, k in jobs})  # the prefixes were still there
+
+
+def test_progress_counts_up_to_the_total(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+    jobs = jobs_of(tiny_elastic, law_examples)
+    progress: list[tuple[int, int]] = []
+    RolloutEngine(tiny_elastic, max_rows=4).run(jobs, progress=lambda done, total: progress.append((done, total)))
+    done, totals = zip(*progress, strict=True)
+    assert list(done) == sorted(set(done))
+    assert set(totals) == {done[-1]} == {len({(e.example_id, k) for e, k in jobs})}
+
+
+def test_no_batch_exceeds_its_limits(
+    tiny_elastic: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[list[int]] = []
+    generate = tiny_elastic.decoder.generate
+
+    def counted(prefixes: Any, *args: Any, **kwargs: Any) -> Any:
+        batches.append([prefix.num_tokens for prefix in prefixes])
+        return generate(prefixes, *args, **kwargs)
+
+    monkeypatch.setattr(tiny_elastic.decoder, "generate", counted)
+    RolloutEngine(tiny_elastic, max_rows=5, max_tokens=230).run(jobs_of(tiny_elastic, law_examples, 40))
+    assert len(batches) > 2
+    assert all(len(batch) <= 5 and len(batch) * max(batch) <= 230 for batch in batches)
+
+
+def test_remembered_outcomes_are_given_back_and_not_run(
+    tiny_elastic: ElasticModel, law_examples: list[Example]
+) -> None:
+    jobs = jobs_of(tiny_elastic, law_examples)
+    memory = OutcomeMemory(tiny_elastic.identity)
+    RolloutEngine(tiny_elastic, first_letter, memory).run(jobs[:10])
+    mark = dataclasses.replace(next(iter(memory)), answer="remembered")
+    memory.add(mark)
+    engine = RolloutEngine(tiny_elastic, first_letter, memory)
+    outcomes = engine.run(jobs)
+    assert mark in outcomes
+    fresh = RolloutEngine(tiny_elastic, first_letter).run(jobs)
+    assert [o for o in outcomes if o != mark] == [
+        o for o in fresh if (o.example_id, o.knobs) != (mark.example_id, mark.knobs)
+    ]
+    assert engine.num_run == len({(e.example_id, k) for e, k in jobs} - {(e.example_id, k) for e, k in jobs[:10]})
+
+
+def token_jobs(model: ElasticModel, examples: list[Example]) -> tuple[list[Example], list[str], torch.Tensor]:
+    rng = random.Random(1)
+    pairs = [(rng.choice(examples), rng.choice(model.knob_space.tiers)) for _ in range(11)]
+    tokens = torch.randn(len(pairs), model.d_model, generator=torch.Generator().manual_seed(0))
+    return [e for e, _ in pairs], [t for _, t in pairs], tokens
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_rows": 2, "max_prefix_bytes": 1}], ids=str)
+def test_latency_tokens_together_are_latency_tokens_alone(
+    law_model: ElasticModel, law_examples: list[Example], limits: dict[str, int]
+) -> None:
+    examples, tiers, tokens = token_jobs(law_model, law_examples)
+    tokens.requires_grad_()
+    together = RolloutEngine(law_model, **limits).latency_token_outputs(examples, tiers, tokens)
+    weights = torch.randn(together.shape, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad((together * weights).sum(), tokens)
+    for i, (example, tier) in enumerate(zip(examples, tiers, strict=True)):
+        token = tokens[i : i + 1].detach().requires_grad_()
+        # Not through the engine: request by request, as `run_request` does it.
+        prompt = law_model.adapter.encode_question(example.question)
+        prepared = law_model.adapter.prepare(example.image, prompt, law_model.max_crops[tier])
+        features = law_model.adapter.encode_vision([prepared])[0]
+        prefix = law_model.decoder.prefix([law_model.adapter.embed(prepared, features)])
+        alone = law_model.decoder.latency_token(prefix, [token])
+        torch.testing.assert_close(together[i], alone[0], atol=1e-5, rtol=1e-5)
+        (lone_gradient,) = torch.autograd.grad((alone[0] * weights[i]).sum(), token)
+        torch.testing.assert_close(gradient[i], lone_gradient[0], atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_survives_a_run_in_inference_mode(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+    engine, example = RolloutEngine(tiny_elastic), law_examples[0]
+    with torch.inference_mode():
+        engine.run([(example, tiny_elastic.knob_space.full)])
+    token = torch.ones(1, tiny_elastic.d_model, requires_grad=True)
+    engine.latency_token_outputs([example], ["high"], token).sum().backward()
+    assert token.grad is not None
+    assert token.grad.abs().sum() > 0
+
+
+def test_nothing_to_do_is_nothing(tiny_elastic: ElasticModel) -> None:
+    engine = RolloutEngine(tiny_elastic)
+    assert engine.run([]) == []
+    assert engine.latency_token_outputs([], [], torch.zeros(0, tiny_elastic.d_model)).shape == (0, tiny_elastic.d_model)
+
+
+def test_views_are_the_models_and_computed_once(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+    engine = RolloutEngine(tiny_elastic)
+    view, expected = engine.view(law_examples[0]), tiny_elastic.view(law_examples[0].image, law_examples[0].question)
+    assert view.sizes == expected.sizes
+    assert torch.equal(view.question_embedding, expected.question_embedding)
+    assert engine.view(law_examples[0]) is view
+
+
+def test_one_id_for_two_examples_is_refused(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+    knobs = tiny_elastic.knob_space.full
+    for other in (
+        dataclasses.replace(law_examples[1], example_id=law_examples[0].example_id),
+        dataclasses.replace(law_examples[0], answer="another"),
+    ):
+        engine = RolloutEngine(tiny_elastic)
+        with pytest.raises(DataError, match="law-0"):
+            engine.run([(law_examples[0], knobs), (other, knobs)])
+        with pytest.raises(DataError, match="law-0"):
+            engine.view(other)
+
+
+@pytest.mark.parametrize("limits", [{"max_rows": 0}, {"max_tokens": 0}, {"max_prefix_bytes": -1}], ids=str)
+def test_senseless_limits_are_refused(tiny_elastic: ElasticModel, limits: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        RolloutEngine(tiny_elastic, **limits)
+
+
+def test_anothers_memory_is_refused(tiny_elastic: ElasticModel) -> None:
+    with pytest.raises(IdentityError, match="another"):
+        RolloutEngine(tiny_elastic, memory=OutcomeMemory("another"))
+
+
+def test_foreign_knobs_are_refused_before_any_work(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+    foreign, example = Knobs("low", 8, 6), law_examples[0]
+    engine = RolloutEngine(tiny_elastic)
+    with pytest.raises(KnobError, match="low/8/6"):
+        engine.run([(example, tiny_elastic.knob_space.full), (example, foreign)])
+    assert engine.num_run == engine.num_remembered == len(engine.memory) == 0
+    engine.memory.add(Outcome(example.example_id, foreign, "", 0.0, 1, 1))
+    with pytest.raises(KnobError, match="low/8/6"):
+        engine.run([(example, foreign)])
+
+
+def test_unusable_examples_are_refused(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+    knobs = tiny_elastic.knob_space.full
+    with pytest.raises(QuestionError):
+        RolloutEngine(tiny_elastic).run([(dataclasses.replace(law_examples[0], question=" "), knobs)])
+    elongated = Image.fromarray(np.zeros((1, 4000, 3), np.uint8))
+    with pytest.raises(ImageError, match="elongated"):
+        RolloutEngine(tiny_elastic).run([(dataclasses.replace(law_examples[0], image=elongated), knobs)])

@@ -1,0 +1,325 @@
+"""The public face: answers that account for themselves, and bundles that refuse what does not belong to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pacevlm
+from pacevlm.baselines.full import FullPolicy
+from pacevlm.controller.policy import Controller, ControllerConfig
+from pacevlm.errors import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    IdentityError,
+    ImageError,
+    ProfileError,
+    QuestionError,
+)
+from pacevlm.latency.estimator import STAGE_TERMS, LatencyEstimator
+from pacevlm.latency.guardrail import Calibration, Guardrail
+from pacevlm.latency.output_length import OutputLengthModel
+from pacevlm.latency.profile import collect_device_facts
+from pacevlm.latency.stage_fit import StageFit
+from pacevlm.models.elastic import ElasticModel, write_elastic_settings
+from pacevlm.pacer import Pacer
+from pacevlm.rollout.request import Pacing
+
+QUESTION = "How many red digits are there?"
+NUM_THREADS = 1
+
+
+def make_estimator(model: ElasticModel, coefficient: float = 1e-4) -> LatencyEstimator:
+    stages = {stage: StageFit((coefficient,) * len(terms), 1, 0, 0.0, 0.0) for stage, terms in STAGE_TERMS.items()}
+    facts = dataclasses.replace(collect_device_facts("cpu", model.dtype), num_threads=NUM_THREADS)
+    return LatencyEstimator(model.identity, model.knob_space, facts, model.trained_top_k, model.stage2_after, stages)
+
+
+def make_pacer(model: ElasticModel, folder: Path, *, lengths: bool = True, **parts: Any) -> Pacer:
+    estimator = parts.get("estimator", make_estimator(model))
+    calibration = Calibration(0.1, {}, math.log(1.5), {})
+    guardrail = Guardrail(estimator, "none", {"e2e": calibration, "ttft": calibration})
+    weights = (0.0,) * model.d_model
+    output_length = OutputLengthModel(model.identity, weights, None, 4.0, 0, model.max_new_tokens, 0.1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        controller = Controller(
+            ControllerConfig(reference_ms=100.0, embedding_scale=1.0),
+            model_identity=model.identity,
+            knob_space=model.knob_space,
+            estimator_fingerprint=parts.get("fingerprint", estimator.fingerprint),
+            d_model=model.d_model,
+        )
+    return Pacer(
+        model,
+        controller,
+        Pacing(guardrail, output_length if lengths else None, model.max_new_tokens),
+        full_p50_ms=100.0,
+        model_path=folder,
+        num_threads=NUM_THREADS,
+    )
+
+
+@pytest.fixture(scope="module")
+def pacer(tiny_elastic: ElasticModel, tiny_elastic_dir: Path) -> Pacer:
+    return make_pacer(tiny_elastic, tiny_elastic_dir)
+
+
+@pytest.fixture(scope="module")
+def bundle(pacer: Pacer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    pacer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def changed(bundle: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the bundle whose bundle.json differs in some entries, dotted names for nested ones."""
+
+    def change(**changes: Any) -> Path:
+        folder = tmp_path / "changed"
+        shutil.copytree(bundle, folder, dirs_exist_ok=True)
+        values = json.loads((folder / "bundle.json").read_text())
+        for name, value in changes.items():
+            entries = values
+            *outer, last = name.split("__")
+            for key in outer:
+                entries = entries[key]
+            if value is None:
+                del entries[last]
+            else:
+                entries[last] = value
+        (folder / "bundle.json").write_text(json.dumps(values))
+        return folder
+
+    return change
+
+
+# Answers -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_accounts_for_itself(pacer: Pacer, image: Image.Image) -> None:
+    estimates = {entry.knobs: entry for entry in pacer.estimate(image, QUESTION)}
+    bounds_ms = sorted(entry.upper_bound_ms for entry in estimates.values())
+    for budget_ms in (bounds_ms[len(bounds_ms) // 2], 1e9):
+        answer = pacer.answer(image, QUESTION, budget_ms)
+        assert answer.feasible
+        assert answer.budget_ms == budget_ms
+        assert answer.budget_met == (answer.measured_ms <= budget_ms)
+        assert answer.measured_ms == answer.times.e2e_ms > 0
+        assert answer.upper_bound_ms == pytest.approx(estimates[answer.knobs].upper_bound_ms)
+        assert answer.upper_bound_ms <= budget_ms
+        assert len(answer.times.decode_ms) == answer.num_output_tokens - 1
+        assert answer.answer == pacer.model.run_static(image, QUESTION, answer.knobs).answer
+        assert answer.predicted_ms > 0
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            answer.answer = "another"  # type: ignore[misc]
+
+
+def test_a_hopeless_budget_runs_the_cheapest(pacer: Pacer, image: Image.Image) -> None:
+    answer = pacer.answer(image, QUESTION, 1e-6)
+    assert (answer.feasible, answer.budget_met) == (False, False)
+    assert answer.knobs == pacer.model.knob_space.cheapest
+    assert answer.answer == pacer.model.run_static(image, QUESTION, answer.knobs).answer
+
+
+def test_another_policy_may_choose(pacer: Pacer, image: Image.Image) -> None:
+    space = pacer.model.knob_space
+    assert pacer.answer(image, QUESTION, policy=FullPolicy(space)).knobs == space.full
+    with pytest.raises(ConfigError, match="choose_tier"):
+        pacer.answer(image, QUESTION, policy="full")  # type: ignore[arg-type]
+
+
+def test_estimates_cover_the_knob_space_and_never_fall(pacer: Pacer, image: Image.Image) -> None:
+    space = pacer.model.knob_space
+    estimates = pacer.estimate(image, QUESTION)
+    assert [entry.knobs for entry in estimates] == list(space)
+    for name in ("predicted_ms", "upper_bound_ms"):
+        table = np.array([getattr(entry, name) for entry in estimates]).reshape(space.shape)
+        assert all((np.diff(table, axis=axis) >= 0).all() for axis in range(3))
+    assert all(entry.predicted_ms < entry.upper_bound_ms for entry in estimates)
+
+
+@pytest.mark.parametrize("budget_ms", [0, -5.0, math.nan, math.inf, "80", None, True])
+def test_bad_budgets_are_refused(pacer: Pacer, image: Image.Image, budget_ms: Any) -> None:
+    with pytest.raises(BudgetError, match="positive, finite number of milliseconds"):
+        pacer.answer(image, QUESTION, budget_ms)
+
+
+@pytest.mark.parametrize("source", ["no/such/file.png", b"", b"not an image", np.zeros((4, 4)), 7])
+def test_bad_images_are_refused(pacer: Pacer, source: Any) -> None:
+    for call in (pacer.answer, pacer.estimate):
+        with pytest.raises(ImageError):
+            call(source, QUESTION)
+
+
+@pytest.mark.parametrize("question", ["", "   ", "why " * 5000, None])
+def test_bad_questions_are_refused(pacer: Pacer, image: Image.Image, question: Any) -> None:
+    for call in (pacer.answer, pacer.estimate):
+        with pytest.raises(QuestionError):
+            call(image, question)
+
+
+# Bundles -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_pacer_answers_alike(pacer: Pacer, bundle: Path, image: Image.Image, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(bundle, run_dir / "bundle")
+    for path in (bundle, run_dir):
+        loaded = Pacer.from_pretrained(path)
+        assert loaded.model.identity == pacer.model.identity
+        assert (loaded.full_p50_ms, loaded.num_threads) == (pacer.full_p50_ms, NUM_THREADS)
+        assert loaded.pacing == pacer.pacing
+        assert loaded.estimate(image, QUESTION) == pacer.estimate(image, QUESTION)
+        for budget_ms in (0.05, 1.0, 1e9):
+            first, second = (one.answer(image, QUESTION, budget_ms) for one in (pacer, loaded))
+            assert (first.answer, first.knobs, first.feasible) == (second.answer, second.knobs, second.feasible)
+
+
+def test_requests_run_with_the_profiled_threads(pacer: Pacer, image: Image.Image) -> None:
+    seen = []
+
+    class Watching(FullPolicy):
+        def choose_tier(self, request: Any) -> str:
+            seen.append(torch.get_num_threads())
+            return super().choose_tier(request)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        pacer.answer(image, QUESTION, policy=Watching(pacer.model.knob_space))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [NUM_THREADS]
+
+
+def test_a_bundle_may_do_without_output_lengths(
+    tiny_elastic: ElasticModel, tiny_elastic_dir: Path, image: Image.Image, tmp_path: Path
+) -> None:
+    make_pacer(tiny_elastic, tiny_elastic_dir, lengths=False).save_pretrained(tmp_path)
+    loaded = Pacer.from_pretrained(tmp_path)
+    assert loaded.pacing.output_length is None
+    assert loaded.answer(image, QUESTION, 1e9).feasible
+
+
+def test_model_and_bundle_move_together(
+    bundle: Path, tiny_elastic_dir: Path, changed: Callable[..., Path], image: Image.Image
+) -> None:
+    folder = changed(model__path="model")
+    shutil.copytree(tiny_elastic_dir, folder / "model")
+    assert Pacer.from_pretrained(folder).answer(image, QUESTION, 1e9).feasible
+    elsewhere = changed(model__path="/no/such/model")
+    with pytest.raises(CheckpointError, match="/no/such/model"):
+        Pacer.from_pretrained(elsewhere)
+    assert Pacer.from_pretrained(elsewhere, model_path=tiny_elastic_dir).model_path == str(tiny_elastic_dir)
+
+
+def test_another_model_is_refused(
+    bundle: Path, tiny_elastic_dir: Path, save_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(IdentityError, match="made for model"):
+        Pacer.from_pretrained(bundle, model_path=save_checkpoint(tmp_path / "other", seed=9))
+    reordered = shutil.copytree(tiny_elastic_dir, tmp_path / "reordered")
+    write_elastic_settings(reordered, removal=[3, 2, 4])
+    with pytest.raises(IdentityError, match=r"elastic\.json"):
+        Pacer.from_pretrained(bundle, model_path=reordered)
+
+
+def test_another_device_is_refused(bundle: Path, changed: Callable[..., Path]) -> None:
+    # As many threads as were not profiled are another device.
+    folder = changed(num_threads=NUM_THREADS + 1)
+    with pytest.raises(IdentityError, match="profile this device"):
+        Pacer.from_pretrained(folder)
+    assert Pacer.from_pretrained(folder, any_device=True).num_threads == NUM_THREADS + 1
+
+
+def test_parts_that_do_not_belong_together_are_refused(
+    tiny_elastic: ElasticModel, tiny_elastic_dir: Path, changed: Callable[..., Path]
+) -> None:
+    with pytest.raises(IdentityError, match="another latency estimator"):
+        make_pacer(tiny_elastic, tiny_elastic_dir, fingerprint="of-another")
+    other = dataclasses.replace(make_estimator(tiny_elastic), model_identity="another")
+    with pytest.raises(IdentityError, match="another"):
+        make_pacer(tiny_elastic, tiny_elastic_dir, lengths=False, estimator=other)
+    folder = changed()
+    make_estimator(tiny_elastic, 2e-4).save(folder / "estimator.json")
+    with pytest.raises(IdentityError, match="calibrate anew"):
+        Pacer.from_pretrained(folder)
+    # A guardrail of that estimator does not make the controller belong to it.
+    swapped = make_pacer(tiny_elastic, tiny_elastic_dir, estimator=make_estimator(tiny_elastic, 2e-4))
+    swapped.pacing.guardrail.save(folder / "guardrail.json")
+    with pytest.raises(IdentityError, match="latency estimator"):
+        Pacer.from_pretrained(folder)
+
+
+def test_missing_and_malformed_files_are_named(bundle: Path, changed: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no bundle\.json"):
+        Pacer.from_pretrained(tmp_path / "nothing")
+    for changes, message in (
+        ({"version": 99}, "99"),
+        ({"model": None}, "model"),
+        ({"model__dtype": "int8"}, "int8"),
+        ({"budget_kind": "ttlt"}, "ttlt"),
+        ({"full_p50_ms": -1.0}, "malformed"),
+        ({"full_p50_ms": "fast"}, "full_p50_ms"),
+        ({"knob_space": {"tiers": ["low"]}}, "knob space"),
+        ({"model__max_crops": None}, "max_crops"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            Pacer.from_pretrained(changed(**changes))
+        shutil.copy(bundle / "bundle.json", changed() / "bundle.json")
+    for name, error in (
+        ("estimator.json", ProfileError),
+        ("guardrail.json", ProfileError),
+        ("output_length.json", ProfileError),
+        ("controller/controller.safetensors", CheckpointError),
+    ):
+        folder = changed()
+        (folder / name).unlink()
+        with pytest.raises(error, match=Path(name).stem):
+            Pacer.from_pretrained(folder)
+        shutil.copy(bundle / name, folder / name)
+
+
+# The package ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_package_is_light_and_offers_its_names() -> None:
+    program = (
+        "import sys, pacevlm; assert not {'torch', 'numpy', 'transformers', 'PIL'} & set(sys.modules);"
+        "assert set(pacevlm.__all__) <= set(dir(pacevlm)); pacevlm.KnobSpace(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(pacevlm.__file__).parents[1])
+    assert pacevlm.Pacer is Pacer
+    assert all(getattr(pacevlm, name) is not None for name in pacevlm.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Packer'"):
+        pacevlm.Packer  # noqa: B018
+
+
+def test_the_version_is_the_projects() -> None:
+    project = Path(pacevlm.__file__).parents[1] / "pyproject.toml"
+    if not project.is_file():
+        pytest.skip("installed without its project file")
+    declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+    assert declared.get("version", pacevlm.__version__) == pacevlm.__version__
