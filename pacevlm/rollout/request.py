@@ -179,7 +179,7 @@ def run_with_policy(
     assert seen is not None
     # The budget is encoded before the model's own clock starts; it is part of stage 1 all the same.
     times = dataclasses.replace(
-        result.times, stage1_ms=result.times.stage1_ms + token_ms, e2e_ms=result.times.e2e_ms
+        result.times, stage1_ms=result.times.stage1_ms + token_ms, e2e_ms=result.times.e2e_ms + token_ms
     )
     result = dataclasses.replace(result, times=times)
     predicted = pacing.guardrail.estimator.predict(request.sizes, result.knobs, result.num_output_tokens)

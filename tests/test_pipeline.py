@@ -1,0 +1,280 @@
+"""A whole run on a tiny random model: every step once, resumable, and refusing what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pacevlm.config import (
+    CalibrateConfig,
+    DataConfig,
+    EvaluateConfig,
+    LookupConfig,
+    ModelConfig,
+    ProfileConfig,
+    load_config,
+)
+from pacevlm.errors import ConfigError, DataError, IdentityError
+from pacevlm.evaluation.records import read_records
+from pacevlm.evaluation.summary import read_results
+from pacevlm.files import read_jsonl
+from pacevlm.knobs import Knobs
+from pacevlm.latency.guardrail import Calibration, Guardrail
+from pacevlm.latency.profile import Sample
+from pacevlm.models.elastic import ElasticModel
+from pacevlm.pacer import Pacer
+from pacevlm.pipeline import STEPS, RunConfig, load_elastic_model, run_pipeline
+from pacevlm.pipeline.steps import recalibrate
+from pacevlm.training.grpo import GRPOConfig
+from pacevlm.training.train_config import TrainConfig
+from pacevlm.types import StageTimes
+
+ARTEFACTS = {
+    *("config.json", "steps.json", "profile.json", "estimator.json", "guardrail_profile.json", "guardrail.json"),
+    *("output_length.json", "memory.jsonl", "lookup_table.json", "static.json", "results.json", "records.jsonl"),
+    *("report.html", "pareto.png", "pareto.svg", "knobs.png", "knobs.svg", "bundle/bundle.json"),
+    *("controller/controller.json", "controller/controller.safetensors", "train/checkpoint.safetensors"),
+    *("train/metrics.jsonl", "train/run.json"),
+}
+
+
+class Recorder:
+    """Remembers what a run reports; interrupts it once a piece of work has come so far."""
+
+    def __init__(self, interrupt: tuple[str, int] | None = None) -> None:
+        self.events: list[tuple[str, str]] = []
+        self.interrupt = interrupt
+        self.progressed: set[str] = set()
+
+    def started(self, step: str) -> None:
+        self.events.append(("started", step))
+
+    def skipped(self, step: str, facts: Mapping[str, Any]) -> None:
+        self.events.append(("skipped", step))
+
+    def finished(self, step: str, seconds: float, facts: Mapping[str, Any]) -> None:
+        self.events.append(("finished", step))
+
+    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
+        assert 0 <= done <= total
+        self.progressed.add(what)
+        if self.interrupt is not None and what == self.interrupt[0] and done >= self.interrupt[1]:
+            raise KeyboardInterrupt
+
+    def of(self, kind: str) -> list[str]:
+        return [step for event, step in self.events if event == kind]
+
+
+def make_config(run_dir: Path, model_dir: Path) -> RunConfig:
+    return RunConfig(
+        run_dir=run_dir,
+        model=ModelConfig(path=str(model_dir), max_new_tokens=2, max_crops=(1, 1, 2)),
+        data=DataConfig(num_train=24, num_val=8, num_test=6),
+        profile=ProfileConfig(num_requests=6, num_samples=24, repeats=1, max_warmup=1, num_lengths=24, alpha=0.3),
+        lookup=LookupConfig(num_examples=4),
+        train=TrainConfig(
+            run_dir=Path("train"), steps=3, batch_size=4, budgets_per_example=2, grpo=GRPOConfig(group_size=3)
+        ),
+        calibrate=CalibrateConfig(num_requests=8),
+        evaluate=EvaluateConfig(budgets=(0.7, 1.0), num_timed=1, num_warmup=0),
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_elastic_dir: Path) -> RunConfig:
+    return make_config(tmp_path_factory.mktemp("runs") / "run", tiny_elastic_dir)
+
+
+@pytest.fixture(scope="module")
+def first(config: RunConfig) -> Recorder:
+    """What the first, uninterrupted run reported."""
+    recorder = Recorder()
+    run_pipeline(config, reporter=recorder, command="pacevlm quickstart")
+    return recorder
+
+
+@pytest.fixture
+def copied(config: RunConfig, first: Recorder, tmp_path: Path) -> RunConfig:
+    """A copy of the finished run that may be changed."""
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    return dataclasses.replace(config, run_dir=tmp_path / "run")
+
+
+def files_of(run_dir: Path) -> set[str]:
+    return {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
+
+
+def test_a_run_does_every_step_once_and_leaves_its_artefacts(config: RunConfig, first: Recorder) -> None:
+    assert first.of("started") == first.of("finished") == list(STEPS)
+    assert first.of("skipped") == []
+    assert files_of(config.run_dir) >= ARTEFACTS
+    assert not [name for name in files_of(config.run_dir) if name.endswith((".tmp", ".partial.jsonl"))]
+    assert first.progressed >= {"timed requests", "answers", "training steps", "every configuration", "choices"}
+
+
+def test_stored_settings_are_those_of_the_run(config: RunConfig, first: Recorder) -> None:
+    assert load_config(config.run_dir / "config.json", RunConfig) == config
+
+
+def test_results_and_records_say_the_same(config: RunConfig, first: Recorder) -> None:
+    results, records = read_results(config.run_dir / "results.json"), read_records(config.run_dir / "records.jsonl")
+    assert len(records) == 7 * 2 * 6
+    assert results["dataset"] == {"name": "digits", "split": "test", "n": 6}
+    assert results["num_timed"] == 1
+    full_ms = json.loads((config.run_dir / "steps.json").read_text())["profile"]["facts"]["full_p50_ms"]["e2e"]
+    assert [budget["budget_ms"] for budget in results["budgets"]] == pytest.approx([0.7 * full_ms, full_ms])
+    oracle = {(r.fraction, r.example_id): r.accuracy for r in records if r.policy == "oracle"}
+    assert all(r.accuracy <= oracle[r.fraction, r.example_id] for r in records if r.policy != "full")
+
+
+def test_training_met_remembered_outcomes(config: RunConfig, first: Recorder) -> None:
+    memory = read_jsonl(config.run_dir / "memory.jsonl", "memory", DataError)[1:]
+    space = load_elastic_model(config.model).knob_space
+    for number in range(config.lookup.num_examples):
+        own = {line["knobs"] for line in memory if line["example_id"] == f"digits-train-0-{number}"}
+        assert own == {str(knobs) for knobs in space}
+    assert {line["example_id"].split("-")[1] for line in memory} == {"train", "test"}
+
+
+def test_a_bundle_answers(config: RunConfig, first: Recorder) -> None:
+    pacer = Pacer.from_pretrained(config.run_dir)
+    example = load_splits_test(config)
+    assert pacer.num_threads == config.profile.num_threads
+    result = pacer.answer(example.image, example.question, budget_ms=10 * pacer.full_p50_ms)
+    assert result.knobs in pacer.model.knob_space
+    assert result.answer == pacer.model.run_static(example.image, example.question, result.knobs).answer
+
+
+def load_splits_test(config: RunConfig) -> Any:
+    from pacevlm.data.splits import load_splits
+
+    return load_splits(config.data).test[0]
+
+
+def test_a_finished_run_is_not_run_again(copied: RunConfig) -> None:
+    before = {name: (copied.run_dir / name).read_bytes() for name in files_of(copied.run_dir)}
+    again = Recorder()
+    run_pipeline(copied, reporter=again)
+    assert again.events == [("skipped", step) for step in STEPS]
+    after = {name: (copied.run_dir / name).read_bytes() for name in files_of(copied.run_dir)}
+    assert {name for name in after if before.get(name) != after[name]} <= {"config.json"}  # run_dir has moved
+
+
+def test_other_evaluation_settings_repeat_the_evaluation_alone(copied: RunConfig) -> None:
+    changed = dataclasses.replace(copied, evaluate=dataclasses.replace(copied.evaluate, budgets=(0.8,), num_timed=0))
+    again = Recorder()
+    run_pipeline(changed, reporter=again)
+    assert again.of("skipped") == list(STEPS[:4])
+    assert again.of("finished") == ["evaluate"]
+    assert [b["fraction"] for b in read_results(copied.run_dir / "results.json")["budgets"]] == [0.8]
+
+
+def test_a_larger_sweep_runs_only_what_is_new(copied: RunConfig) -> None:
+    changed = dataclasses.replace(copied, lookup=LookupConfig(num_examples=5))
+    again = Recorder()
+    run = run_pipeline(changed, "train", reporter=again)
+    assert again.events == [
+        ("skipped", "profile"),
+        ("started", "lookup"),
+        ("finished", "lookup"),
+        ("skipped", "train"),
+    ]
+    assert 0 < run.engine.num_run <= len(run.model.knob_space)
+
+
+def test_settings_that_would_orphan_later_steps_are_refused(copied: RunConfig, tiny_elastic_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.lr was 0\.001, now 0\.1.*--fresh"):
+        run_pipeline(dataclasses.replace(copied, train=dataclasses.replace(copied.train, lr=0.1)))
+    with pytest.raises(ConfigError, match=r"profile\.repeats was 1, now 2"):
+        run_pipeline(dataclasses.replace(copied, profile=dataclasses.replace(copied.profile, repeats=2)))
+    with pytest.raises(IdentityError, match=r"another model or knob space: model\.identity"):
+        run_pipeline(dataclasses.replace(copied, model=dataclasses.replace(copied.model, max_new_tokens=3)))
+    assert load_config(copied.run_dir / "config.json", RunConfig).train.lr == 0.001
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(config: RunConfig, first: Recorder, copied: RunConfig) -> None:
+    # Interrupt the training of a copy that has the same profile, so that both runs learn under the same masks.
+    steps = json.loads((copied.run_dir / "steps.json").read_text())
+    (copied.run_dir / "steps.json").write_text(json.dumps({"profile": steps["profile"], "lookup": steps["lookup"]}))
+    for name in ("train", "controller", "bundle"):
+        shutil.rmtree(copied.run_dir / name)
+    interrupted = Recorder(interrupt=("training steps", 2))
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(copied, "train", reporter=interrupted)
+    assert interrupted.of("finished") == []
+    again = Recorder()
+    run_pipeline(copied, "train", reporter=again)
+    assert again.of("skipped") == ["profile", "lookup"]
+    assert again.of("finished") == ["train"]
+    weights = "controller/controller.safetensors"
+    assert (copied.run_dir / weights).read_bytes() == (config.run_dir / weights).read_bytes()
+
+
+def test_an_interrupted_sweep_keeps_its_outcomes(copied: RunConfig) -> None:
+    changed = dataclasses.replace(copied, lookup=LookupConfig(num_examples=8))
+    before = len(read_jsonl(copied.run_dir / "memory.jsonl", "memory", DataError))
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(changed, "lookup", reporter=Recorder(interrupt=("answers", 1)))
+    assert len(read_jsonl(copied.run_dir / "memory.jsonl", "memory", DataError)) > before
+
+
+def test_starting_over_removes_what_the_run_left_and_nothing_else(copied: RunConfig) -> None:
+    (copied.run_dir / "notes.txt").write_text("mine")
+    changed = dataclasses.replace(copied, profile=dataclasses.replace(copied.profile, seed=1))
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(changed, fresh=True, reporter=Recorder(interrupt=("timed requests", 1)))
+    assert files_of(copied.run_dir) == {"notes.txt", "config.json", "profile.json.partial.jsonl"}
+
+
+def test_a_directory_that_is_no_run_is_left_alone(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "precious").write_text("mine")
+    with pytest.raises(ConfigError, match="nothing was removed"):
+        run_pipeline(dataclasses.replace(config, run_dir=tmp_path), fresh=True)
+    assert (tmp_path / "train" / "precious").exists()
+
+
+def test_unknown_steps_are_refused(config: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="no step 'rest'"):
+        run_pipeline(config, "rest")
+
+
+def test_a_model_is_loaded_as_described(tiny_elastic_dir: Path, tiny_elastic: ElasticModel) -> None:
+    plain = load_elastic_model(ModelConfig(path=str(tiny_elastic_dir)))
+    assert (plain.identity, plain.knob_space) == (tiny_elastic.identity, tiny_elastic.knob_space)
+    other = load_elastic_model(
+        ModelConfig(path=str(tiny_elastic_dir), tiers=("low", "high"), top_ks=(2, 4), max_crops=(1, 3))
+    )
+    assert other.knob_space.to_dict() == {"tiers": ["low", "high"], "top_ks": [2, 4], "num_blocks": [3, 4, 5, 6]}
+    assert other.max_crops == {"low": 1, "high": 3}
+    assert other.identity != plain.identity
+    with pytest.raises(ConfigError, match="one number for each of the tiers"):
+        load_elastic_model(ModelConfig(path=str(tiny_elastic_dir), max_crops=(1, 2)))
+
+
+def test_groups_with_too_few_new_samples_keep_their_bound(config: RunConfig, first: Recorder) -> None:
+    guardrail = run_pipeline(config, "profile").pacing("guardrail_profile.json").guardrail
+    old = Guardrail(
+        guardrail.estimator, "tier", {"e2e": Calibration(0.3, {"low": 0.1, "high": 0.2}, 0.5, {"low": 9, "high": 9})}
+    )
+    # 19 requests at the low tier and a single, very late one at the high tier.
+    samples = [make_sample(Knobs("low", 2, 3), old, 1.0) for _ in range(19)] + [
+        make_sample(Knobs("high", 2, 3), old, 9.0)
+    ]
+    new = recalibrate(old, samples, alpha=0.3).calibrations["e2e"]
+    assert new.factor("low") == pytest.approx(1.0)
+    assert new.log_margins["high"] == 0.2
+    assert new.factor("medium") == pytest.approx(9.0)  # never seen before or now: the most cautious
+
+
+def make_sample(knobs: Knobs, guardrail: Guardrail, factor: float) -> Sample:
+    """A request that took `factor` times what the estimator predicts."""
+    base = Sample(knobs, 1, 20, 8, 900, 1, StageTimes(1.0, 0.0, 0.0, 0.0, 0.0, (), 1.0))
+    e2e_ms = factor * float(guardrail.estimator.predict_samples([base])[0])
+    return dataclasses.replace(base, stages=StageTimes(e2e_ms, 0.0, 0.0, 0.0, 0.0, (), e2e_ms))
