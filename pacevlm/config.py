@@ -118,7 +118,7 @@ class ProfileConfig:
     max_warmup: int = 50
     num_lengths: int = 800
     num_threads: int | None = 1
-    alpha: float = 0.05
+    alpha: float = 0.025
     group_by: Literal["none", "tier", "top_k", "num_blocks", "knobs"] = "tier"
     seed: int = 0
 
@@ -205,8 +205,8 @@ class EvaluateConfig:
         ConfigError: a value is outside its range.
     """
 
-    budgets: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    num_timed: int = 100
+    budgets: tuple[float, ...] = (0.35, 0.5, 0.7, 0.85, 1.0)
+    num_timed: int = 200
     num_warmup: int = 10
     oracle: bool = True
     seed: int = 0

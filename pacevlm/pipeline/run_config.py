@@ -73,10 +73,10 @@ def quickstart_config(run_dir: Path = Path("runs/quickstart")) -> RunConfig:
     """
     return RunConfig(
         run_dir=run_dir,
-        data=DataConfig(num_train=600, num_val=200, num_test=200),
+        data=DataConfig(num_train=400, num_val=200, num_test=200),
         profile=ProfileConfig(num_samples=250, repeats=1, num_lengths=400),
-        lookup=LookupConfig(num_examples=300),
+        lookup=LookupConfig(num_examples=200),
         train=TrainConfig(run_dir=Path("train"), steps=120, batch_size=32, grpo=GRPOConfig(group_size=16)),
         calibrate=CalibrateConfig(num_requests=200),
-        evaluate=EvaluateConfig(budgets=(0.5, 0.65, 0.8, 1.0), num_timed=40),
+        evaluate=EvaluateConfig(num_timed=40),
     )
