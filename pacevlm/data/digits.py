@@ -112,8 +112,7 @@ class Question:
 class SceneConfig:
     """Ranges that scenes are drawn from; a curriculum narrows them.
 
-    On a canvas, heights are further limited to 0.085 of its longer side from below and 0.6 of its shorter side from
-    above. A canvas on which no height remains is never drawn.
+    On a canvas, heights are further limited to 0.6 of its shorter side from above. A canvas on which no height remains is never drawn.
 
     Raises:
         ConfigError: a range is empty or outside what is supported, or no canvas remains.
@@ -146,9 +145,7 @@ class SceneConfig:
 
     def height_range_px(self, canvas: tuple[int, int]) -> tuple[int, int]:
         """Smallest and largest digit height on a canvas `(width, height)`; empty when the first exceeds the second."""
-        smallest = max(self.min_height_px, round(0.085 * max(canvas)))
-        largest = min(self.max_height_px, int(0.6 * min(canvas)))
-        return smallest, largest
+        return self.min_height_px, min(self.max_height_px, int(0.6 * min(canvas)))
 
     @functools.cached_property
     def usable_canvases(self) -> tuple[tuple[int, int], ...]:

@@ -97,7 +97,7 @@ def test_scenes_honour_the_ranges(scenes: list[Scene]) -> None:
             assert 0 <= left < right <= width
             assert 0 <= top < bottom <= height
             assert digit.height_px == bottom - top
-            assert max(8, round(0.085 * max(width, height))) <= digit.height_px <= min(40, 0.6 * min(width, height))
+            assert 8 <= digit.height_px <= min(40, 0.6 * min(width, height))
             assert 0.8 * digit.height_px <= right - left <= digit.height_px
     assert canvases == set(CANVASES)
     assert counts == {1, 2, 3, 4}

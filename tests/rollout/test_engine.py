@@ -168,7 +168,9 @@ def test_latency_tokens_together_are_latency_tokens_alone(
         features = law_model.adapter.encode_vision([prepared])[0]
         prefix = law_model.decoder.prefix([law_model.adapter.embed(prepared, features)])
         alone = law_model.decoder.latency_token(prefix, [token])
-        torch.testing.assert_close(together[i], alone[0], atol=1e-5 * max(1.0, float(alone.abs().max())), rtol=0)
+        torch.testing.assert_close(
+            together[i], alone[0], atol=1e-5 * max(1.0, float(alone.detach().abs().max())), rtol=0
+        )
         (lone_gradient,) = torch.autograd.grad((alone[0] * weights[i]).sum(), token)
         scale = max(1.0, float(lone_gradient.abs().max()))
         torch.testing.assert_close(gradient[i], lone_gradient[0], atol=1e-5 * scale, rtol=0)
