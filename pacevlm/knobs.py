@@ -133,7 +133,9 @@ class KnobSpace:
         """
         bad_k = [k for k in self.top_ks if k > max_top_k]
         if bad_k:
-            raise KnobError(f"top_k {bad_k} asked for, but the model has {max_top_k} experts per block; use 1..{max_top_k}")
+            raise KnobError(
+                f"top_k {bad_k} asked for, but the model has {max_top_k} experts per block; use 1..{max_top_k}"
+            )
         bad_n = [n for n in self.num_blocks if not min_num_blocks <= n <= max_num_blocks]
         if bad_n:
             raise KnobError(
@@ -154,6 +156,13 @@ class KnobSpace:
 
 def check_budget_ms(budget_ms: object) -> float:
     """Return a budget as a float; raises BudgetError unless it is a positive, finite number of milliseconds."""
-    if isinstance(budget_ms, bool) or not isinstance(budget_ms, (int, float)) or not math.isfinite(budget_ms) or budget_ms <= 0:
-        raise BudgetError(f"budget_ms is {budget_ms!r}; it must be a positive, finite number of milliseconds, for example 80")
+    if (
+        isinstance(budget_ms, bool)
+        or not isinstance(budget_ms, (int, float))
+        or not math.isfinite(budget_ms)
+        or budget_ms <= 0
+    ):
+        raise BudgetError(
+            f"budget_ms is {budget_ms!r}; it must be a positive, finite number of milliseconds, for example 80"
+        )
     return float(budget_ms)

@@ -66,7 +66,8 @@ class Outcome:
 class StageTimes:
     """Wall-clock milliseconds of one request's stages; `decode_ms` has one entry per generated token after the first.
 
-    `first_block_ms` covers embedding, the first block and stage 2; `prefill_ms` the remaining blocks and the first token.
+    `first_block_ms` covers embedding, the first block and stage 2; `prefill_ms` the remaining blocks and the first
+    token.
     """
 
     prepare_ms: float

@@ -112,7 +112,8 @@ class Question:
 class SceneConfig:
     """Ranges that scenes are drawn from; a curriculum narrows them.
 
-    On a canvas, heights are further limited to 0.6 of its shorter side from above. A canvas on which no height remains is never drawn.
+    On a canvas, heights are further limited to 0.6 of its shorter side. A canvas on which no height remains is never
+    drawn.
 
     Raises:
         ConfigError: a range is empty or outside what is supported, or no canvas remains.

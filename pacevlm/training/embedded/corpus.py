@@ -26,8 +26,8 @@ def build_embedded_tokenizer() -> PreTrainedTokenizerFast:
     rng = np.random.default_rng(0)
     texts = []
     for _ in range(2000):
-        for question in valid_questions(sample_scene(rng, "train", SceneConfig()), rng):
-            texts.append(PROMPT_PREFIX + question.text + PROMPT_SUFFIX + " " + question.answer)
+        questions = valid_questions(sample_scene(rng, "train", SceneConfig()), rng)
+        texts += [PROMPT_PREFIX + question.text + PROMPT_SUFFIX + " " + question.answer for question in questions]
     texts.extend(f" {name}" for name in COLOUR_NAMES)
     return build_tokenizer(texts, MAX_VOCAB_SIZE)
 
@@ -124,9 +124,9 @@ class Packer:
                 out[i, : len(row[column])] = torch.tensor(row[column])
             return out
 
-        segments = stack(2, 0)
+        segment_ids = stack(2, 0)
         causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
-        same = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == IMAGE_SEGMENT)
+        same = (segment_ids[:, :, None] == segment_ids[:, None, :]) | (segment_ids[:, None, :] == IMAGE_SEGMENT)
         mask = (same & causal)[:, None]
         places, cells, offset = [], [], 0
         for i, sample in enumerate(samples):
@@ -156,7 +156,6 @@ class Packer:
         )
 
 
-
 def draw_crops(
     rng: np.random.Generator, config: SceneConfig, num_crops: int, split: str = "train"
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -167,8 +166,6 @@ def draw_crops(
     """
     samples = [draw_sample(rng, config, 1, split) for _ in range(num_crops)]
     fields = [field.name for field in dataclasses.fields(CellLabels)]
-    labels = {
-        name: torch.from_numpy(np.concatenate([getattr(s.labels, name)[0] for s in samples])) for name in fields
-    }
+    labels = {name: torch.from_numpy(np.concatenate([getattr(s.labels, name)[0] for s in samples])) for name in fields}
     images = torch.stack([s.image.images[0] for s in samples])
     return images, torch.stack([s.image.image_masks[0] for s in samples]), labels

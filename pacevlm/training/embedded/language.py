@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
-from pacevlm.models.molmoe.modeling_molmoe import rope_tables
+from pacevlm.models.molmoe.modeling_molmoe import MolmoEBlock, rope_tables
 from pacevlm.training.embedded.corpus import PackedBatch
 from pacevlm.training.embedded.tower import CellHeads
+
+
+def decoder_blocks(model: MolmoEForConditionalGeneration) -> list[MolmoEBlock]:
+    """The decoder's blocks, in order."""
+    return [cast(MolmoEBlock, block) for block in model.model.transformer.blocks]
 
 
 def load_balancing_loss(router_logits: Tensor, top_k: int) -> Tensor:
@@ -84,7 +90,7 @@ def training_loss(
     balance, flatness = x.new_zeros(()), x.new_zeros(())
     metrics: dict[str, float] = {}
     total = x.new_zeros(())
-    for block in inner.transformer.blocks:
+    for block in decoder_blocks(model):
         x, router_logits = block(x, rope, batch.mask)
         if balance_weight:
             balance = balance + load_balancing_loss(router_logits.flatten(0, 1), model.config.moe_top_k)
@@ -154,6 +160,6 @@ def grow(model: MolmoEForConditionalGeneration, num_blocks: int) -> MolmoEForCon
 @torch.no_grad()
 def strengthen(model: MolmoEForConditionalGeneration, attention: float, experts: float) -> None:
     """Multiply what every block adds to the residual stream: attention's and the experts' output projections."""
-    for block in model.model.transformer.blocks:
+    for block in decoder_blocks(model):
         block.attn.attn_out.weight.mul_(attention)
         block.mlp.experts.down_proj.mul_(experts)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pacevlm.models.molmoe.vision import VisionTower
+from pacevlm.models.molmoe.vision import VisionAttention, VisionTower
 from pacevlm.training.embedded.labels import NUM_COLOUR_CLASSES, NUM_DIGIT_CLASSES
 
 
@@ -71,7 +72,7 @@ def init_tower_as_convolution(tower: VisionTower, gain: float = 1.6) -> None:
     offsets += [(2, 0), (-2, 0), (0, 2), (0, -2), (2, 2), (-2, -2), (2, -2), (-2, 2)]
     number = 0
     for block in tower.transformer.resblocks:
-        attention = block.attention
+        attention = cast(VisionAttention, block.attention)
         head_dim = attention.wq.weight.shape[0] // attention.num_heads
         attention.wq.weight.normal_(std=0.02)
         attention.wk.weight.normal_(std=0.02)

@@ -19,7 +19,7 @@ from pacevlm.data.digits import CANVASES, SceneConfig
 from pacevlm.files import append_jsonl, save_safetensors_atomic
 from pacevlm.models.elastic import write_elastic_settings
 from pacevlm.models.embedded import CROP_PX, EMBEDDED_MAX_CROPS, MARGINS, MAX_NEW_TOKENS, PATCH_PX, embedded_config
-from pacevlm.models.molmoe import MolmoEForConditionalGeneration
+from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.image_processing import MolmoEImageProcessor
 from pacevlm.models.molmoe.processing import MolmoEProcessor
 from pacevlm.training.embedded.corpus import Packer, build_embedded_tokenizer, draw_crops, draw_sample
@@ -75,7 +75,9 @@ STAGES = (
     Stage("tower", 1200, 256, 2e-3, (1,), CROPS, 0, final_lr=1e-4, freeze_tower=False),
     Stage("language-4-easy", 500, 48, 2e-3, (2,), EASY, 4, final_lr=2e-3),
     Stage("language-4", 400, 48, 2e-3, (2, 6, 12), FULL, 4, final_lr=1.5e-3),
-    Stage("language-16", 800, 32, 1.5e-3, (2, 6, 12, 12), FULL, 16, final_lr=1e-4, heads_weight=0.0, flatness_weight=0.1),
+    Stage(
+        "language-16", 800, 32, 1.5e-3, (2, 6, 12, 12), FULL, 16, final_lr=1e-4, heads_weight=0.0, flatness_weight=0.1
+    ),
     Stage(
         "strengthened",
         350,
@@ -246,7 +248,7 @@ class EmbeddedTrainer:
                     group["lr"] = self._lr(stage, state.step)
                 loss, metrics = self._step(stage, state.step)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 self._average_gradients(parameters)
                 metrics["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, 1.0))
                 optimizer.step()
@@ -283,16 +285,19 @@ class EmbeddedTrainer:
         append_jsonl(self.run_dir / "log.jsonl", record)
         left = (stage.steps - self.state.step) * seconds
         shown = " ".join(f"{k.split('/')[-1]}={v:.3f}" for k, v in averages.items())
-        print(f"{stage.name} {self.state.step}/{stage.steps} {seconds:.2f} s/step, {left / 60:.0f} min left: {shown}", flush=True)
+        print(
+            f"{stage.name} {self.state.step}/{stage.steps} {seconds:.2f} s/step, {left / 60:.0f} min left: {shown}",
+            flush=True,
+        )
 
     def export(self, folder: Path) -> None:
         """Write model (float16), processor and tiers to a model directory, replacing what is there."""
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         weights = {name: value.half() for name, value in self.state.model.state_dict().items()}
-        exported = MolmoEForConditionalGeneration(self.state.model.config).half()
-        exported.load_state_dict(weights)
-        exported.save_pretrained(temporary)
+        settings = self.state.model.config.to_dict()
+        exported = MolmoEForConditionalGeneration(MolmoEConfig(**{**settings, "dtype": "float16"}))
+        exported.save_pretrained(temporary, state_dict=weights)
         self.processor.save_pretrained(temporary)
         write_elastic_settings(temporary, max_crops=EMBEDDED_MAX_CROPS, max_new_tokens=MAX_NEW_TOKENS)
         shutil.rmtree(folder, ignore_errors=True)
