@@ -22,6 +22,21 @@ from pacevlm.training.train_config import TrainConfig
 DEFAULT_RUN_DIR = Path("runs/default")
 
 
+def train_defaults(steps: int) -> TrainConfig:
+    """Training settings of a run.
+
+    The entropy bonus starts high because without it both stages become certain within some sixty steps, before they
+    have seen for whom a dearer tier is right.
+    """
+    return TrainConfig(
+        run_dir=Path("train"),
+        steps=steps,
+        batch_size=64,
+        final_entropy_coef=0.01,
+        grpo=GRPOConfig(entropy_coef=0.12),
+    )
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Settings of a run: model, data, and each step from profiling to evaluation.
@@ -49,7 +64,7 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     lookup: LookupConfig = field(default_factory=LookupConfig)
     controller: ControllerSettings = field(default_factory=ControllerSettings)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(run_dir=Path("train"), steps=400))
+    train: TrainConfig = field(default_factory=lambda: train_defaults(steps=1200))
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
@@ -76,7 +91,7 @@ def quickstart_config(run_dir: Path = Path("runs/quickstart")) -> RunConfig:
         data=DataConfig(num_train=400, num_val=200, num_test=200),
         profile=ProfileConfig(num_samples=250, repeats=1, num_lengths=400),
         lookup=LookupConfig(num_examples=200),
-        train=TrainConfig(run_dir=Path("train"), steps=120, batch_size=32, grpo=GRPOConfig(group_size=16)),
+        train=train_defaults(steps=500),
         calibrate=CalibrateConfig(num_requests=200),
         evaluate=EvaluateConfig(num_timed=40),
     )

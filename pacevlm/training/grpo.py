@@ -303,14 +303,14 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Clipped surrogate loss of a batch of groups, and its metrics under TRL's names.
 
-    The loss is a sum over the rollouts of the groups that are kept, divided by the number of *all* rollouts. A count
-    of kept rollouts would vary with what was sampled, and its division would bias the gradient.
+    The surrogate is a sum over the rollouts of the groups that are kept, divided by the number of *all* rollouts. A
+    count of kept rollouts would vary with what was sampled, and its division would bias the gradient.
 
     Args:
         logp_new: joint log-probabilities under the policy being trained, `(batch, group)`.
         logp_old: those under the policy that sampled, with the same masks, `(batch, group)`.
         advantages: `(batch, group)`.
-        keep: boolean `(batch,)`; a group at False adds nothing: no surrogate, KL or entropy.
+        keep: boolean `(batch,)`; a group at False adds no surrogate, only KL and entropy.
         config: clipping and weights.
         entropy: `(batch,)` or `(batch, group)`; needed only with an entropy bonus, else for the metric.
         kl: `(batch,)` or `(batch, group)`; needed only with beta above 0, else for the metric.
@@ -345,12 +345,14 @@ def grpo_loss(
     ratio = (logp_new - logp_old.detach()).exp()
     advantages = advantages.detach()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    terms = -torch.minimum(ratio * advantages, clipped * advantages)
+    terms = torch.where(keep.unsqueeze(-1), -torch.minimum(ratio * advantages, clipped * advantages), 0.0)
+    # The regularisers hold for every group: a policy that has become certain everywhere has only groups with equal
+    # rewards, and without them nothing would ever move it again.
     if kl is not None and config.beta > 0:
         terms = terms + config.beta * kl
     if entropy is not None and config.entropy_coef > 0:
         terms = terms - config.entropy_coef * entropy
-    loss = torch.where(keep.unsqueeze(-1), terms, 0.0).sum() / terms.numel()
+    loss = terms.mean()
 
     with torch.no_grad():
         low = (ratio < 1 - config.clip_low) & (advantages < 0)

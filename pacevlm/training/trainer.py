@@ -293,7 +293,7 @@ class Trainer:
             metrics |= {
                 "loss": loss.item(),
                 "ratio_max": (log_prob - actions.log_prob).detach().abs().max().exp().item(),
-                "grad_norm": self._step_optimizer(loss) if bool(keep.any()) else 0.0,
+                "grad_norm": self._step_optimizer(loss) if bool(keep.any()) or coef > 0 or grpo.beta > 0 else 0.0,
             }
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value / config.epochs_per_batch
