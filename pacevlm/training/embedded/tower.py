@@ -44,7 +44,7 @@ class CellHeads(nn.Module):
             right_centre = ((centre.squeeze(-1) > 0).float() == labels["centre"]).float().mean().item()
         metrics = {"cell_digit": right_digit, "cell_colour": right_colour, "cell_centre": right_centre}
         if place.shape[-1]:
-            metrics["cell_x_error"] = float((place[:, 0] - labels["x"]).abs().mean())
+            metrics["cell_x_error"] = (place.detach()[:, 0] - labels["x"]).abs().mean().item()
         return loss, metrics
 
 
