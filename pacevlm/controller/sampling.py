@@ -1,4 +1,4 @@
-"""Drawing actions under a mask; what the mask rules out is never drawn, whatever the logits are."""
+"""Actions under a mask; what the mask rules out is never chosen, whatever the logits are."""
 
 from __future__ import annotations
 
@@ -11,20 +11,6 @@ from pacevlm.errors import DataError, KnobError
 def tier_masks(masks: Tensor) -> Tensor:
     """Tiers in which some pair is admitted: `(batch, tiers, top_ks, num_blocks)` gives `(batch, tiers)`, boolean."""
     return masks.flatten(-2).any(dim=-1)
-
-
-def pair_masks(masks: Tensor, tiers: Tensor) -> Tensor:
-    """Admitted pairs of the tiers that stage 1 chose.
-
-    Args:
-        masks: boolean `(batch, tiers, top_ks, num_blocks)`.
-        tiers: tier indices `(batch, samples)`.
-
-    Returns:
-        `(batch, samples, top_ks, num_blocks)`.
-    """
-    rows = torch.arange(len(masks), device=masks.device)[:, None]
-    return masks[rows, tiers]
 
 
 def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
@@ -42,45 +28,6 @@ def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
     return logits.masked_fill(~mask, -torch.inf)
 
 
-def sample_tiers(logits: Tensor, masks: Tensor, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw tiers in which the mask admits at least one pair, in proportion to exp(logits).
-
-    Args:
-        logits: `(batch, tiers)`.
-        masks: boolean `(batch, tiers, top_ks, num_blocks)`.
-        num_samples: independent draws per row.
-
-    Returns:
-        Tier indices `(batch, num_samples)`.
-
-    Raises:
-        DataError: the mask is not boolean, or the shapes do not fit.
-        KnobError: a row admits nothing.
-    """
-    mask = tier_masks(masks)
-    _check_mask(logits, mask)
-    shape = (len(logits), num_samples, logits.shape[-1])
-    return _draw(logits[:, None].expand(shape), mask[:, None].expand(shape), generator)
-
-
-def sample_pairs(logits: Tensor, masks: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one admitted pair per row, in proportion to exp(logits).
-
-    Args:
-        logits: `(batch, top_ks, num_blocks)`.
-        masks: boolean, of the same shape: each row's own tier.
-
-    Returns:
-        Stage-2 indices `(batch,)`, as `KnobSpace.pair` takes them.
-
-    Raises:
-        DataError: the mask is not boolean or has another shape.
-        KnobError: a row admits nothing.
-    """
-    _check_mask(logits, masks)
-    return _draw(logits.flatten(1), masks.flatten(1), generator)
-
-
 def best_action(logits: Tensor, mask: Tensor) -> Tensor:
     """The allowed action with the highest logit, the first of equal ones: `(batch, actions)` gives `(batch,)`.
 
@@ -89,18 +36,8 @@ def best_action(logits: Tensor, mask: Tensor) -> Tensor:
         KnobError: a row allows no action.
     """
     _check_mask(logits, mask)
-    return _masked_argmax(logits, mask)
-
-
-def _draw(logits: Tensor, mask: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Gumbel-max over the last axis; a table of probabilities is never formed, so none can be rounded above 0."""
-    noise = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device).exponential_(generator=generator)
-    return _masked_argmax(logits - noise.clamp(min=torch.finfo(logits.dtype).tiny).log(), mask)
-
-
-def _masked_argmax(scores: Tensor, mask: Tensor) -> Tensor:
-    # An allowed score of -inf must still win over what the mask rules out.
-    scores = scores.clamp(min=torch.finfo(scores.dtype).min)
+    # An allowed logit of -inf must still win over what the mask rules out.
+    scores = logits.clamp(min=torch.finfo(logits.dtype).min)
     return scores.masked_fill(~mask, -torch.inf).argmax(dim=-1)
 
 

@@ -362,20 +362,6 @@ def _questions(digits: Sequence[Digit], rng: np.random.Generator) -> list[Questi
     return questions
 
 
-def label_map(scene: Scene) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """What each pixel's box holds, to train a vision encoder on: `(digit_map, colour_map)`, both `(height, width)`.
-
-    0 is background; a digit's box is filled with its value + 1, and with its colour's place in `COLOUR_NAMES` + 1.
-    """
-    digit_map = np.zeros(scene.image.shape[:2], dtype=np.int64)
-    colour_map = np.zeros_like(digit_map)
-    for digit in scene.digits:
-        left, top, right, bottom = digit.box
-        digit_map[top:bottom, left:right] = digit.value + 1
-        colour_map[top:bottom, left:right] = COLOUR_NAMES.index(digit.colour) + 1
-    return digit_map, colour_map
-
-
 class DigitVQA(Sequence[Example]):
     """A fixed sequence of digit questions; example `i` depends on (split, seed, i, config) only, and is made on access.
 

@@ -284,15 +284,7 @@ def _measure(run: RunRequest, measurement: Measurement, max_new_tokens: int | No
         raise ProfileError(
             f"request {measurement.request} was to run with {measurement.knobs} but ran with {result.knobs}"
         )
-    return Sample(
-        knobs=result.knobs,
-        num_crops=result.num_crops,
-        num_image_tokens=result.num_image_tokens,
-        num_text_tokens=result.num_text_tokens,
-        num_pixels=result.num_pixels,
-        num_output_tokens=result.num_output_tokens,
-        stages=result.times,
-    )
+    return sample_of(result)
 
 
 def _open_partial(path: Path | None, header: Mapping[str, Any]) -> list[Sample]:
@@ -308,3 +300,16 @@ def _open_partial(path: Path | None, header: Mapping[str, Any]) -> list[Sample]:
             f"{path} was begun for another model, device or settings; remove it, or go on with what it was begun with"
         )
     return [Sample.from_dict(record) for record in records[1:]]
+
+
+def sample_of(result: MeasuredRequest) -> Sample:
+    """What a profile keeps of a measured request."""
+    return Sample(
+        knobs=result.knobs,
+        num_crops=result.num_crops,
+        num_image_tokens=result.num_image_tokens,
+        num_text_tokens=result.num_text_tokens,
+        num_pixels=result.num_pixels,
+        num_output_tokens=result.num_output_tokens,
+        stages=result.times,
+    )

@@ -22,7 +22,7 @@ from pacevlm.latency.guardrail import Calibration, Guardrail
 from pacevlm.latency.measuring import use_num_threads, without_garbage_collection
 from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.latency.profile import Sample
-from pacevlm.latency.profiler import ProfilerSettings, profile_requests
+from pacevlm.latency.profiler import ProfilerSettings, profile_requests, sample_of
 from pacevlm.pacer import Pacer
 from pacevlm.pipeline.artefacts import (
     BUNDLE_NAME,
@@ -208,7 +208,7 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
             with without_garbage_collection():
                 runs += [run_one(number) for number in range(start, min(start + WINDOW, config.num_requests))]
             run.reporter.progress("timed requests", len(runs), config.num_requests)
-    samples = [_sample(paced) for paced in runs]
+    samples = [sample_of(paced.result) for paced in runs]
     guardrail = recalibrate(pacing.guardrail, samples, profile_config.alpha)
     guardrail.save(run.run_dir / GUARDRAIL_NAME)
     pacer = Pacer(
@@ -310,16 +310,3 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
         "controller_vs_lookup_table": results["average"].get("controller"),
         "gap_closed": results["gap_closed"],
     }
-
-
-def _sample(paced: PacedResult) -> Sample:
-    result = paced.result
-    return Sample(
-        knobs=result.knobs,
-        num_crops=result.num_crops,
-        num_image_tokens=result.num_image_tokens,
-        num_text_tokens=result.num_text_tokens,
-        num_pixels=result.num_pixels,
-        num_output_tokens=result.num_output_tokens,
-        stages=result.times,
-    )

@@ -21,7 +21,6 @@ from pacevlm.data.digits import (
     Question,
     Scene,
     SceneConfig,
-    label_map,
     load_scans,
     sample_scene,
     split_scan_indices,
@@ -244,20 +243,6 @@ def test_canvases_without_allowed_heights_are_left_out() -> None:
     assert set(config.usable_canvases) == {canvas for canvas in CANVASES if min(canvas) >= 96}
     with pytest.raises(ConfigError, match="no canvas"):
         SceneConfig(min_height_px=39, canvases=((64, 64),))
-
-
-def test_label_map_marks_the_boxes(scenes: list[Scene]) -> None:
-    for scene in scenes[:50]:
-        digit_map, colour_map = label_map(scene)
-        assert digit_map.shape == colour_map.shape == scene.image.shape[:2]
-        assert digit_map.dtype == colour_map.dtype == np.int64
-        area = 0
-        for digit in scene.digits:
-            left, top, right, bottom = digit.box
-            assert np.all(digit_map[top:bottom, left:right] == digit.value + 1)
-            assert np.all(colour_map[top:bottom, left:right] == 1 + COLOUR_NAMES.index(digit.colour))
-            area += (right - left) * (bottom - top)
-        assert np.count_nonzero(digit_map) == np.count_nonzero(colour_map) == area
 
 
 def test_unknown_split_is_refused() -> None:

@@ -152,13 +152,12 @@ class MolmoEBlock(nn.Module):
         mask: Tensor | None,
         cache: Cache | None = None,
         top_k: int | Tensor | None = None,
-        is_causal: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Run the block; returns the residual stream `(batch, tokens, d_model)` and the router logits."""
         q, k, v = self.attn.project(x, rope)
         if cache is not None:
             k, v = cache.update(k, v, self.index)
-        x = x + self.attn.attend(q, k, v, mask, is_causal)
+        x = x + self.attn.attend(q, k, v, mask)
         mixed, router_logits = self.mlp(x, top_k)
         return x + mixed, router_logits
 

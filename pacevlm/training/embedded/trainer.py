@@ -30,7 +30,6 @@ SMALL_CANVASES = ((32, 32), (40, 32), (32, 40), (40, 40), (48, 48))
 CROPS_EASY = SceneConfig(max_digits=2, min_height_px=14, canvases=SMALL_CANVASES)
 CROPS = SceneConfig(max_digits=4, min_height_px=8, canvases=(*SMALL_CANVASES, (64, 48), (64, 64)))
 EASY = SceneConfig(max_digits=2, min_height_px=16, canvases=CANVASES[:6])
-MIDDLE = SceneConfig(max_digits=3, min_height_px=11)
 FULL = SceneConfig()
 
 
