@@ -148,6 +148,8 @@ class AnswerOptions:
         budget_ms: latency budget of the whole request, in milliseconds.
         run_dir: folder of a trained run, or a bundle.
         device: `cpu`, or `cuda` with an optional number; the one that was profiled.
+        drift_state: file that remembers, from answer to answer, how much slower the machine is than profiled; bounds
+            are corrected by it. It is made if missing; without this option nothing is corrected.
         json: print one JSON object instead of text.
     """
 
@@ -156,6 +158,7 @@ class AnswerOptions:
     budget_ms: float
     run_dir: Path = QUICKSTART_DIR
     device: str = "cpu"
+    drift_state: Path | None = None
     json: bool = False
 
 
@@ -168,6 +171,7 @@ def answer(arguments: Sequence[str]) -> None:
     Examples:
       pacevlm answer kitchen.png "How many cups are on the table?" --budget-ms 80
       pacevlm answer kitchen.png "What colour is the kettle?" --budget-ms 40 --run-dir runs/mine --json
+      pacevlm answer kitchen.png "Is it on?" --budget-ms 80 --drift-state runs/mine/drift.json
     """
     options = _parse("answer", AnswerOptions, arguments)
     from pacevlm.knobs import check_budget_ms
@@ -178,7 +182,13 @@ def answer(arguments: Sequence[str]) -> None:
     image = load_image(options.image)
     pacer = Pacer.from_pretrained(options.run_dir, device=options.device)
     pacer.answer(image, options.question, budget_ms)
-    _print_answer(pacer.answer(image, options.question, budget_ms), as_json=options.json)
+    if options.drift_state is None:
+        _print_answer(pacer.answer(image, options.question, budget_ms), as_json=options.json)
+        return
+    # After the warm-up, which would look like a slow machine.
+    pacer.track_drift(options.drift_state)
+    _print_answer(pacer.answer(image, options.question, budget_ms), as_json=options.json, with_drift=True)
+    pacer.save_drift()
 
 
 def importance(arguments: Sequence[str]) -> None:
@@ -434,7 +444,10 @@ def _describe(step: str, facts: Mapping[str, Any]) -> str:
             f"{facts['num_samples']} requests timed; the full model takes {facts['full_p50_ms']['e2e']:.1f} ms (median)"
         )
         coverage = "" if facts["coverage"] is None else f", {100 * facts['coverage']:.0f} % within their bound"
-        return f"{text}; predictions are off by {100 * facts['ape_p50']:.1f} % (median){coverage}"
+        noise = f"one request repeated varies by {100 * facts['noise_cv']:.1f} %"
+        if facts["num_noisy_windows"]:
+            noise += f", {facts['num_noisy_windows']} windows were noisy"
+        return f"{text}; predictions are off by {100 * facts['ape_p50']:.1f} % (median){coverage}; {noise}"
     if step == "lookup":
         return (
             f"{facts['num_examples']} training examples with every configuration; accuracy "
@@ -478,7 +491,7 @@ def _answer_sample(config: RunConfig) -> None:
     _print_answer(pacer.answer(example.image, example.question, budget_ms))
 
 
-def _print_answer(result: Answer, *, as_json: bool = False) -> None:
+def _print_answer(result: Answer, *, as_json: bool = False, with_drift: bool = False) -> None:
     if as_json:
         print(json.dumps({**dataclasses.asdict(result), "knobs": str(result.knobs)}))
         return
@@ -497,5 +510,7 @@ def _print_answer(result: Answer, *, as_json: bool = False) -> None:
         f"first block and stage 2 {times.first_block_ms:.1f}, prefill {times.prefill_ms:.1f}, "
         f"decode {sum(times.decode_ms):.1f} ms ({result.num_output_tokens} tokens)",
     }
+    if with_drift:
+        rows["drift"] = f"bounds were {result.drift_factor:.2f} times the profiled ones"
     for name, text in rows.items():
         print(f"  {name:<10}  {text}")

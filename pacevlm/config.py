@@ -106,6 +106,9 @@ class ProfileConfig:
         num_threads: CPU threads of every measured request, here, in evaluation and when answering; None takes all.
         alpha: how often a latency may exceed its bound, and an answer its predicted length.
         group_by: which knobs share a bound.
+        source: an existing profile.json of this model to fit instead of measuring; refused if it is of another device,
+            number of threads or dtype.
+        transfer: carry the latencies of `source` over to this device instead, from a quarter of the measurements.
         seed: which requests are drawn.
 
     Raises:
@@ -120,6 +123,8 @@ class ProfileConfig:
     num_threads: int | None = 1
     alpha: float = 0.025
     group_by: Literal["none", "tier", "top_k", "num_blocks", "knobs"] = "tier"
+    source: str | None = None
+    transfer: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -130,6 +135,8 @@ class ProfileConfig:
             check_whole_numbers(self, {"num_threads": 1})
         if not 0 < self.alpha < 1:
             raise ConfigError(f"alpha is {self.alpha}; it must lie between 0 and 1, for example 0.05")
+        if self.transfer and self.source is None:
+            raise ConfigError("transfer needs source, the profile.json of the device whose latencies are carried over")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pacevlm.controller.policy_interface import Policy
 from pacevlm.errors import BudgetError, CheckpointError, ConfigError, IdentityError, KnobError
 from pacevlm.files import read_json, write_json_atomic
 from pacevlm.knobs import Knobs, KnobSpace, check_budget_ms
+from pacevlm.latency.drift import DriftCorrection, DriftSettings
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Guardrail
 from pacevlm.latency.measuring import use_num_threads
@@ -43,11 +44,12 @@ class Answer:
         budget_ms: what was asked for.
         budget_met: whether some configuration was expected to fit and the measured time did.
         feasible: whether any configuration's upper bound fitted the budget; where none did, the cheapest ran.
-        predicted_ms: the estimator's latency of these knobs at this answer's length.
-        upper_bound_ms: the bound on it that was known beforehand.
+        predicted_ms: the estimator's latency of these knobs at this answer's length, on the machine as profiled.
+        upper_bound_ms: the bound on the latency that was known beforehand, corrected for drift.
         measured_ms: wall-clock time of what the budget covers.
         times: measured stages; the guardrail and the controller are inside.
         num_output_tokens: tokens generated, end-of-text included.
+        drift_factor: how many times the profiled bounds this request's were; 1 where drift is not tracked.
     """
 
     answer: str
@@ -60,6 +62,7 @@ class Answer:
     measured_ms: float
     times: StageTimes
     num_output_tokens: int
+    drift_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Estimate:
 
     Attributes:
         predicted_ms: the estimator's latency for an answer as long as its bound.
-        upper_bound_ms: the guardrail's bound; budgets from here on admit these knobs.
+        upper_bound_ms: the guardrail's bound, corrected for drift; budgets from here on admit these knobs.
     """
 
     knobs: Knobs
@@ -86,6 +89,7 @@ class Pacer:
         full_p50_ms: median milliseconds of the full configuration on the profiled device.
         model_path: where the model came from, `embedded` or a directory; stored in bundles.
         num_threads: CPU threads of a request, as profiled; None leaves them as they are.
+        drift: correction of the guardrail's bounds that follows the machine; None holds on to the profile.
 
     Raises:
         IdentityError: the parts were made for different models, knob spaces or estimators.
@@ -101,6 +105,7 @@ class Pacer:
         full_p50_ms: float,
         model_path: str | os.PathLike[str] = "embedded",
         num_threads: int | None = None,
+        drift: DriftCorrection | None = None,
     ) -> None:
         pacing.check_model(model)
         fingerprint = pacing.guardrail.estimator.fingerprint
@@ -115,6 +120,10 @@ class Pacer:
         self.full_p50_ms = check_budget_ms(full_p50_ms)
         self.model_path, self.num_threads = os.fspath(model_path), num_threads
         self.policy: Policy = ControllerPolicy(controller.eval())
+        if drift is not None:
+            drift.check_guardrail(pacing.guardrail, pacing.kind)
+        self.drift = drift
+        self._drift_path: Path | None = None
 
     @classmethod
     def from_pretrained(
@@ -246,7 +255,7 @@ class Pacer:
                 f"policy is {policy!r}; give an object with name, choose_tier, latency_token, choose_compute"
             )
         with use_num_threads(self.num_threads):
-            paced = run_with_policy(self.model, chosen, image, question, budget_ms, self.pacing)
+            paced = run_with_policy(self.model, chosen, image, question, budget_ms, self.pacing, drift=self.drift)
         return Answer(
             answer=paced.result.answer,
             knobs=paced.result.knobs,
@@ -258,7 +267,49 @@ class Pacer:
             measured_ms=paced.measured_ms,
             times=paced.result.times,
             num_output_tokens=paced.result.num_output_tokens,
+            drift_factor=paced.drift_factor,
         )
+
+    def track_drift(
+        self, path: str | os.PathLike[str] | None = None, settings: DriftSettings | None = None
+    ) -> DriftCorrection:
+        """From now on correct the guardrail's bounds by how slow the machine turns out to be, answer by answer.
+
+        Warm the model up first: what the first answer of a process takes longer counts as a slower machine.
+
+        Args:
+            path: file that an earlier `save_drift` wrote, to go on from with its settings; there need be none yet.
+            settings: how to follow the machine where there is no such file.
+
+        Raises:
+            ProfileError: the file is corrupt or of another schema version.
+            IdentityError: it was learned with another estimator or kind of budget.
+        """
+        guardrail, kind = self.pacing.guardrail, self.pacing.kind
+        self._drift_path = None if path is None else Path(path)
+        if self._drift_path is not None and self._drift_path.exists():
+            self.drift = DriftCorrection.load(self._drift_path, guardrail, kind)
+        else:
+            self.drift = DriftCorrection.for_guardrail(guardrail, kind, settings)
+        return self.drift
+
+    def save_drift(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Write what was learned of the machine's drift, whole or not at all.
+
+        Answers do not do it on their own, because waiting for the disk would delay them.
+
+        Args:
+            path: the file; the one that `track_drift` was given if None.
+
+        Raises:
+            ConfigError: drift is not tracked, or there is no path.
+            StorageError: the file could not be written.
+        """
+        target = self._drift_path if path is None else Path(path)
+        if self.drift is None or target is None:
+            missing = "drift is not tracked; call track_drift" if self.drift is None else "there is no path; give one"
+            raise ConfigError(f"the drift correction cannot be saved: {missing} first")
+        self.drift.save(target)
 
     def estimate(self, image: ImageSource, question: str) -> tuple[Estimate, ...]:
         """Latency of a request under every configuration, in the order of the knob space; runs nothing.
@@ -270,7 +321,7 @@ class Pacer:
             view = self.model.view(image, question)
         estimator = self.pacing.guardrail.estimator
         predicted_ms = estimator.predict_all(view.sizes, self.pacing.output_tokens_upper(view), self.pacing.kind)
-        bounds_ms = self.pacing.upper_bounds_ms(view)
+        bounds_ms = self.pacing.upper_bounds_ms(view) * (1.0 if self.drift is None else self.drift.factor)
         return tuple(
             Estimate(knobs, float(predicted), float(bound))
             for knobs, predicted, bound in zip(

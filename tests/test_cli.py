@@ -207,6 +207,22 @@ def test_answer_prints_text_or_json(run_dir: Path, tmp_path: Path, capsys: pytes
     values = json.loads(capsys.readouterr().out)
     assert (values["feasible"], values["budget_met"], values["knobs"]) == (False, False, "low/2/3")
     assert values["measured_ms"] > 0
+    assert values["drift_factor"] == 1.0
+
+
+def test_answer_remembers_drift(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    image, state = tmp_path / "image.png", tmp_path / "drift.json"
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(image)
+    arguments = ["answer", image, "Which digit is red?", "--run-dir", run_dir, "--drift-state", state]
+    for count in (1, 2):
+        assert run(*arguments, "--budget-ms", "1e6") == 0
+        assert "bounds were 1.00 times the profiled ones" in capsys.readouterr().out
+        assert json.loads(state.read_text())["state"]["num_observations"] == count
+    state.write_text("{}")
+    assert run(*arguments, "--budget-ms", "1e6") == 2
+    assert "not a drift correction" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

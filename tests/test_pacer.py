@@ -30,6 +30,7 @@ from pacevlm.errors import (
     ProfileError,
     QuestionError,
 )
+from pacevlm.latency.drift import DriftCorrection, DriftSettings
 from pacevlm.latency.estimator import STAGE_TERMS, LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
 from pacevlm.latency.output_length import OutputLengthModel
@@ -71,6 +72,7 @@ def make_pacer(model: ElasticModel, folder: Path, *, lengths: bool = True, **par
         full_p50_ms=100.0,
         model_path=folder,
         num_threads=NUM_THREADS,
+        drift=parts.get("drift"),
     )
 
 
@@ -177,6 +179,61 @@ def test_bad_questions_are_refused(pacer: Pacer, image: Image.Image, question: A
     for call in (pacer.answer, pacer.estimate):
         with pytest.raises(QuestionError):
             call(image, question)
+
+
+# Drift ---------------------------------------------------------------------------------------------------------------
+
+
+def test_drift_is_followed_and_remembered(
+    tiny_elastic: ElasticModel, tiny_elastic_dir: Path, image: Image.Image, tmp_path: Path
+) -> None:
+    pacer, path = make_pacer(tiny_elastic, tiny_elastic_dir), tmp_path / "state" / "drift.json"
+    assert pacer.answer(image, QUESTION, 1e9).drift_factor == 1.0
+    plain = pacer.estimate(image, QUESTION)
+    drift = pacer.track_drift(path, DriftSettings(max_factor=4.0))
+    assert pacer.drift is drift
+    assert not path.exists()
+    for _ in range(3):
+        drift.observe(1.0, 2.0)
+    factor = drift.factor
+    assert factor == pytest.approx(2.0)
+    assert pacer.answer(image, QUESTION, 1e9).drift_factor == factor
+    assert drift.num_observations == 4
+    for before, now in zip(plain, pacer.estimate(image, QUESTION), strict=True):
+        assert now.upper_bound_ms == before.upper_bound_ms * drift.factor
+        assert now.predicted_ms == before.predicted_ms
+    pacer.save_drift()
+
+    later = make_pacer(tiny_elastic, tiny_elastic_dir)
+    resumed = later.track_drift(path)
+    assert (resumed.factor, resumed.to_dict()) == (drift.factor, drift.to_dict())
+    assert later.answer(image, QUESTION, 1e9).drift_factor == drift.factor
+    # Budgets from the corrected bound on admit the knobs.
+    full = later.estimate(image, QUESTION)[-1].upper_bound_ms
+    assert later.answer(image, QUESTION, full * (1 + 1e-9), policy=FullPolicy(tiny_elastic.knob_space)).feasible
+
+
+def test_drift_that_does_not_belong_is_refused(
+    tiny_elastic: ElasticModel, tiny_elastic_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(IdentityError, match="another latency estimator"):
+        make_pacer(tiny_elastic, tiny_elastic_dir, drift=DriftCorrection("another"))
+    other = make_pacer(tiny_elastic, tiny_elastic_dir, estimator=make_estimator(tiny_elastic, 2e-4))
+    other.track_drift(tmp_path / "drift.json")
+    other.save_drift()
+    pacer = make_pacer(tiny_elastic, tiny_elastic_dir)
+    with pytest.raises(ConfigError, match="track_drift"):
+        pacer.save_drift(tmp_path / "nothing.json")
+    with pytest.raises(IdentityError, match="another latency estimator"):
+        pacer.track_drift(tmp_path / "drift.json")
+    (tmp_path / "drift.json").write_text("{")
+    with pytest.raises(ProfileError, match="not valid JSON"):
+        pacer.track_drift(tmp_path / "drift.json")
+    pacer.track_drift()
+    with pytest.raises(ConfigError, match="no path"):
+        pacer.save_drift()
+    pacer.save_drift(tmp_path / "drift.json")
+    assert pacer.track_drift(tmp_path / "drift.json").num_observations == 0
 
 
 # Bundles -------------------------------------------------------------------------------------------------------------

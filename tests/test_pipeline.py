@@ -25,8 +25,9 @@ from pacevlm.evaluation.records import read_records
 from pacevlm.evaluation.summary import read_results
 from pacevlm.files import read_jsonl
 from pacevlm.knobs import Knobs
+from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
-from pacevlm.latency.profile import Sample
+from pacevlm.latency.profile import Profile, Sample
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.pacer import Pacer
 from pacevlm.pipeline import STEPS, RunConfig, load_elastic_model, run_pipeline
@@ -278,3 +279,23 @@ def make_sample(knobs: Knobs, guardrail: Guardrail, factor: float) -> Sample:
     base = Sample(knobs, 1, 20, 8, 900, 1, StageTimes(1.0, 0.0, 0.0, 0.0, 0.0, (), 1.0))
     e2e_ms = factor * float(guardrail.estimator.predict_samples([base])[0])
     return dataclasses.replace(base, stages=StageTimes(e2e_ms, 0.0, 0.0, 0.0, 0.0, (), e2e_ms))
+
+
+def test_an_existing_profile_is_fitted_or_carried_over_but_never_mistaken(copied: RunConfig, tmp_path: Path) -> None:
+    source = str(copied.run_dir / "profile.json")
+
+    def profiled(name: str, **changes: Any) -> Path:
+        profile = dataclasses.replace(copied.profile, source=source, **changes)
+        run_pipeline(dataclasses.replace(copied, run_dir=tmp_path / name, profile=profile), until="profile")
+        return tmp_path / name
+
+    same = profiled("same")
+    for artefact in ("profile.json", "estimator.json", "guardrail_profile.json"):
+        assert (same / artefact).read_bytes() == (copied.run_dir / artefact).read_bytes()
+    with pytest.raises(IdentityError, match="threads"):
+        profiled("mistaken", num_threads=2)
+    moved = profiled("moved", num_threads=2, transfer=True)
+    assert LatencyEstimator.load(moved / "estimator.json").device.num_threads == 2
+    assert Profile.load(moved / "profile.json").device.num_threads == 2
+    with pytest.raises(ConfigError, match="needs source"):
+        dataclasses.replace(copied.profile, transfer=True)

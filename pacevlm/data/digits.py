@@ -3,12 +3,13 @@
 The digits are the 1,797 scans of the UCI "Optical Recognition of Handwritten Digits" data set (8 by 8 pixels, values
 0 to 16) that scikit-learn ships. Every scan belongs to exactly one split, so an evaluation never shows a scan that
 training has seen. A scene holds a few coloured digits of different sizes on a dark canvas; a question asks for one of
-the seven things in `FAMILIES`. Small digits on large canvases need a fine tier, large ones do not.
+the eleven things in `FAMILIES`. Small digits on large canvases need a fine tier, large ones do not.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -26,7 +27,19 @@ SPLITS = ("train", "val", "test")
 SPLIT_FRACTIONS = (0.7, 0.1, 0.2)
 SPLIT_SEED = 1797
 
-FAMILIES = ("digit_of_colour", "colour_of_digit", "count", "count_colour", "read", "largest", "sum")
+FAMILIES = (
+    "digit_of_colour",
+    "colour_of_digit",
+    "count",
+    "count_colour",
+    "read",
+    "largest",
+    "colour_of_largest",
+    "right_of",
+    "sum",
+    "difference",
+    "product",
+)
 
 COLOURS = {
     "red": (235, 45, 45),
@@ -162,7 +175,9 @@ class SceneConfig:
             impossible.add("sum")
         ranges = [self.height_range_px(canvas) for canvas in self.usable_canvases]
         if self.max_digits < 2 or all(largest < LARGEST_RATIO * smallest for smallest, largest in ranges):
-            impossible.add("largest")
+            impossible.update(("largest", "colour_of_largest"))
+        if self.max_digits < 2:
+            impossible.update(("right_of", "difference", "product"))
         return tuple(family for family in FAMILIES if family not in impossible)
 
 
@@ -355,6 +370,24 @@ def _questions(digits: Sequence[Digit], rng: np.random.Generator) -> list[Questi
         if first.height_px >= LARGEST_RATIO * second.height_px:
             text = "Which digit is the largest?"
             questions.append(Question("largest", text, str(first.value), first.height_px))
+            text = "What colour is the largest digit?"
+            questions.append(Question("colour_of_largest", text, first.colour, first.height_px))
+
+    # Digits are sorted from left to right, so that the next one stands right of this one.
+    followed = [(digit, right) for digit, right in itertools.pairwise(digits) if colour_counts[digit.colour] == 1]
+    if followed:
+        digit, right = followed[rng.integers(len(followed))]
+        text = f"Which digit is right of the {digit.colour} digit?"
+        height_px = min(digit.height_px, right.height_px)
+        questions.append(Question("right_of", text, str(right.value), height_px))
+
+    single = [digit for digit in digits if colour_counts[digit.colour] == 1]
+    if len(single) >= 2:
+        for family, answer in (("difference", lambda a, b: abs(a - b)), ("product", lambda a, b: a * b)):
+            first, second = (single[i] for i in rng.permutation(len(single))[:2])
+            text = f"What is the {family} of the {first.colour} digit and the {second.colour} digit?"
+            height_px = min(first.height_px, second.height_px)
+            questions.append(Question(family, text, str(answer(first.value, second.value)), height_px))
 
     if len(digits) in SUM_DIGITS:
         total = sum(digit.value for digit in digits)

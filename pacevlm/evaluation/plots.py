@@ -112,7 +112,7 @@ def plot_pareto(results: Mapping[str, Any], path_stem: str | Path) -> tuple[Path
             fontsize=10.5,
             color="#222222",
         )
-        return _save(figure, path_stem)
+        return save_figure(figure, path_stem)
 
 
 def plot_knobs(results: Mapping[str, Any], path_stem: str | Path, policy: str = "controller") -> tuple[Path, Path]:
@@ -158,7 +158,7 @@ def plot_knobs(results: Mapping[str, Any], path_stem: str | Path, policy: str = 
             axes.set_xlabel("budget")
             if i == 0:
                 axes.set_ylabel("requests (%)")
-        return _save(figure, path_stem)
+        return save_figure(figure, path_stem)
 
 
 def _budgets(results: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
@@ -233,8 +233,18 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> Non
         )
 
 
-def _save(figure: Figure, path_stem: str | Path) -> tuple[Path, Path]:
-    """Write PNG and SVG without dates or versions, so that equal results give equal files."""
+def save_figure(figure: Figure, path_stem: str | Path) -> tuple[Path, Path]:
+    """Write PNG and SVG without dates or versions, so that equal results give equal files.
+
+    Args:
+        path_stem: path without ending.
+
+    Returns:
+        The paths of the PNG and the SVG.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         # The name handed out does not end in the format's, so the format is told.
         with write_atomic(f"{path_stem}.{kind}") as temporary:

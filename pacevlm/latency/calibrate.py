@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from pacevlm.errors import ConfigError, ProfileError
+from pacevlm.knobs import KnobSpace
 from pacevlm.latency.conformal import check_alpha, min_num_scores
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import GroupBy, Guardrail, group_of
-from pacevlm.latency.profile import Profile, Sample
+from pacevlm.latency.profile import DeviceFacts, Profile, Sample, check_identity
 
 
 class SampleSplit(NamedTuple):
@@ -98,17 +99,31 @@ def fit_latency(
     group_by: GroupBy = "tier",
     calibration_share: float = 0.5,
     seed: int = 0,
+    model_identity: str | None = None,
+    knob_space: KnobSpace | None = None,
+    device: DeviceFacts | None = None,
+    transfer_from: LatencyEstimator | None = None,
 ) -> LatencyFit:
     """Fit an estimator to one part of a profile, calibrate its guardrail on the other, and report on both.
 
+    Args:
+        model_identity, knob_space, device: what the profile has to be of; None is not compared.
+        transfer_from: an estimator of another device, thread count or dtype to carry over with few samples, instead
+            of fitting all coefficients.
+
     Raises:
+        IdentityError: the profile is of another model, knob space or device.
         ConfigError: alpha, the grouping or the share is outside its range.
         ProfileError: the profile holds too few samples or requests, or leaves out an end of a knob.
     """
     alpha = check_alpha(alpha)
+    check_identity(profile, model_identity=model_identity, knob_space=knob_space, device=device)
     split = split_samples(profile.samples, calibration_share, seed)
     fit_part = dataclasses.replace(profile, samples=split.fit)
-    estimator = LatencyEstimator.fit(fit_part, trained_top_k=trained_top_k, stage2_after=stage2_after)
+    if transfer_from is None:
+        estimator = LatencyEstimator.fit(fit_part, trained_top_k=trained_top_k, stage2_after=stage2_after)
+    else:
+        estimator = transfer_from.transfer(fit_part)
     guardrail = Guardrail.from_samples(estimator, split.calibration, alpha, group_by)
     measured_ms = np.array([sample.stages.e2e_ms for sample in split.calibration])
     errors = np.abs(estimator.predict_samples(split.calibration) - measured_ms) / measured_ms

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pacevlm.latency.profile import DeviceFacts, Profile, Sample, check_identity
 from pacevlm.latency.stage_fit import StageFit, fit_stage
 from pacevlm.types import BudgetKind, RequestSizes
 
-ESTIMATOR_SCHEMA_VERSION = 1
+ESTIMATOR_SCHEMA_VERSION = 2
 
 Array = NDArray[np.float64]
 
@@ -42,6 +42,11 @@ STAGE_TERMS: dict[str, tuple[str, ...]] = {
     # What passes between the stages: end to end less the sum of the stages.
     "overhead_ms": ("constant",),
 }
+
+
+# Terms of these grow with the work of a request; the others are what every block or stage costs anyway. A faster or
+# slower device changes the two by different factors.
+WORK_UNITS = ("tokens", "crops", "pixels", "context", "experts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +137,7 @@ class LatencyEstimator:
             missing = [value for value in dict.fromkeys((values[0], values[-1])) if value not in measured]
             if missing:
                 raise ProfileError(f"the profile has no sample with {name} {missing}; measure them and fit again")
-        if all(sample.num_output_tokens == 1 for sample in samples):
-            raise ProfileError("no sample of the profile has more than one output token; measure longer answers")
+        _check_decoded(samples)
         terms = _stage_terms(samples, trained_top_k, stage2_after)
         measured_ms = _measured_stages(samples)
         stages = {}
@@ -142,6 +146,33 @@ class LatencyEstimator:
             rows = np.isfinite(measured_ms[stage])
             stages[stage] = fit_stage(terms[stage][rows], measured_ms[stage][rows])
         return cls(profile.model_identity, profile.knob_space, profile.device, trained_top_k, stage2_after, stages)
+
+    def transfer(self, profile: Profile) -> LatencyEstimator:
+        """This estimator carried over to the device of another profile of the same model, from as few as 25 samples.
+
+        Of every stage two factors are fitted, one for the terms that grow with the work (`WORK_UNITS`) and one for the
+        others, by the same robust non-negative least squares that fits all coefficients otherwise.
+
+        Raises:
+            IdentityError: the profile is of another model or knob space.
+            ProfileError: no sample has more than one output token.
+        """
+        check_identity(profile, model_identity=self.model_identity, knob_space=self.knob_space)
+        _check_decoded(profile.samples)
+        terms = _stage_terms(profile.samples, self.trained_top_k, self.stage2_after)
+        measured_ms = _measured_stages(profile.samples)
+        stages = {}
+        for stage, names in STAGE_TERMS.items():
+            rows = np.isfinite(measured_ms[stage])
+            is_work = np.array([any(unit in name for unit in WORK_UNITS) for name in names])
+            old = self._coefficients(stage)
+            parts = np.stack([terms[stage][rows] @ (old * is_work), terms[stage][rows] @ (old * ~is_work)], axis=1)
+            fit = fit_stage(parts, measured_ms[stage][rows])
+            new = old * np.where(is_work, *fit.coefficients)
+            stages[stage] = replace(fit, coefficients=tuple(new.tolist()))
+        return LatencyEstimator(
+            self.model_identity, self.knob_space, profile.device, self.trained_top_k, self.stage2_after, stages
+        )
 
     def predict(self, sizes: RequestSizes, knobs: Knobs, num_output_tokens: int) -> StagePrediction:
         """Predict the stages of one request with one configuration.
@@ -307,6 +338,11 @@ class LatencyEstimator:
             )
         if sizes and not num_output_tokens.min() >= 1:
             raise ProfileError(f"num_output_tokens is {num_output_tokens.min()}; every request has at least 1")
+
+
+def _check_decoded(samples: Sequence[Sample]) -> None:
+    if all(sample.num_output_tokens == 1 for sample in samples):
+        raise ProfileError("no sample of the profile has more than one output token; measure longer answers")
 
 
 _PLURAL = {"top_k": "top_ks", "num_blocks": "num_blocks"}

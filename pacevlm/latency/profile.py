@@ -21,7 +21,7 @@ from pacevlm.types import StageTimes
 if TYPE_CHECKING:
     import torch
 
-PROFILE_SCHEMA_VERSION = 1
+PROFILE_SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class DeviceFacts:
         num_threads: threads that one CPU operation may use.
         dtype: number format of the model's weights, for example `float32`.
         load_average: the machine's mean number of runnable processes over 1, 5 and 15 minutes, where it tells.
+        clock_mhz: the processor's or accelerator's clock rate when the profile began, where it tells.
         clock: the timer that measured, and its resolution.
     """
 
@@ -46,6 +47,7 @@ class DeviceFacts:
     python_version: str
     platform: str
     load_average: tuple[float, float, float] | None
+    clock_mhz: float | None
     clock: str
 
     def __post_init__(self) -> None:
@@ -70,7 +72,7 @@ class DeviceFacts:
         wrong = [
             name
             for name, value in values.items()
-            if name not in ("num_threads", "load_average") and not isinstance(value, str)
+            if name not in ("num_threads", "load_average", "clock_mhz") and not isinstance(value, str)
         ]
         if wrong:
             raise ProfileError(f"the device facts {wrong} must be text")
@@ -79,6 +81,9 @@ class DeviceFacts:
             load_average = None if load is None else (float(load[0]), float(load[1]), float(load[2]))
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise ProfileError(f"load_average is {load!r}; it must be null or three numbers") from error
+        clock_mhz = values["clock_mhz"]
+        if clock_mhz is not None and not _is_duration(clock_mhz):
+            raise ProfileError(f"clock_mhz is {clock_mhz!r}; it must be null or a number of megahertz")
         return cls(**{**values, "load_average": load_average})
 
 
@@ -109,19 +114,37 @@ def collect_device_facts(device: str | torch.device, dtype: str | torch.dtype) -
         python_version=platform.python_version(),
         platform=platform.platform(),
         load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
+        clock_mhz=_clock_mhz(resolved),
         clock=f"{clock.implementation}, resolution {clock.resolution:g} s",
     )
 
 
 def _cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine() or "unknown"
+
+
+def _cpuinfo(entry: str) -> str | None:
+    """An entry of the first processor, where the system lists them."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(":")
-            if key.strip() == "model name":
+            if key.strip() == entry:
                 return value.strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine() or "unknown"
+    return None
+
+
+def _clock_mhz(device: torch.device) -> float | None:
+    import torch
+
+    try:
+        if device.type == "cuda":
+            return float(torch.cuda.clock_rate(device))
+        return float(_cpuinfo("cpu MHz") or "")
+    except (ImportError, RuntimeError, ValueError):
+        # The driver's library for clock rates may be missing, and not every system lists them.
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -66,7 +66,8 @@ class MeasuredRequest(Protocol):
 
 
 RunRequest = Callable[[int, Knobs, int | None], MeasuredRequest]
-"""Runs request number i with given knobs and most new tokens (None: the model's own limit), alone, and times it."""
+"""Runs request number i with given knobs, alone, and times it; the third argument is how many tokens it generates,
+None for as many as its answer has."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,10 @@ class ProfilerSettings:
         reference_every: measurements between two runs of the reference request.
         max_warmup: most runs of the reference request before measuring; fewer once their median has settled.
         num_threads: CPU threads while measuring; one is steadiest for small models. None leaves it as it is.
-        max_new_tokens: most generated tokens; None leaves it to the model.
+        max_output_tokens: answers are made 1 to so many tokens long, evenly, but for the cheapest and the full
+            configuration, which tell what real answers take; None leaves all lengths to the model.
+        max_reruns: how often a window between two reference requests is measured again when either of them was slow,
+            which something else on the machine causes.
         seed: decides which points are measured, and in which order.
 
     Raises:
@@ -93,7 +97,8 @@ class ProfilerSettings:
     reference_every: int = 20
     max_warmup: int = 50
     num_threads: int | None = 1
-    max_new_tokens: int | None = None
+    max_output_tokens: int | None = None
+    max_reruns: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -103,9 +108,10 @@ class ProfilerSettings:
             "repeats": 1,
             "reference_every": 1,
             "max_warmup": 0,
+            "max_reruns": 0,
             "seed": 0,
         }
-        optional = [name for name in ("num_threads", "max_new_tokens") if getattr(self, name) is not None]
+        optional = [name for name in ("num_threads", "max_output_tokens") if getattr(self, name) is not None]
         for name, least in {**minimum, **dict.fromkeys(optional, 1)}.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -114,10 +120,18 @@ class ProfilerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One entry of the schedule; `is_reference` marks the fixed request that tells the noise."""
+    """One entry of the schedule.
+
+    Attributes:
+        request: number of the request.
+        knobs: what it runs with.
+        num_output_tokens: tokens that it generates; None for as many as its answer has.
+        is_reference: whether it is the fixed request that tells the noise.
+    """
 
     request: int
     knobs: Knobs
+    num_output_tokens: int | None = None
     is_reference: bool = False
 
 
@@ -147,8 +161,8 @@ def plan_workload(space: KnobSpace, settings: ProfilerSettings) -> Workload:
     """Choose what to measure and shuffle it.
 
     A tenth of the points has the cheapest configuration and a tenth the full one, so both ends of every knob are
-    always there. The rest fills knobs × requests evenly. Every point comes `repeats` times, at random times of the
-    run, so that slow drifts of the machine hit all configurations alike.
+    always there. The rest fills knobs × requests × output lengths evenly. Every point comes `repeats` times, at random
+    times of the run, so that slow drifts of the machine hit all configurations alike.
 
     Method: additive recurrence with a random start (Roberts, "The Unreasonable Effectiveness of Quasirandom
     Sequences", 2018), kept to distinct points.
@@ -156,27 +170,37 @@ def plan_workload(space: KnobSpace, settings: ProfilerSettings) -> Workload:
     rng = np.random.default_rng(settings.seed)
     num_points = min(settings.num_samples, len(space) * settings.num_requests)
     num_ends = min(settings.num_requests, max(1, round(END_SHARE * num_points)))
-    points: dict[tuple[int, Knobs], None] = {}
+    points: dict[tuple[int, Knobs], int | None] = {}
     for end in (space.cheapest, space.full):
-        points.update(dict.fromkeys((int(i), end) for i in rng.permutation(settings.num_requests)[:num_ends]))
+        points.update(dict.fromkeys(((int(i), end) for i in rng.permutation(settings.num_requests)[:num_ends]), None))
+    levels = np.array([*space.shape, settings.num_requests, settings.max_output_tokens or 1])
+    # The positive root of x^6 = x + 1; its powers are the directions in which the sequence spreads most evenly.
+    root = float(np.roots([1, 0, 0, 0, 0, -1, -1]).real.max())
+    directions = root ** -np.arange(1.0, 6.0)
+    place = rng.random(5)
     if num_points == len(space) * settings.num_requests:
-        points.update(dict.fromkeys((i, knobs) for i in range(settings.num_requests) for knobs in space))
-    levels = np.array([*space.shape, settings.num_requests])
-    # The positive root of x^5 = x + 1; its powers are the directions in which the sequence spreads most evenly.
-    root = float(np.roots([1, 0, 0, 0, -1, -1]).real.max())
-    directions = root ** -np.arange(1.0, 5.0)
-    place = rng.random(4)
+        for request, knobs in itertools.product(range(settings.num_requests), space):
+            place = (place + directions) % 1.0
+            points.setdefault((request, knobs), _length(knobs, space, place[4], settings))
     while len(points) < num_points:
         place = (place + directions) % 1.0
-        tier, top_k, num_blocks, request = (place * levels).astype(int).tolist()
-        points[request, Knobs(space.tiers[tier], space.top_ks[top_k], space.num_blocks[num_blocks])] = None
-    ordered = [Measurement(*point) for point in points] * settings.repeats
+        tier, top_k, num_blocks, request = (place * levels).astype(int).tolist()[:4]
+        knobs = Knobs(space.tiers[tier], space.top_ks[top_k], space.num_blocks[num_blocks])
+        points.setdefault((request, knobs), _length(knobs, space, place[4], settings))
+    ordered = [Measurement(*point, length) for point, length in points.items()] * settings.repeats
     shuffled = [ordered[i] for i in rng.permutation(len(ordered))]
     reference = Measurement(0, space.full, is_reference=True)
     schedule = [reference]
     for start in range(0, len(shuffled), settings.reference_every):
         schedule += [*shuffled[start : start + settings.reference_every], reference]
     return Workload(reference, tuple(schedule))
+
+
+def _length(knobs: Knobs, space: KnobSpace, place: float, settings: ProfilerSettings) -> int | None:
+    """The output length at a place from 0 to 1."""
+    if settings.max_output_tokens is None or knobs in (space.cheapest, space.full):
+        return None
+    return 1 + int(place * settings.max_output_tokens)
 
 
 def profile_requests(
@@ -194,7 +218,8 @@ def profile_requests(
     """Measure a model on this device.
 
     The reference request is run until its time has settled, or `max_warmup` times; then the workload is measured with
-    garbage collection off and the set number of threads, which is put back at the end.
+    garbage collection off and the set number of threads, which is put back at the end. Last, windows between two
+    reference requests of which one was slow are measured again, and what was measured first is forgotten.
 
     Args:
         run: runs and times one request; whatever a served request spends, it must spend too.
@@ -223,32 +248,21 @@ def profile_requests(
             "settings": asdict(settings),
         }
         partial = None if path is None else Path(f"{os.fspath(path)}.partial.jsonl")
-        measured = _open_partial(partial, header)
-        num_total, num_before = len(workload.schedule), len(measured)
-        if num_before < num_total:
-            _warm_up(run, workload.reference, settings)
-        started = clock()
-        while len(measured) < num_total:
-            # One window: garbage waits until it is over.
-            window = workload.schedule[len(measured) : len(measured) + settings.reference_every]
-            with without_garbage_collection():
-                for measurement in window:
-                    sample = _measure(run, measurement, settings.max_new_tokens)
-                    measured.append(sample)
-                    if partial is not None:
-                        append_jsonl(partial, sample.to_dict())
-                    if progress is not None:
-                        num_left = num_total - len(measured)
-                        seconds_each = (clock() - started) / (len(measured) - num_before)
-                        progress(ProfileProgress(len(measured), num_total, num_left * seconds_each))
-    entries = list(zip(workload.schedule, measured, strict=True))
-    references_ms = tuple(sample.stages.e2e_ms for entry, sample in entries if entry.is_reference)
+        session = _Session(run, workload.reference, settings, partial, _open_partial(partial, header), progress, clock)
+        samples = session.measure(workload.schedule)
+        for _ in range(settings.max_reruns):
+            again = _noisy_entries(workload.schedule, samples)
+            for place, sample in zip(again, session.measure([workload.schedule[i] for i in again]), strict=True):
+                samples[place] = sample
+    entries = list(zip(workload.schedule, samples, strict=True))
     profile = Profile(
         model_identity=model_identity,
         knob_space=space,
         device=facts,
         samples=tuple(sample for entry, sample in entries if not entry.is_reference),
-        noise_floor=NoiseFloor(workload.reference.knobs, references_ms),
+        noise_floor=NoiseFloor(
+            workload.reference.knobs, tuple(sample.stages.e2e_ms for entry, sample in entries if entry.is_reference)
+        ),
     )
     if path is not None:
         profile.save(Path(path))
@@ -258,31 +272,84 @@ def profile_requests(
 
 
 def noisy_windows(noise_floor: NoiseFloor, tolerance: float = NOISY_TOLERANCE) -> tuple[int, ...]:
-    """Numbers of the windows between two reference requests, either of which was slow.
+    """Numbers of the windows between two reference requests of which either was slow.
 
-    Slow means more than `tolerance` above the median reference, which something else on the machine causes. Such
-    windows are reported, not dropped: a bound that has to hold when others work too must have seen it.
+    Slow means more than `tolerance` above the median reference, which something else on the machine causes.
     """
     limit_ms = statistics.median(noise_floor.repeats_ms) * (1.0 + tolerance)
     slow = [value > limit_ms for value in noise_floor.repeats_ms]
-    return tuple(i for i, ends in enumerate(pairwise(slow)) if any(ends))
+    return tuple(i for i, ends in enumerate(itertools.pairwise(slow)) if any(ends))
 
 
-def _warm_up(run: RunRequest, reference: Measurement, settings: ProfilerSettings) -> None:
-    times_ms: list[float] = []
-    for _ in range(settings.max_warmup):
-        times_ms.append(_measure(run, reference, settings.max_new_tokens).stages.e2e_ms)
-        if len(times_ms) >= 2 * WARMUP_WINDOW:
-            earlier = statistics.median(times_ms[-2 * WARMUP_WINDOW : -WARMUP_WINDOW])
-            if abs(statistics.median(times_ms[-WARMUP_WINDOW:]) - earlier) <= WARMUP_TOLERANCE * earlier:
-                return
+def _noisy_entries(schedule: Sequence[Measurement], samples: Sequence[Sample]) -> list[int]:
+    """Places in the schedule of all that was measured in a noisy window, its two references included."""
+    references = [place for place, entry in enumerate(schedule) if entry.is_reference]
+    noise_floor = NoiseFloor(schedule[0].knobs, tuple(samples[place].stages.e2e_ms for place in references))
+    windows = noisy_windows(noise_floor)
+    return sorted({place for i in windows for place in range(references[i], references[i + 1] + 1)})
 
 
-def _measure(run: RunRequest, measurement: Measurement, max_new_tokens: int | None) -> Sample:
-    result = run(measurement.request, measurement.knobs, max_new_tokens)
+class _Session:
+    """Measures one part of a schedule after the other; what an interrupted run left is not measured again.
+
+    Args:
+        earlier: samples of an interrupted run, in the order in which they were measured.
+    """
+
+    def __init__(
+        self,
+        run: RunRequest,
+        reference: Measurement,
+        settings: ProfilerSettings,
+        partial: Path | None,
+        earlier: list[Sample],
+        progress: Callable[[ProfileProgress], None] | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.run, self.reference, self.settings = run, reference, settings
+        self.partial, self.earlier, self.progress, self.clock = partial, earlier, progress, clock
+        self.is_warm = False
+
+    def measure(self, schedule: Sequence[Measurement]) -> list[Sample]:
+        """One sample per entry, garbage collected between windows only."""
+        samples, self.earlier = self.earlier[: len(schedule)], self.earlier[len(schedule) :]
+        num_before, started = len(samples), self.clock()
+        if num_before < len(schedule) and not self.is_warm:
+            self._warm_up()
+        while len(samples) < len(schedule):
+            window = schedule[len(samples) : len(samples) + self.settings.reference_every]
+            with without_garbage_collection():
+                for measurement in window:
+                    samples.append(_measure(self.run, measurement))
+                    if self.partial is not None:
+                        append_jsonl(self.partial, samples[-1].to_dict())
+                    if self.progress is not None:
+                        seconds_each = (self.clock() - started) / (len(samples) - num_before)
+                        seconds_left = (len(schedule) - len(samples)) * seconds_each
+                        self.progress(ProfileProgress(len(samples), len(schedule), seconds_left))
+        return samples
+
+    def _warm_up(self) -> None:
+        self.is_warm = True
+        times_ms: list[float] = []
+        for _ in range(self.settings.max_warmup):
+            times_ms.append(_measure(self.run, self.reference).stages.e2e_ms)
+            if len(times_ms) >= 2 * WARMUP_WINDOW:
+                earlier = statistics.median(times_ms[-2 * WARMUP_WINDOW : -WARMUP_WINDOW])
+                if abs(statistics.median(times_ms[-WARMUP_WINDOW:]) - earlier) <= WARMUP_TOLERANCE * earlier:
+                    return
+
+
+def _measure(run: RunRequest, measurement: Measurement) -> Sample:
+    result = run(measurement.request, measurement.knobs, measurement.num_output_tokens)
     if result.knobs != measurement.knobs:
         raise ProfileError(
             f"request {measurement.request} was to run with {measurement.knobs} but ran with {result.knobs}"
+        )
+    if measurement.num_output_tokens not in (None, result.num_output_tokens):
+        raise ProfileError(
+            f"request {measurement.request} was to generate {measurement.num_output_tokens} tokens but generated "
+            f"{result.num_output_tokens}"
         )
     return sample_of(result)
 

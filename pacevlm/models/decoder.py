@@ -114,6 +114,7 @@ class ElasticDecoder:
         num_blocks: Sequence[int],
         max_new_tokens: int,
         *,
+        min_new_tokens: int = 0,
         on_token: Callable[[int], None] | None = None,
         keep_logits: bool = False,
     ) -> tuple[list[list[int]], list[Tensor]]:
@@ -126,13 +127,14 @@ class ElasticDecoder:
             top_k: experts per token in the blocks behind the first ones, one per row.
             num_blocks: blocks that run, one per row.
             max_new_tokens: most generated tokens, end-of-text included.
+            min_new_tokens: end-of-text ends nothing before so many tokens, for measurements of a given length.
             on_token: called after every step with its number, 0 being the prefill.
             keep_logits: also return the logits of every step.
 
         Returns:
             generated ids of each row (end-of-text included), and the logits of each step `(alive rows, vocabulary)`.
         """
-        loop = _Generation(self, prefixes, top_k, num_blocks, max_new_tokens)
+        loop = _Generation(self, prefixes, top_k, num_blocks, max_new_tokens, min_new_tokens)
         kept_logits = []
         for step in range(max_new_tokens):
             logits = loop.step()
@@ -156,9 +158,10 @@ class _Generation:
         top_k: Sequence[int],
         num_blocks: Sequence[int],
         max_new_tokens: int,
+        min_new_tokens: int,
     ) -> None:
         self.decoder, self.adapter = decoder, decoder.adapter
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
         self.prefixes = prefixes
         device = prefixes[0].hidden.device
         self.lengths = torch.tensor([p.num_tokens for p in prefixes], device=device)
@@ -184,7 +187,8 @@ class _Generation:
         stay = []
         for place, (row, token) in enumerate(zip(self.alive, ids, strict=True)):
             self.generated[row].append(token)
-            if token != self.adapter.eos_token_id and len(self.generated[row]) < self.max_new_tokens:
+            ended = token == self.adapter.eos_token_id and len(self.generated[row]) >= self.min_new_tokens
+            if not ended and len(self.generated[row]) < self.max_new_tokens:
                 stay.append(place)
         self.last = token_ids
         if len(stay) < len(ids) and stay:

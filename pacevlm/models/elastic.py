@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import struct
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from pacevlm.models.block_order import BlockOrder
 from pacevlm.models.decoder import ElasticDecoder
 from pacevlm.models.embedded import EMBEDDED_DIR
 from pacevlm.models.images import ImageSource, load_image
+from pacevlm.models.stage_clock import StageClock
 from pacevlm.types import RequestSizes, StageTimes
 
 ELASTIC_FILE = "elastic.json"
@@ -238,6 +237,7 @@ class ElasticModel:
         choose_compute: Callable[[str, Tensor | None], tuple[int, int]],
         latency_token: Tensor | None = None,
         max_new_tokens: int | None = None,
+        num_output_tokens: int | None = None,
     ) -> RequestResult:
         """Answer one question at batch 1, timing every stage in the one run.
 
@@ -249,30 +249,29 @@ class ElasticModel:
                 (top_k, num_blocks); its time counts.
             latency_token: the encoded budget, `(d_model,)`.
             max_new_tokens: most generated tokens, end-of-text included; the model's own limit if None.
+            num_output_tokens: generate exactly so many, for measurements; end-of-text then ends nothing, and
+                `max_new_tokens` does not count.
 
         Raises:
             ImageError, QuestionError: the input cannot be used.
             KnobError: a chosen value is not in the knob space.
-            ConfigError: `max_new_tokens` is not a whole number of at least 1.
+            ConfigError: `max_new_tokens` or `num_output_tokens` is not a whole number of at least 1.
         """
         limit = self.max_new_tokens if max_new_tokens is None else _whole("max_new_tokens", max_new_tokens)
-        marks = [time.perf_counter()]
-
-        def mark() -> None:
-            self.synchronise()
-            marks.append(time.perf_counter())
-
+        if num_output_tokens is not None:
+            limit = _whole("num_output_tokens", num_output_tokens)
+        clock = StageClock(self.device)
         pixels = load_image(image)
         prompt = self.adapter.encode_question(question)
-        mark()
+        clock.mark()
         tier = choose_tier(self._view(pixels, prompt, limit))
         if tier not in self.max_crops:
             raise KnobError(f"tier {tier!r} was chosen, but this model has {tuple(self.max_crops)}")
-        mark()
+        clock.mark()
         prepared = self.adapter.prepare(pixels, prompt, self.max_crops[tier])
-        mark()
+        clock.mark()
         features = self.adapter.encode_vision([prepared])[0]
-        mark()
+        clock.mark()
         prefix = self.decoder.prefix([self.adapter.embed(prepared, features)])[0]
         token_output = None
         if latency_token is not None:
@@ -280,11 +279,17 @@ class ElasticModel:
         top_k, num_blocks = choose_compute(tier, token_output)
         knobs = Knobs(tier, top_k, num_blocks)
         self.knob_space.index(knobs)
-        mark()
-        generated, _ = self.decoder.generate([prefix], [top_k], [num_blocks], limit, on_token=lambda _: mark())
+        clock.mark()
+        generated, _ = self.decoder.generate(
+            [prefix],
+            [top_k],
+            [num_blocks],
+            limit,
+            min_new_tokens=num_output_tokens or 0,
+            on_token=lambda _: clock.mark(),
+        )
         answer = self.adapter.decode(generated[0])
-        end = time.perf_counter()
-        spans = [(b - a) * 1e3 for a, b in itertools.pairwise(marks)]
+        spans, e2e_ms = clock.finish()
         times = StageTimes(
             prepare_ms=spans[0] + spans[2],
             stage1_ms=spans[1],
@@ -292,7 +297,7 @@ class ElasticModel:
             first_block_ms=spans[4],
             prefill_ms=spans[5],
             decode_ms=tuple(spans[6:]),
-            e2e_ms=(end - marks[0]) * 1e3,
+            e2e_ms=e2e_ms,
         )
         return RequestResult(
             answer=answer,

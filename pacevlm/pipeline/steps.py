@@ -18,10 +18,13 @@ from pacevlm.evaluation.summary import RunFacts
 from pacevlm.evaluation.sweep import evaluate, exhaustive_sweep, fit_baselines
 from pacevlm.files import read_jsonl
 from pacevlm.latency.calibrate import coverage, fit_latency, full_p50_ms
+from pacevlm.latency.conformal import min_num_scores
+from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
 from pacevlm.latency.measuring import use_num_threads, without_garbage_collection
 from pacevlm.latency.output_length import OutputLengthModel
-from pacevlm.latency.profile import Sample
+from pacevlm.latency.profile import Profile, Sample, check_identity, collect_device_facts
+from pacevlm.latency.profile_summary import summarise_profile
 from pacevlm.latency.profiler import ProfilerSettings, profile_requests, sample_of
 from pacevlm.pacer import Pacer
 from pacevlm.pipeline.artefacts import (
@@ -45,40 +48,42 @@ from pacevlm.types import BudgetKind
 
 # Requests before the clock counts, and between two garbage collections.
 NUM_WARMUP, WINDOW = 5, 20
+# Measurements that carry an estimator over to another device.
+NUM_TRANSFER = 25
 
 
 def profile_step(run: RunContext) -> dict[str, Any]:
     """Time requests, fit and calibrate the estimator, and learn how long answers get."""
-    config, model, train = run.config.profile, run.model, run.splits.train
-    requests = [(example.image, example.question) for example in train[: config.num_requests]]
-    settings = ProfilerSettings(
-        num_requests=len(requests),
-        num_samples=config.num_samples,
-        repeats=config.repeats,
-        max_warmup=config.max_warmup,
-        num_threads=config.num_threads,
-        seed=config.seed,
-    )
-    # The controller that will be trained, as far as its cost goes.
-    stand_in = ControllerConfig(reference_ms=1.0, embedding_scale=1.0, **config_to_dict(run.config.controller))
-    profile = profile_requests(
-        profiling_run(model, requests, stand_in),
-        model.knob_space,
-        settings,
-        model_identity=model.identity,
-        device=model.device,
-        dtype=model.dtype,
-        path=run.run_dir / PROFILE_NAME,
-        progress=lambda state: run.reporter.progress("timed requests", state.num_done, state.num_total),
-    )
-    fit = fit_latency(
-        profile,
-        trained_top_k=model.trained_top_k,
-        stage2_after=model.stage2_after,
-        alpha=config.alpha,
-        group_by=config.group_by,
-        seed=config.seed,
-    )
+    config, model = run.config.profile, run.model
+    with use_num_threads(config.num_threads):
+        device = collect_device_facts(model.device, model.dtype)
+    settings: dict[str, Any] = {
+        "alpha": config.alpha,
+        "group_by": config.group_by,
+        "seed": config.seed,
+        "trained_top_k": model.trained_top_k,
+        "stage2_after": model.stage2_after,
+        "model_identity": model.identity,
+        "knob_space": model.knob_space,
+        "device": device,
+    }
+    if config.source is None:
+        profile = _measure_profile(run, config.num_samples, config.repeats)
+        fit = fit_latency(profile, **settings)
+    elif config.transfer:
+        source = Profile.load(config.source)
+        check_identity(source, model_identity=model.identity, knob_space=model.knob_space)
+        estimator = LatencyEstimator.fit(source, trained_top_k=model.trained_top_k, stage2_after=model.stage2_after)
+        # As many for the bounds as these need at least, twice over; the few others carry the estimator over.
+        num_samples = NUM_TRANSFER + 2 * min_num_scores(config.alpha)
+        profile = _measure_profile(run, num_samples, 1)
+        fit = fit_latency(
+            profile, **settings, calibration_share=1 - NUM_TRANSFER / num_samples, transfer_from=estimator
+        )
+    else:
+        profile = Profile.load(config.source)
+        fit = fit_latency(profile, **settings)
+        profile.save(run.run_dir / PROFILE_NAME)
     fit.estimator.save(run.run_dir / ESTIMATOR_NAME)
     fit.guardrail.save(run.run_dir / PROFILE_GUARDRAIL_NAME)
     run.__dict__.pop("estimator", None)
@@ -91,8 +96,35 @@ def profile_step(run: RunContext) -> dict[str, Any]:
         },
         "num_samples": len(profile.samples),
         "num_lengths": num_lengths,
+        **dataclasses.asdict(summarise_profile(profile)),
         **dataclasses.asdict(fit.report),
     }
+
+
+def _measure_profile(run: RunContext, num_samples: int, repeats: int) -> Profile:
+    config, model, train = run.config.profile, run.model, run.splits.train
+    requests = [(example.image, example.question) for example in train[: config.num_requests]]
+    settings = ProfilerSettings(
+        num_requests=len(requests),
+        num_samples=num_samples,
+        repeats=repeats,
+        max_warmup=config.max_warmup,
+        num_threads=config.num_threads,
+        max_output_tokens=model.max_new_tokens,
+        seed=config.seed,
+    )
+    # The controller that will be trained, as far as its cost goes.
+    stand_in = ControllerConfig(reference_ms=1.0, embedding_scale=1.0, **config_to_dict(run.config.controller))
+    return profile_requests(
+        profiling_run(model, requests, stand_in),
+        model.knob_space,
+        settings,
+        model_identity=model.identity,
+        device=model.device,
+        dtype=model.dtype,
+        path=run.run_dir / PROFILE_NAME,
+        progress=lambda state: run.reporter.progress("timed requests", state.num_done, state.num_total),
+    )
 
 
 def _fit_output_length(run: RunContext) -> int:

@@ -103,10 +103,10 @@ def profiling_run(
     # Far above every bound, so that any knobs may be forced on the policy.
     budget_ms = 1e12
 
-    def run(index: int, knobs: Knobs, max_new_tokens: int | None) -> RequestResult:
+    def run(index: int, knobs: Knobs, num_output_tokens: int | None) -> RequestResult:
         image, question = requests[index]
         forced = ForcedPolicy(policy, knobs)
-        paced = run_with_policy(model, forced, image, question, budget_ms, pacing, max_new_tokens=max_new_tokens)
+        paced = run_with_policy(model, forced, image, question, budget_ms, pacing, num_output_tokens=num_output_tokens)
         return paced.result
 
     return run

@@ -13,6 +13,7 @@ from torch import Tensor
 from pacevlm.controller.policy_interface import Policy, PolicyInput
 from pacevlm.errors import IdentityError
 from pacevlm.knobs import check_budget_ms
+from pacevlm.latency.drift import DriftCorrection
 from pacevlm.latency.guardrail import Guardrail
 from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.models.elastic import ElasticModel, RequestResult, RequestView
@@ -106,8 +107,10 @@ class PacedResult:
         budget_ms: the budget.
         feasible: whether any configuration's upper bound kept the budget.
         predicted_ms: the estimator's latency of the knobs that ran, with the output length that the answer had.
-        upper_bound_ms: the guardrail's bound on these knobs, known before the answer was.
+            Drift does not enter: it is the latency on the machine as profiled.
+        upper_bound_ms: the guardrail's bound on these knobs, known before the answer was; corrected for drift.
         measured_ms: wall-clock time of what the budget covers.
+        drift_factor: what the guardrail's bounds were multiplied by for this request; 1 without a correction.
     """
 
     result: RequestResult
@@ -116,6 +119,7 @@ class PacedResult:
     predicted_ms: float
     upper_bound_ms: float
     measured_ms: float
+    drift_factor: float = 1.0
 
     @property
     def budget_met(self) -> bool:
@@ -131,7 +135,8 @@ def run_with_policy(
     budget_ms: float,
     pacing: Pacing,
     example_id: str = "",
-    max_new_tokens: int | None = None,
+    num_output_tokens: int | None = None,
+    drift: DriftCorrection | None = None,
 ) -> PacedResult:
     """Run one request alone, with the knobs that a policy chooses for a budget.
 
@@ -139,24 +144,31 @@ def run_with_policy(
     bounding all latencies, and both stages of the policy. Where nothing fits, the mask holds the cheapest knobs alone.
     Answers are never cut short for a budget.
 
+    A machine that is f times slower is the profiled machine with a budget f times smaller: with a drift correction,
+    the guardrail and the policy are given the budget divided by its factor, and what the request took is observed.
+
     Args:
         image: path, bytes, PIL image or array.
         question: the user's text.
         example_id: identity of the request, the seed of policies that draw at random.
-        max_new_tokens: most generated tokens, for measurements; the model's own limit if None.
+        num_output_tokens: generate exactly so many tokens, for measurements; as many as the answer has if None.
+        drift: correction of the guardrail's bounds; it learns from this request.
 
     Raises:
         BudgetError: the budget is not a positive, finite number.
         ImageError, QuestionError: the input cannot be used.
+        IdentityError: the drift correction is one of another estimator or kind of budget.
         KnobError: the policy chose knobs outside the knob space.
     """
     budget_ms = check_budget_ms(budget_ms)
+    if drift is not None:
+        drift.check_guardrail(pacing.guardrail, pacing.kind)
     request: PolicyInput | None = None
     seen: RequestView | None = None
 
     def choose_tier(view: RequestView) -> str:
         nonlocal request, seen
-        seen, request = view, policy_input(view, budget_ms, pacing, example_id)
+        seen, request = view, policy_input(view, profiled_budget_ms, pacing, example_id)
         return policy.choose_tier(request)
 
     def choose_compute(tier: str, latency_token_output: Tensor | None) -> tuple[int, int]:
@@ -164,7 +176,10 @@ def run_with_policy(
         return policy.choose_compute(request, tier, latency_token_output)
 
     started = time.perf_counter()
-    latency_token = policy.latency_token(budget_ms)
+    drift_factor = 1.0 if drift is None else drift.factor
+    # The budget that the machine as profiled would have to keep.
+    profiled_budget_ms = budget_ms / drift_factor
+    latency_token = policy.latency_token(profiled_budget_ms)
     model.synchronise()
     token_ms = (time.perf_counter() - started) * 1e3
     result = model.run_request(
@@ -173,7 +188,7 @@ def run_with_policy(
         choose_tier=choose_tier,
         choose_compute=choose_compute,
         latency_token=latency_token,
-        max_new_tokens=max_new_tokens,
+        num_output_tokens=num_output_tokens,
     )
     assert request is not None
     assert seen is not None
@@ -185,11 +200,16 @@ def run_with_policy(
     predicted = pacing.guardrail.estimator.predict(request.sizes, result.knobs, result.num_output_tokens)
     place = np.unravel_index(model.knob_space.index(result.knobs), model.knob_space.shape)
     e2e = pacing.kind == "e2e"
+    measured_ms = times.e2e_ms if e2e else times.ttft_ms
+    if drift is not None:
+        bounds_ms = pacing.guardrail.upper_bounds_ms(request.sizes, result.num_output_tokens, pacing.kind)
+        drift.observe(float(bounds_ms[place]), measured_ms)
     return PacedResult(
         result=result,
         budget_ms=budget_ms,
         feasible=request.any_feasible,
         predicted_ms=predicted.e2e_ms if e2e else predicted.ttft_ms,
-        upper_bound_ms=float(pacing.upper_bounds_ms(seen)[place]),
-        measured_ms=times.e2e_ms if e2e else times.ttft_ms,
+        upper_bound_ms=float(pacing.upper_bounds_ms(seen)[place]) * drift_factor,
+        measured_ms=measured_ms,
+        drift_factor=drift_factor,
     )

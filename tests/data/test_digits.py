@@ -46,6 +46,22 @@ def expected_answer(scene: Scene, question: Question) -> tuple[str, int]:
             assert heights[-1] >= 1.25 * heights[-2]
             (found,) = [digit for digit in digits if digit.height_px == heights[-1]]
             return str(found.value), found.height_px
+        case ["What", "colour", "is", "the", "largest", "digit"]:
+            heights = sorted(digit.height_px for digit in digits)
+            assert heights[-1] >= 1.25 * heights[-2]
+            (found,) = [digit for digit in digits if digit.height_px == heights[-1]]
+            return found.colour, found.height_px
+        case ["Which", "digit", "is", "right", "of", "the", colour, "digit"]:
+            ordered = sorted(digits, key=lambda digit: digit.box[0] + digit.box[2])
+            (place,) = [i for i, digit in enumerate(ordered) if digit.colour == colour]
+            found = ordered[place + 1]
+            return str(found.value), min(found.height_px, ordered[place].height_px)
+        case ["What", "is", "the", operation, "of", "the", colour, "digit", "and", "the", other, "digit"]:
+            (first,) = [digit for digit in digits if digit.colour == colour]
+            (second,) = [digit for digit in digits if digit.colour == other]
+            assert first is not second
+            answer = {"product": first.value * second.value, "difference": abs(first.value - second.value)}[operation]
+            return str(answer), min(first.height_px, second.height_px)
         case ["Which", "digit", "is", colour]:
             (found,) = [digit for digit in digits if digit.colour == colour]
             return str(found.value), found.height_px
@@ -165,7 +181,11 @@ def test_every_valid_family_is_offered(scenes: list[Scene]) -> None:
         expected |= {"digit_of_colour"} if 1 in colours.values() else set()
         expected |= {"colour_of_digit"} if 1 in values.values() else set()
         expected |= {"sum"} if len(heights) in SUM_DIGITS else set()
-        expected |= {"largest"} if len(heights) > 1 and heights[-1] >= 1.25 * heights[-2] else set()
+        if len(heights) > 1 and heights[-1] >= 1.25 * heights[-2]:
+            expected |= {"largest", "colour_of_largest"}
+        expected |= {"product", "difference"} if list(colours.values()).count(1) >= 2 else set()
+        not_last = [digit for digit in scene.digits[:-1] if colours[digit.colour] == 1]
+        expected |= {"right_of"} if not_last else set()
         assert offered == expected
 
 
@@ -188,7 +208,7 @@ def test_seed_split_and_index_all_change_the_example() -> None:
 
 
 def test_families_are_balanced_and_metadata_is_right() -> None:
-    dataset = DigitVQA("train", 1050)
+    dataset = DigitVQA("train", 1650)
     families: Counter[str] = Counter()
     for i, example in enumerate(dataset):
         families[example.metadata["family"]] += 1
@@ -232,7 +252,14 @@ def test_narrow_config_is_honoured() -> None:
 
 def test_families_that_a_config_rules_out_are_not_asked() -> None:
     single = SceneConfig(max_digits=1)
-    assert set(single.possible_families) == set(FAMILIES) - {"largest", "sum"}
+    assert set(single.possible_families) == set(FAMILIES) - {
+        "largest",
+        "colour_of_largest",
+        "sum",
+        "right_of",
+        "difference",
+        "product",
+    }
     assert {e.metadata["family"] for e in DigitVQA("train", 80, config=single)} == set(single.possible_families)
     assert "largest" not in SceneConfig(min_height_px=20, max_height_px=24).possible_families
     assert "sum" not in SceneConfig(min_digits=5, max_digits=5).possible_families

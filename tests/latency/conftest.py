@@ -88,6 +88,7 @@ def device_facts() -> DeviceFacts:
         python_version="3",
         platform="none",
         load_average=(0.1, 0.2, 0.3),
+        clock_mhz=2600.0,
         clock="counted",
     )
 

@@ -13,6 +13,7 @@ import pytest
 from pacevlm.errors import ConfigError, IdentityError, KnobError, ProfileError
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.estimator import LatencyEstimator
+from pacevlm.latency.profile import Sample
 from pacevlm.types import RequestSizes, VisionSizes
 
 KINDS = ("e2e", "ttft")
@@ -196,3 +197,48 @@ def test_wrong_questions_are_refused(random_estimator: Any, random_sizes: Any) -
         estimator.predict_many([sizes, sizes], [3])
     with pytest.raises(KnobError):
         estimator.predict(sizes, Knobs("high", 9, 16), 3)
+
+
+# Other devices -------------------------------------------------------------------------------------------------------
+
+
+def slower_samples(samples: tuple[Sample, ...], factor: float) -> tuple[Sample, ...]:
+    """The same requests on a device that takes `factor` times as long for everything."""
+    slower = []
+    for sample in samples:
+        times = sample.stages
+        scaled = {name: factor * getattr(times, name) for name in times.__slots__ if name != "decode_ms"}
+        stages = dataclasses.replace(times, **scaled, decode_ms=tuple(factor * step for step in times.decode_ms))
+        slower.append(dataclasses.replace(sample, stages=stages))
+    return tuple(slower)
+
+
+def error(estimator: LatencyEstimator, samples: tuple[Sample, ...]) -> float:
+    measured = np.array([sample.stages.e2e_ms for sample in samples])
+    return float(np.abs(estimator.predict_samples(samples) / measured - 1).mean())
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.0, 6.0])
+def test_few_samples_carry_an_estimator_over(make_device: Any, make_profile: Any, factor: float) -> None:
+    rng = np.random.default_rng(5)
+    estimator = LatencyEstimator.fit(make_profile(make_device(noise=0.03).measure(rng, 400)), trained_top_k=8)
+    other = make_device(noise=0.03)
+    few = slower_samples(other.measure(rng, 25), factor)
+    held_out = slower_samples(other.measure(rng, 300), factor)
+    facts = dataclasses.replace(make_profile(few).device, num_threads=2)
+    moved = estimator.transfer(dataclasses.replace(make_profile(few), device=facts))
+    full_refit = LatencyEstimator.fit(make_profile(slower_samples(other.measure(rng, 400), factor)), trained_top_k=8)
+    assert moved.device == facts
+    assert moved.fingerprint != estimator.fingerprint
+    assert error(moved, held_out) <= 1.5 * error(full_refit, held_out)
+    table = moved.predict_all(RequestSizes(tuple(VisionSizes(c, 144 * c) for c in (2, 6, 12)), 20, 10_000), 5)
+    for axis in range(3):
+        assert (np.diff(table, axis=axis) >= 0).all()
+
+
+def test_an_estimator_is_not_carried_over_to_another_model(make_device: Any, make_profile: Any) -> None:
+    rng = np.random.default_rng(6)
+    profile = make_profile(make_device().measure(rng, 60))
+    estimator = LatencyEstimator.fit(profile, trained_top_k=8)
+    with pytest.raises(IdentityError, match="weights-b"):
+        estimator.transfer(dataclasses.replace(profile, model_identity="weights-b"))

@@ -222,3 +222,20 @@ def test_round_trip_and_identity(tmp_path: Path, make_device: Any, make_profile:
     path.write_text(json.dumps({**whole, "model_identity": "weights-b"}))
     with pytest.raises(IdentityError, match="weights-b"):
         Guardrail.load(path, estimator)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.1, 0.2])
+def test_bounds_are_those_of_crepes(alpha: float) -> None:
+    from crepes import ConformalPredictiveSystem
+
+    rng = np.random.default_rng(int(100 * alpha))
+    groups = np.array(["low"] * 80 + ["medium"] * 131 + ["high"] * 57)
+    spread = {"low": 0.02, "medium": 0.1, "high": 0.3}
+    scores = np.array([spread[group] for group in groups]) * rng.standard_normal(len(groups))
+    calibration = calibrate(np.ones(len(groups)), np.exp(scores), groups.tolist(), alpha)
+    reference = ConformalPredictiveSystem().fit(residuals=scores, bins=groups)
+    for group, margin in calibration.log_margins.items():
+        bound = reference.predict_percentiles(
+            np.zeros(1), bins=np.array([group]), higher_percentiles=[100 * (1 - alpha)]
+        )
+        assert margin == pytest.approx(float(np.ravel(bound)[0]), abs=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 from collections import Counter
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from pacevlm.errors import ConfigError, ProfileError
+from pacevlm.errors import ConfigError, IdentityError, ProfileError
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.calibrate import coverage, fit_latency, full_p50_ms, split_samples
 from pacevlm.latency.measuring import use_num_threads
@@ -52,7 +53,7 @@ class FakeModel:
     collecting: list[bool] = field(default_factory=list)
     fail_after: int | None = None
 
-    def __call__(self, index: int, knobs: Knobs, max_new_tokens: int | None) -> Any:
+    def __call__(self, index: int, knobs: Knobs, num_output_tokens: int | None) -> Any:
         if self.fail_after is not None and len(self.calls) == self.fail_after:
             raise KeyboardInterrupt
         self.calls.append((index, knobs))
@@ -64,7 +65,7 @@ class FakeModel:
             "num_image_tokens": crops * TOKENS_PER_CROP,
             "num_text_tokens": 8 + index,
             "num_pixels": 50_000 + 1000 * index,
-            "num_output_tokens": 1 + index % 4,
+            "num_output_tokens": num_output_tokens or 1 + index % 4,
         }
         return SimpleNamespace(knobs=knobs, **sizes, times=self.device.stages(self.rng, sizes, knobs))
 
@@ -104,6 +105,62 @@ def test_a_workload_fills_the_space_evenly(space: KnobSpace) -> None:
     per_request = Counter(entry.request for entry in inner)
     assert len(per_request) == 20
     assert max(per_request.values()) < 1.5 * min(per_request.values())
+
+
+def test_answers_are_made_all_lengths_evenly_but_at_the_ends(space: KnobSpace) -> None:
+    settings = ProfilerSettings(num_requests=20, num_samples=1000, repeats=1, max_output_tokens=8)
+    entries = samples_of(plan_workload(space, settings))
+    ends = [entry for entry in entries if entry.knobs in (space.cheapest, space.full)]
+    assert {entry.num_output_tokens for entry in ends} == {None}
+    lengths = Counter(entry.num_output_tokens for entry in entries if entry.num_output_tokens is not None)
+    assert set(lengths) == set(range(1, 9))
+    assert max(lengths.values()) < 1.4 * min(lengths.values())
+    # Length says nothing about the knobs.
+    blocks = [entry.knobs.num_blocks for entry in entries if entry.num_output_tokens is not None]
+    tokens = [entry.num_output_tokens for entry in entries if entry.num_output_tokens is not None]
+    assert abs(np.corrcoef(blocks, tokens)[0, 1]) < 0.05
+
+
+def test_a_request_of_another_length_is_refused(make_device: Callable[..., Any]) -> None:
+    model = FakeModel(make_device())
+    settings = ProfilerSettings(num_requests=5, num_samples=20, max_output_tokens=8)
+    with pytest.raises(ProfileError, match="was to generate"):
+        profile(lambda i, knobs, length: model(i, knobs, None if length is None else length + 1), settings)
+
+
+def test_noisy_windows_are_measured_again(make_device: Callable[..., Any], tmp_path: Path) -> None:
+    settings = ProfilerSettings(num_requests=4, num_samples=20, repeats=1, reference_every=5, max_warmup=0)
+    schedule = plan_workload(SMALL, settings).schedule
+    references = [place for place, entry in enumerate(schedule) if entry.is_reference]
+    slow = range(references[1], references[2])  # the second window and the reference that opens it
+
+    def busy(model: FakeModel) -> Callable[..., Any]:
+        def run(index: int, knobs: Knobs, length: int | None) -> Any:
+            result = model(index, knobs, length)
+            if len(model.calls) - 1 in slow:
+                slower = {name: 3 * getattr(result.times, name) for name in ("prefill_ms", "e2e_ms")}
+                result.times = dataclasses.replace(result.times, **slower)
+            return result
+
+        return run
+
+    quiet = profile(FakeModel(make_device()), settings)
+    model = FakeModel(make_device())
+    result = profile(busy(model), settings)
+    assert result.samples == quiet.samples
+    assert result.noise_floor == quiet.noise_floor
+    # The slow reference opens one window and closes another: both are measured again, references included.
+    again = list(schedule[references[0] : references[2] + 1])
+    assert model.calls[len(schedule) :] == [(entry.request, entry.knobs) for entry in again]
+    without = profile(busy(FakeModel(make_device())), dataclasses.replace(settings, max_reruns=0))
+    assert without.samples != quiet.samples
+    # Stopped while measuring again, it goes on there.
+    stopped = FakeModel(make_device(), fail_after=len(schedule) + 3)
+    with pytest.raises(KeyboardInterrupt):
+        profile(busy(stopped), settings, path=tmp_path / "p.json")
+    resumed = FakeModel(make_device())
+    assert profile(resumed, settings, path=tmp_path / "p.json").samples == quiet.samples
+    assert len(resumed.calls) == len(again) - 3
 
 
 def test_a_small_workload_is_the_whole_product() -> None:
@@ -222,7 +279,16 @@ def test_a_request_with_other_knobs_is_refused(make_device: Callable[..., Any]) 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"num_requests": 0}, {"num_samples": 1}, {"repeats": 0}, {"num_threads": 0}, {"seed": -1}, {"repeats": True}],
+    [
+        {"num_requests": 0},
+        {"num_samples": 1},
+        {"repeats": 0},
+        {"num_threads": 0},
+        {"seed": -1},
+        {"repeats": True},
+        {"max_output_tokens": 0},
+        {"max_reruns": -1},
+    ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
@@ -303,6 +369,14 @@ def test_the_report_is_of_requests_that_the_fit_did_not_see(make_device: Callabl
     errors = np.abs(estimator.predict_samples(held_out) / measured - 1)
     assert report.mape_e2e == pytest.approx(errors.mean())
     assert report.num_calibration == len(held_out)
+
+
+def test_a_profile_of_something_else_is_refused(make_device: Callable[..., Any], space: KnobSpace) -> None:
+    result = profile(FakeModel(make_device()), one_window(num_requests=10, num_samples=150), space)
+    faster = dataclasses.replace(result.device, num_threads=8)
+    for wrong in ({"model_identity": "weights-b"}, {"knob_space": SMALL}, {"device": faster}):
+        with pytest.raises(IdentityError):
+            fit_latency(result, trained_top_k=8, alpha=0.1, **wrong)  # type: ignore[arg-type]
 
 
 def test_coverage_is_left_out_where_halves_are_too_small(make_device: Callable[..., Any], space: KnobSpace) -> None:

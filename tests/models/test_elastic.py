@@ -22,7 +22,7 @@ from torch import Tensor
 from pacevlm.errors import CheckpointError, ConfigError, ImageError, KnobError, QuestionError
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.models.block_order import BlockOrder
-from pacevlm.models.elastic import ElasticModel, RequestView, write_elastic_settings
+from pacevlm.models.elastic import ElasticModel, RequestResult, RequestView, write_elastic_settings
 from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.types import Example
 
@@ -167,6 +167,27 @@ def test_answers_can_be_cut(tiny_elastic: ElasticModel, limit: int) -> None:
     cut = tiny_elastic.run_static(picture(24, 24), QUESTION, TINY_SPACE.full, max_new_tokens=limit)
     assert cut.token_ids == whole.token_ids[:limit]
     assert len(cut.times.decode_ms) == limit - 1
+
+
+def test_answers_can_be_made_any_length(tiny_elastic: ElasticModel) -> None:
+    def run(num_output_tokens: int | None) -> RequestResult:
+        return tiny_elastic.run_request(
+            picture(24, 24),
+            QUESTION,
+            choose_tier=lambda _: "low",
+            choose_compute=lambda *_: (TINY_SPACE.full.top_k, TINY_SPACE.full.num_blocks),
+            num_output_tokens=num_output_tokens,
+        )
+
+    own = run(None)
+    for length in (1, own.num_output_tokens, own.num_output_tokens + 3, 12):
+        forced = run(length)
+        assert forced.num_output_tokens == len(forced.token_ids) == length
+        assert len(forced.times.decode_ms) == length - 1
+        shared = min(length, own.num_output_tokens)
+        assert forced.token_ids[:shared] == own.token_ids[:shared]
+    with pytest.raises(ConfigError, match="num_output_tokens"):
+        run(0)
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from pacevlm.baselines.random_feasible import RandomFeasiblePolicy
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.errors import BudgetError, IdentityError, ImageError, ProfileError, QuestionError
+from pacevlm.latency.drift import DriftCorrection
 from pacevlm.latency.estimator import STAGE_TERMS, LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
 from pacevlm.latency.output_length import OutputLengthModel
@@ -190,6 +192,102 @@ def test_a_result_is_consistent(tiny_elastic: ElasticModel, law_examples: list[E
     assert not late.budget_met
 
 
+def slowed(pacing: Pacing, factor: float) -> DriftCorrection:
+    """A correction that has come to `factor`, up to rounding."""
+    drift = DriftCorrection.for_guardrail(pacing.guardrail, pacing.kind)
+    for _ in range(200):
+        drift.observe(1.0, factor)
+    assert drift.factor == pytest.approx(factor, rel=1e-6)
+    return drift
+
+
+def test_without_drift_nothing_changes(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+    pacing = make_pacing(tiny_elastic)
+    policy = ControllerPolicy(make_controller(tiny_elastic, pacing))
+    for example in law_examples:
+        budget_ms = middle_budget_ms(tiny_elastic, example, pacing)
+        drift = DriftCorrection.for_guardrail(pacing.guardrail)
+        plain, fresh = (
+            run_with_policy(tiny_elastic, policy, example.image, example.question, budget_ms, pacing, drift=one)
+            for one in (None, drift)
+        )
+        assert plain.drift_factor == fresh.drift_factor == 1.0
+        assert (plain.result.knobs, plain.result.token_ids) == (fresh.result.knobs, fresh.result.token_ids)
+        assert (plain.upper_bound_ms, plain.feasible) == (fresh.upper_bound_ms, fresh.feasible)
+        assert drift.num_observations == 1
+
+
+@pytest.mark.parametrize("kind", ["e2e", "ttft"])
+def test_a_slower_machine_is_the_profiled_one_with_a_smaller_budget(
+    tiny_elastic: ElasticModel, law_examples: list[Example], kind: str
+) -> None:
+    example, pacing = law_examples[2], make_pacing(tiny_elastic, kind=kind)
+    budget_ms, drift = middle_budget_ms(tiny_elastic, example, pacing), slowed(pacing, 1.5)
+    factor, inputs, tokens = drift.factor, [], []
+
+    class Watching(FullPolicy):
+        def choose_tier(self, request: PolicyInput) -> str:
+            inputs.append(request)
+            return super().choose_tier(request)
+
+        def latency_token(self, budget_ms: float) -> torch.Tensor | None:
+            tokens.append(budget_ms)
+            return super().latency_token(budget_ms)
+
+    policy = Watching(tiny_elastic.knob_space)
+    paced = run_with_policy(tiny_elastic, policy, example.image, example.question, budget_ms, pacing, drift=drift)
+    view = tiny_elastic.view(example.image, example.question)
+    bounds_ms = pacing.upper_bounds_ms(view)
+    (request,) = inputs
+    assert tokens == [request.budget_ms] == [budget_ms / factor]
+    assert np.array_equal(request.feasible, bounds_ms <= budget_ms / factor)
+    assert request.feasible.sum() < (bounds_ms <= budget_ms).sum()
+    assert (paced.budget_ms, paced.drift_factor) == (budget_ms, factor)
+    assert paced.upper_bound_ms == bounds_ms[-1, -1, -1] * factor
+    predicted = pacing.guardrail.estimator.predict(view.sizes, paced.result.knobs, paced.result.num_output_tokens)
+    assert paced.predicted_ms == getattr(predicted, f"{kind}_ms")
+
+
+def test_drift_learns_from_the_answers_real_length(
+    tiny_elastic: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example, pacing = law_examples[0], make_pacing(tiny_elastic)
+    drift, observed = DriftCorrection.for_guardrail(pacing.guardrail), []
+    monkeypatch.setattr(drift, "observe", lambda *latencies_ms: observed.append(latencies_ms))
+    policy = FullPolicy(tiny_elastic.knob_space)
+    paced = run_with_policy(
+        tiny_elastic, policy, example.image, example.question, ALL_FIT_MS, pacing, num_output_tokens=1, drift=drift
+    )
+    assert paced.result.num_output_tokens == 1
+    view = tiny_elastic.view(example.image, example.question)
+    assert observed == [(pacing.guardrail.upper_bounds_ms(view.sizes, 1)[-1, -1, -1], paced.measured_ms)]
+    assert observed[0][0] < paced.upper_bound_ms
+
+
+def test_a_larger_factor_never_admits_more(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+    pacing = make_pacing(tiny_elastic)
+    for example in law_examples:
+        view = tiny_elastic.view(example.image, example.question)
+        for budget_ms in np.quantile(pacing.upper_bounds_ms(view), [0.1, 0.5, 0.9, 1.0]).tolist():
+            masks = []
+            for factor in (0.7, 1.0, 1.1, 1.5, 3.0, 16.0):
+                request = policy_input(view, budget_ms / factor, pacing)
+                masks.append(request.feasible & request.any_feasible)
+            assert all((more >= less).all() for more, less in itertools.pairwise(masks))
+
+
+def test_drift_of_another_kind_or_estimator_is_refused(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+    example, pacing = law_examples[0], make_pacing(tiny_elastic)
+    policy = FullPolicy(tiny_elastic.knob_space)
+    for drift in (
+        DriftCorrection.for_guardrail(pacing.guardrail, "ttft"),
+        DriftCorrection("another", "e2e"),
+    ):
+        with pytest.raises(IdentityError, match="drift correction"):
+            run_with_policy(tiny_elastic, policy, example.image, example.question, 10.0, pacing, drift=drift)
+        assert drift.num_observations == 0
+
+
 def test_bad_requests_are_refused(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
     pacing, policy, example = make_pacing(tiny_elastic), FullPolicy(tiny_elastic.knob_space), law_examples[0]
     for budget_ms in (0.0, -1.0, float("nan"), float("inf"), "80"):
@@ -217,12 +315,14 @@ def test_the_profiler_times_what_is_served(tiny_elastic: ElasticModel, law_examp
     state = torch.random.get_rng_state()
     run = profiling_run(tiny_elastic, requests)
     assert torch.equal(torch.random.get_rng_state(), state)
-    settings = ProfilerSettings(num_requests=4, num_samples=12, repeats=1, max_warmup=2, max_new_tokens=3)
+    settings = ProfilerSettings(num_requests=4, num_samples=12, repeats=1, max_warmup=2, max_output_tokens=3)
     profile = profile_requests(
         run, tiny_elastic.knob_space, settings, model_identity=tiny_elastic.identity, device="cpu", dtype="float32"
     )
     assert len(profile.samples) == 12
-    assert all(sample.num_output_tokens <= 3 for sample in profile.samples)
+    space = tiny_elastic.knob_space
+    forced_lengths = [s.num_output_tokens for s in profile.samples if s.knobs not in (space.cheapest, space.full)]
+    assert all(length <= 3 for length in forced_lengths)
     assert all(sample.stages.stage1_ms > 0 for sample in profile.samples)
     # The forced knobs do not change what comes out.
     knobs = tiny_elastic.knob_space[7]

@@ -49,7 +49,7 @@ def router_flatness_loss(router_logits: Tensor) -> Tensor:
 
 
 # Questions that need several steps are rarer and slower to learn.
-FAMILY_WEIGHTS = {"sum": 3.0, "read": 1.5}
+FAMILY_WEIGHTS = {"product": 3.0, "sum": 2.5, "difference": 2.0, "right_of": 2.0, "read": 1.5}
 
 
 def training_loss(

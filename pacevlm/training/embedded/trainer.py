@@ -91,6 +91,9 @@ STAGES = (
         scale_attention=2.5,
         scale_experts=5.0,
     ),
+    Stage(
+        "more-steps", 760, 32, 1.5e-3, (2, 6, 12, 12), FULL, 16, final_lr=3e-5, heads_weight=0.0, flatness_weight=0.1
+    ),
 )
 
 

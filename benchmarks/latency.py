@@ -1,0 +1,605 @@
+#!/usr/bin/env python3
+"""How well latencies are measured, predicted, bounded, carried over and corrected, all in one run.
+
+Prints a table against the bars and, last, one JSON line; the same goes to RESULTS/latency-DEVICE.json. Figures go to
+the folder that --plots names. The device should be idle; how steady it was is part of the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from latency_models import MODELS, LinearModel
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from pacevlm.baselines.one_choice import OneChoicePolicy
+from pacevlm.controller.policy import ControllerPolicy
+from pacevlm.controller.policy_interface import Policy, PolicyInput
+from pacevlm.data.digits import DigitVQA
+from pacevlm.evaluation.latency_plots import (
+    plot_calibration,
+    plot_drift,
+    plot_error_by_knob,
+    plot_predicted_measured,
+    plot_stage_shares,
+)
+from pacevlm.files import write_json_atomic
+from pacevlm.knobs import Knobs, KnobSpace
+from pacevlm.latency.calibrate import fit_latency, full_p50_ms
+from pacevlm.latency.drift import DriftCorrection, DriftSettings
+from pacevlm.latency.estimator import LatencyEstimator
+from pacevlm.latency.guardrail import Guardrail, group_of
+from pacevlm.latency.measuring import use_num_threads, without_garbage_collection
+from pacevlm.latency.profile import Profile, Sample
+from pacevlm.latency.profile_summary import stage_sums_ms, summarise_profile
+from pacevlm.latency.profiler import ProfilerSettings, profile_requests, sample_of
+from pacevlm.models.elastic import ElasticModel
+from pacevlm.pacer import Pacer
+from pacevlm.rollout.profiling import profiling_run
+from pacevlm.rollout.request import PacedResult, Pacing, run_with_policy
+from pacevlm.training.run_record import source_commit
+
+ALPHA = 0.05
+FILLER = "Look at the picture with care."
+# Prompt tokens and knobs that fitting never sees: a gap in the middle, the longest prompts, and a fifth of the space.
+GAP_QUANTILES, TOP_QUANTILE, HELD_OUT_KNOBS = (0.45, 0.6), 0.85, 0.2
+BARS = {
+    "e2e_mape": ("<=", 0.05),
+    "ttft_mape": ("<=", 0.05),
+    "tpot_mape": ("<=", 0.08),
+    "within_10pct": (">=", 0.95),
+    "extrapolation_ratio": ("<=", 1.0),
+    "coverage_picked": (">=", 0.95),
+    "bound_over_p95": ("<=", 1.10),
+    "violations_after_drift": ("<=", 0.05),
+    "transfer_ratio": ("<=", 1.5),
+    "stage_sum_ratio": ("within", (0.98, 1.02)),
+    "estimator_share_of_request": ("<=", 0.005),
+}
+
+
+class DearestFeasible(OneChoicePolicy):
+    """Takes the configuration whose bound comes closest to the budget: the hardest choice for a bound."""
+
+    name = "dearest_feasible"
+
+    def __init__(self, space: KnobSpace, pacing: Pacing) -> None:
+        super().__init__(space)
+        self.pacing = pacing
+
+    def choose(self, request: PolicyInput) -> Knobs:
+        """The feasible configuration with the highest predicted latency."""
+        predicted_ms = self.pacing.guardrail.estimator.predict_all(request.sizes, 4, self.pacing.kind).ravel()
+        return self.space[int(np.argmax(np.where(self.feasible(request), predicted_ms, -1.0)))]
+
+
+def make_requests(split: str, num_requests: int, seed: int, max_filler: int) -> list[tuple[Any, str]]:
+    """Scenes of all canvases, their questions stretched by up to `max_filler` sentences."""
+    rng = np.random.default_rng([seed, 7])
+    requests = []
+    for example in DigitVQA(split, num_requests, seed=seed):
+        filler = " ".join([FILLER] * int(rng.integers(0, max_filler + 1)))
+        requests.append((example.image, f"{filler} {example.question}".strip()))
+    return requests
+
+
+# Held-out requests ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Samples for fitting, and samples whose knobs *and* prompt length fitting has not seen."""
+
+    fit: list[Sample]
+    gap: list[Sample]
+    top: list[Sample]
+
+
+def hold_out(profile: Profile, seed: int) -> HeldOut:
+    """Split a profile by knobs and by prompt tokens; samples with only one of the two unseen are left out."""
+    space, rng = profile.knob_space, np.random.default_rng([seed, 11])
+    inner = [knobs for knobs in space if knobs not in (space.cheapest, space.full)]
+    unseen = {inner[i] for i in rng.permutation(len(inner))[: round(HELD_OUT_KNOBS * len(space))]}
+    tokens = np.array([sample.num_prompt_tokens for sample in profile.samples])
+    low, high = np.quantile(tokens, GAP_QUANTILES)
+    top = np.quantile(tokens, TOP_QUANTILE)
+    parts: dict[str, list[Sample]] = {"fit": [], "gap": [], "top": []}
+    for sample in profile.samples:
+        n = sample.num_prompt_tokens
+        place = "gap" if low <= n <= high else "top" if n > top else "fit"
+        if (place == "fit") == (sample.knobs not in unseen):
+            parts[place].append(sample)
+    return HeldOut(**parts)
+
+
+def tpot_ms(samples: Sequence[Sample]) -> np.ndarray:
+    """Mean milliseconds per decoded token, NaN where none was decoded."""
+    return np.array([np.mean(s.stages.decode_ms) if s.stages.decode_ms else np.nan for s in samples])
+
+
+def predicted_tpot_ms(estimator: LatencyEstimator, samples: Sequence[Sample]) -> np.ndarray:
+    """The estimator's milliseconds per decoded token."""
+    steps = np.array([max(sample.num_output_tokens - 1, 1) for sample in samples])
+    return (estimator.predict_samples(samples, "e2e") - estimator.predict_samples(samples, "ttft")) / steps
+
+
+def relative_errors(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """Signed relative errors where there is something to compare."""
+    known = np.isfinite(measured)
+    return (predicted[known] - measured[known]) / measured[known]
+
+
+def mape(predicted: np.ndarray, measured: np.ndarray) -> float:
+    """Mean absolute relative error."""
+    return float(np.abs(relative_errors(predicted, measured)).mean())
+
+
+def interval(values: np.ndarray, seed: int = 0, num_resamples: int = 2000) -> list[float]:
+    """95 % bootstrap interval of the mean."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (num_resamples, len(values)))].mean(axis=1)
+    return [float(q) for q in np.quantile(means, (0.025, 0.975))]
+
+
+def wilson(hits: int, n: int) -> list[float]:
+    """95 % Wilson interval of a share."""
+    from scipy.stats import binomtest
+
+    found = binomtest(hits, n).proportion_ci(method="wilson")
+    return [float(found.low), float(found.high)]
+
+
+def times(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    """End-to-end time and time to the first token, milliseconds."""
+    return {
+        "e2e": np.array([sample.stages.e2e_ms for sample in samples]),
+        "ttft": np.array([sample.stages.ttft_ms for sample in samples]),
+    }
+
+
+def compare_models(split: HeldOut, model: ElasticModel) -> dict[str, dict[str, float]]:
+    """End-to-end error of every competitor on gap and top, fitted to the same samples."""
+    rows = {}
+    for name, make in {**MODELS, "linear, relative error": lambda _: LinearModel(relative=True)}.items():
+        fitted = make(model).fit(split.fit, model.trained_top_k, model.stage2_after)
+        rows[name] = {
+            part: mape(fitted.predict(samples, "e2e"), times(samples)["e2e"])
+            for part, samples in (("gap", split.gap), ("top", split.top))
+        }
+    return rows
+
+
+# Running -------------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """A model, its requests, and a progress bar."""
+
+    def __init__(self, model: ElasticModel, num_threads: int, progress: Progress, seed: int) -> None:
+        self.model, self.num_threads, self.progress, self.seed = model, num_threads, progress, seed
+
+    def profile(self, requests: Sequence[tuple[Any, str]], num_samples: int, num_threads: int, what: str) -> Profile:
+        """Measure a profile with answers of all lengths."""
+        settings = ProfilerSettings(
+            num_requests=len(requests),
+            num_samples=num_samples,
+            repeats=1,
+            num_threads=num_threads,
+            max_output_tokens=2 * self.model.max_new_tokens,
+            seed=self.seed,
+        )
+        task = self.progress.add_task(what)
+        return profile_requests(
+            profiling_run(self.model, requests),
+            self.model.knob_space,
+            settings,
+            model_identity=self.model.identity,
+            device=self.model.device,
+            dtype=self.model.dtype,
+            progress=lambda state: self.progress.update(task, completed=state.num_done, total=state.num_total),
+        )
+
+    def serve(
+        self,
+        policy: Policy,
+        pacing: Pacing,
+        requests: Sequence[tuple[Any, str]],
+        budgets_ms: np.ndarray,
+        what: str,
+        drift: DriftCorrection | None = None,
+        before: Callable[[int], None] | None = None,
+    ) -> list[PacedResult]:
+        """Run one request after the other, each under its own budget."""
+        results: list[PacedResult] = []
+        task = self.progress.add_task(what, total=len(budgets_ms))
+        with use_num_threads(self.num_threads):
+            for start in range(0, len(budgets_ms), 20):
+                with without_garbage_collection():
+                    for i in range(start, min(start + 20, len(budgets_ms))):
+                        if before is not None:
+                            before(i)
+                        image, question = requests[i % len(requests)]
+                        budget_ms = float(budgets_ms[i])
+                        results.append(
+                            run_with_policy(self.model, policy, image, question, budget_ms, pacing, drift=drift)
+                        )
+                self.progress.update(task, completed=len(results))
+        return results
+
+
+def coverage_of_picks(
+    bench: Bench, guardrail: Guardrail, full_ms: float, requests: Sequence[tuple[Any, str]], num_picked: int
+) -> dict[str, Any]:
+    """Calibrate on what a policy picks, then see on new requests whether the bound holds, and how tight it is."""
+    model, rng = bench.model, np.random.default_rng([bench.seed, 3])
+    results: dict[str, Any] = {}
+    nominal = Pacing(guardrail, None, model.max_new_tokens)
+    budgets = full_ms * rng.uniform(0.5, 1.2, num_picked)
+    first = bench.serve(DearestFeasible(model.knob_space, nominal), nominal, requests, budgets, "picks to calibrate on")
+    picked = [sample_of(run.result) for run in first]
+    fresh = Guardrail.from_samples(guardrail.estimator, picked, ALPHA, guardrail.group_by)
+    pacing = Pacing(fresh, None, model.max_new_tokens)
+    budgets = full_ms * rng.uniform(0.5, 1.2, num_picked)
+    second = bench.serve(
+        DearestFeasible(model.knob_space, pacing), pacing, requests[::-1], budgets, "picks to judge the bound on"
+    )
+    samples = [sample_of(run.result) for run in second]
+    measured, predicted = times(samples)["e2e"], guardrail.estimator.predict_samples(samples)
+    calibration = fresh.calibrations["e2e"]
+    groups = np.array([group_of(sample.knobs, fresh.group_by) for sample in samples])
+    factors = np.array([calibration.factor(group) for group in groups])
+    covered = measured <= predicted * factors
+    results["coverage_picked"] = float(covered.mean())
+    results["coverage_picked_interval"] = wilson(int(covered.sum()), len(covered))
+    ratios = measured / predicted
+    # The bound of a request over the 95th percentile that requests like it really had.
+    tightness = {g: calibration.factor(g) / np.quantile(ratios[groups == g], 1 - ALPHA) for g in np.unique(groups)}
+    results["bound_over_p95"] = float(np.mean([tightness[group] for group in groups]))
+    results["bound_over_p95_by_tier"] = {str(group): float(value) for group, value in tightness.items()}
+    pooled = Guardrail.from_samples(guardrail.estimator, picked, ALPHA, "none").calibrations["e2e"].factor("all")
+    results["coverage_pooled"] = float((measured <= predicted * pooled).mean())
+    feasible = np.array([run.feasible for run in second])
+    late = np.array([run.measured_ms > run.budget_ms for run in second])
+    results["violation_rate_picked"] = float(late[feasible].mean())
+    results["num_picked"] = len(samples)
+    # Nominal against empirical coverage, for the curve.
+    levels = np.array([0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975])
+    curve = []
+    for level in levels:
+        at = Guardrail.from_samples(guardrail.estimator, picked, float(1 - level), fresh.group_by).calibrations["e2e"]
+        curve.append(float(np.mean(measured <= predicted * np.array([at.factor(group) for group in groups]))))
+    results["curve"] = {"nominal": levels.tolist(), "empirical": curve}
+    results["guardrail"] = fresh
+    return results
+
+
+# Drift ---------------------------------------------------------------------------------------------------------------
+
+
+def _burn(core: int) -> None:
+    with contextlib.suppress(AttributeError, OSError):
+        os.sched_setaffinity(0, {core})
+    while True:
+        sum(range(10_000))
+
+
+class Contention:
+    """A second process that burns the core which the requests run on."""
+
+    def __init__(self, core: int) -> None:
+        self.core = core
+        self.process: Any = None
+
+    def switch(self, on: bool) -> None:
+        """Start or end the process; nothing if it is as wanted."""
+        if on and self.process is None:
+            self.process = multiprocessing.get_context("spawn").Process(target=_burn, args=(self.core,), daemon=True)
+            self.process.start()
+        elif not on and self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+
+@contextlib.contextmanager
+def pinned(core: int) -> Iterator[None]:
+    """Keep this process on one core, as far as the system lets it."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def measure_drift(
+    bench: Bench,
+    policy_of: Callable[[Pacing], Policy],
+    pacing: Pacing,
+    full_ms: float,
+    requests: Sequence[tuple[Any, str]],
+    phase: int,
+) -> dict[str, Any]:
+    """Serve requests while a second process burns the same core in the second of three phases; with and without."""
+    rng = np.random.default_rng([bench.seed, 5])
+    budgets = full_ms * rng.uniform(0.9, 1.8, 3 * phase)
+    core = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    rows: dict[str, Any] = {}
+    for name, drift in (
+        ("uncorrected", None),
+        ("corrected", DriftCorrection.for_guardrail(pacing.guardrail, pacing.kind, DriftSettings(alpha=ALPHA))),
+    ):
+        contention = Contention(core)
+
+        def before(i: int, contention: Contention = contention) -> None:
+            wanted = phase <= i < 2 * phase
+            if wanted != (contention.process is not None):
+                contention.switch(wanted)
+                time.sleep(1.0 if wanted else 0.2)  # the process has to have started
+
+        with pinned(core):
+            try:
+                runs = bench.serve(policy_of(pacing), pacing, requests, budgets, f"drift, {name}", drift, before)
+            finally:
+                contention.switch(False)
+        late = np.array([run.measured_ms > run.budget_ms for run in runs])
+        feasible = np.array([run.feasible for run in runs])
+        predicted = np.array([run.predicted_ms for run in runs])
+        phases = {}
+        for label, start in (("quiet", 0), ("busy", phase), ("quiet_again", 2 * phase)):
+            later = slice(start + 100, start + phase)
+            kept = feasible[later]
+            hits, n = int(late[later][kept].sum()), int(kept.sum())
+            phases[label] = {
+                "violations_from_101st": hits / n if n else None,
+                "interval": wilson(hits, n) if n else None,
+                "n": n,
+                "infeasible_rate": float(1 - kept.mean()),
+                "violations_first_100": float(late[start : start + 100][feasible[start : start + 100]].mean()),
+                "predicted_ms": float(predicted[later].mean()),
+                "num_blocks": float(np.mean([run.result.knobs.num_blocks for run in runs[later]])),
+                "factor": float(np.mean([run.drift_factor for run in runs[later]])),
+            }
+        rows[name] = {
+            "phases": phases,
+            "measured_over_budget": [run.measured_ms / run.budget_ms for run in runs],
+            "factor": [run.drift_factor for run in runs],
+            "predicted_ms": predicted.tolist(),
+        }
+    return rows
+
+
+# The whole -----------------------------------------------------------------------------------------------------------
+
+
+def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All measurements; returns the results and what the figures show."""
+    seed, threads = arguments.seed, arguments.num_threads
+    model = ElasticModel.from_pretrained(
+        arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype)
+    )
+    bench = Bench(model, threads, progress, seed)
+    requests = make_requests("train", arguments.num_requests, seed, max_filler=12)
+    natural = make_requests("val", arguments.num_requests, seed, max_filler=0)
+
+    profile = bench.profile(requests, arguments.num_samples, threads, "profile")
+    summary = summarise_profile(profile)
+    split = hold_out(profile, seed)
+    fit_profile = dataclasses.replace(profile, samples=tuple(split.fit))
+    settings = {"trained_top_k": model.trained_top_k, "stage2_after": model.stage2_after}
+    estimator = LatencyEstimator.fit(fit_profile, **settings)
+    held_out = [*split.gap, *split.top]
+    measured = times(held_out)
+    errors = relative_errors(estimator.predict_samples(held_out), measured["e2e"])
+    ttft_errors = relative_errors(estimator.predict_samples(held_out, "ttft"), measured["ttft"])
+    tpot_errors = relative_errors(predicted_tpot_ms(estimator, held_out), tpot_ms(held_out))
+    floor = np.array(profile.noise_floor.repeats_ms) / np.median(profile.noise_floor.repeats_ms) - 1
+    models = compare_models(split, model)
+    ours = {
+        part: mape(estimator.predict_samples(samples), times(samples)["e2e"])
+        for part, samples in (("gap", split.gap), ("top", split.top))
+    }
+    best = min(rows["top"] for rows in models.values())
+
+    sizes = model.view(*requests[0]).sizes
+    started, num_calls = time.perf_counter(), 2000
+    for _ in range(num_calls):
+        estimator.predict_all(sizes, 4)
+    predict_ms = (time.perf_counter() - started) / num_calls * 1e3
+
+    fit = fit_latency(profile, **settings, alpha=ALPHA, seed=seed)
+    full_ms = full_p50_ms(bench.profile(natural, 200, threads, "natural requests"))
+    picks = coverage_of_picks(bench, fit.guardrail, full_ms, natural, arguments.num_picked)
+    pacing = Pacing(picks.pop("guardrail"), None, model.max_new_tokens)
+
+    if arguments.run_dir is None:
+        drift = measure_drift(
+            bench, lambda p: DearestFeasible(model.knob_space, p), pacing, full_ms, natural, arguments.phase
+        )
+        drift_policy = DearestFeasible.name
+    else:
+        pacer = Pacer.from_pretrained(arguments.run_dir)
+        drift = measure_drift(
+            Bench(pacer.model, threads, progress, seed),
+            lambda _: ControllerPolicy(pacer.controller),
+            pacer.pacing,
+            pacer.full_p50_ms,
+            natural,
+            arguments.phase,
+        )
+        drift_policy = ControllerPolicy.name
+
+    transfer = {}
+    if model.device.type == "cpu":
+        other = bench.profile(requests, arguments.num_transfer, arguments.other_threads, "other number of threads")
+        other_split = hold_out(other, seed)
+        few = _few_with_decoding(other_split.fit, 25, seed)
+        moved = estimator.transfer(dataclasses.replace(other, samples=tuple(few)))
+        refit = LatencyEstimator.fit(dataclasses.replace(other, samples=tuple(other_split.fit)), **settings)
+        other_held_out = [*other_split.gap, *other_split.top]
+        truth = times(other_held_out)["e2e"]
+        transfer = {
+            "transfer_mape": mape(moved.predict_samples(other_held_out), truth),
+            "refit_mape": mape(refit.predict_samples(other_held_out), truth),
+            "untransferred_mape": mape(estimator.predict_samples(other_held_out), truth),
+            "num_samples": len(few),
+            "other_threads": arguments.other_threads,
+        }
+        transfer["transfer_ratio"] = transfer["transfer_mape"] / transfer["refit_mape"]
+
+    busy = drift["corrected"]["phases"]["busy"]
+    device = profile.device
+    results = {
+        "device": {"type": device.device_type, "name": device.device_name, "num_threads": device.num_threads},
+        "commit": source_commit() or "unknown",
+        "dtype": device.dtype,
+        "versions": {"torch": device.torch_version, "transformers": device.transformers_version},
+        "seed": seed,
+        "model": arguments.model,
+        "num_samples": len(profile.samples),
+        "num_fit": len(split.fit),
+        "num_held_out": len(held_out),
+        "e2e_mape": float(np.abs(errors).mean()),
+        "e2e_mape_interval": interval(np.abs(errors)),
+        "ttft_mape": float(np.abs(ttft_errors).mean()),
+        "ttft_mape_interval": interval(np.abs(ttft_errors)),
+        "tpot_mape": float(np.abs(tpot_errors).mean()),
+        "tpot_mape_interval": interval(np.abs(tpot_errors)),
+        "within_10pct": float((np.abs(errors) <= 0.1).mean()),
+        "within_10pct_interval": wilson(int((np.abs(errors) <= 0.1).sum()), len(errors)),
+        "models": {"pacevlm": ours, **models},
+        "extrapolation_ratio": ours["top"] / best,
+        **{key: value for key, value in picks.items() if key != "curve"},
+        "violations_after_drift": busy["violations_from_101st"],
+        "violations_after_drift_interval": busy["interval"],
+        "drift_policy": drift_policy,
+        "drift": {name: row["phases"] for name, row in drift.items()},
+        **transfer,
+        "stage_sum_ratio": summary.stage_sum_ratio,
+        "stage_sum_ratio_range": [summary.stage_sum_ratio_min, summary.stage_sum_ratio_max],
+        "noise_floor_cv": summary.noise_cv,
+        "noise_floor_mape": float(np.abs(floor).mean()),
+        "noise_floor_within_10pct": float((np.abs(floor) <= 0.1).mean()),
+        "num_noisy_windows": summary.num_noisy_windows,
+        "estimator_ms_per_request": predict_ms,
+        "estimator_share_of_request": predict_ms / full_ms,
+        "full_p50_ms": full_ms,
+    }
+    figures = {
+        "held_out": held_out,
+        "predicted": estimator.predict_samples(held_out),
+        "measured": measured["e2e"],
+        "errors": errors,
+        "profile": profile,
+        "curve": picks["curve"],
+        "num_picked": picks["num_picked"],
+        "drift": drift["corrected"],
+        "phase": arguments.phase,
+    }
+    return results, figures
+
+
+def _few_with_decoding(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+    order = np.random.default_rng([seed, 13]).permutation(len(samples))
+    return [samples[i] for i in order[:count]]
+
+
+def draw(figures: dict[str, Any], folder: Path) -> None:
+    """Write the five figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held_out = figures["held_out"]
+    tiers = [sample.knobs.tier for sample in held_out]
+    plot_predicted_measured(figures["predicted"], figures["measured"], tiers, folder / "predicted-measured")
+    plot_error_by_knob([sample.knobs for sample in held_out], figures["errors"], folder / "error-by-knob")
+    profile = figures["profile"]
+    space = profile.knob_space
+    middle = Knobs(space.tiers[1], space.top_ks[len(space.top_ks) // 2], space.num_blocks[len(space.num_blocks) // 2])
+    shares = {}
+    for knobs in (space.cheapest, middle, space.full):
+        rows = [stage_sums_ms(sample.stages) for sample in profile.samples if sample.knobs == knobs]
+        if rows:
+            shares[str(knobs)] = {stage: float(np.mean([row[stage] for row in rows])) for stage in rows[0]}
+    plot_stage_shares(shares, folder / "stage-shares")
+    curve = figures["curve"]
+    plot_calibration(curve["nominal"], curve["empirical"], figures["num_picked"], folder / "calibration")
+    row, phase = figures["drift"], figures["phase"]
+    plot_drift(row["measured_over_budget"], row["factor"], row["predicted_ms"], [(phase, 2 * phase)], folder / "drift")
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """Print the figures beside their bars, and the competitors."""
+    table = Table(title=f"latency on {results['device']['name']}, {results['device']['num_threads']} thread(s)")
+    for column in ("figure", "value", "95 % interval", "bar", "met"):
+        table.add_column(column)
+    for name, (relation, bar) in BARS.items():
+        value = results.get(name)
+        if value is None:
+            table.add_row(name, "not measured", "", f"{relation} {bar}", "-")
+            continue
+        low_high = results.get(f"{name}_interval")
+        met = value <= bar if relation == "<=" else value >= bar if relation == ">=" else bar[0] <= value <= bar[1]
+        shown = "" if low_high is None else f"{low_high[0]:.3f} to {low_high[1]:.3f}"
+        table.add_row(name, f"{value:.4f}", shown, f"{relation} {bar}", "yes" if met else "NO")
+    for name in ("noise_floor_cv", "noise_floor_mape", "noise_floor_within_10pct"):
+        table.add_row(name, f"{results[name]:.4f}", "", "the floor", "")
+    console.print(table)
+    table = Table(title="end-to-end MAPE on unseen knobs and unseen prompt lengths")
+    for column in ("model", "in a gap of lengths", "beyond the longest"):
+        table.add_column(column)
+    for name, row in results["models"].items():
+        table.add_row(name, f"{row['gap']:.4f}", f"{row['top']:.4f}")
+    console.print(table)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="embedded", help="a model directory, or 'embedded'")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--num-threads", type=int, default=1)
+    parser.add_argument("--other-threads", type=int, default=2, help="threads to carry the estimator over to")
+    parser.add_argument("--num-requests", type=int, default=200)
+    parser.add_argument("--num-samples", type=int, default=4000)
+    parser.add_argument("--num-transfer", type=int, default=1200)
+    parser.add_argument("--num-picked", type=int, default=1500)
+    parser.add_argument("--phase", type=int, default=500, help="requests in each of the three phases of the drift test")
+    parser.add_argument("--run-dir", type=Path, help="a finished run whose controller serves the drift test")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--plots", type=Path, help="folder for the five figures")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    console = Console(stderr=True)
+    with Progress(console=console) as progress:
+        results, figures = run_benchmark(arguments, progress)
+    show(results, Console())
+    name = (
+        results["device"]["type"] if results["device"]["type"] == "cpu" else results["device"]["name"].replace(" ", "-")
+    )
+    target = arguments.results / f"latency-{name.lower()}.json"
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(target, results)
+    if arguments.plots is not None:
+        draw(figures, arguments.plots)
+    console.print(f"written to {target}" + ("" if arguments.plots is None else f", figures to {arguments.plots}"))
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
