@@ -458,7 +458,7 @@ def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> tuple[di
             "transfer_mape": mape(moved.predict_samples(other_held_out), truth),
             "refit_mape": mape(refit.predict_samples(other_held_out), truth),
             "untransferred_mape": mape(estimator.predict_samples(other_held_out), truth),
-            "num_samples": len(few),
+            "num_transfer_samples": len(few),
             "other_threads": arguments.other_threads,
         }
         transfer["transfer_ratio"] = transfer["transfer_mape"] / transfer["refit_mape"]

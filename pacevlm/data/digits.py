@@ -383,11 +383,12 @@ def _questions(digits: Sequence[Digit], rng: np.random.Generator) -> list[Questi
 
     single = [digit for digit in digits if colour_counts[digit.colour] == 1]
     if len(single) >= 2:
-        for family, answer in (("difference", lambda a, b: abs(a - b)), ("product", lambda a, b: a * b)):
+        for family in ("difference", "product"):
             first, second = (single[i] for i in rng.permutation(len(single))[:2])
             text = f"What is the {family} of the {first.colour} digit and the {second.colour} digit?"
+            value = abs(first.value - second.value) if family == "difference" else first.value * second.value
             height_px = min(first.height_px, second.height_px)
-            questions.append(Question(family, text, str(answer(first.value, second.value)), height_px))
+            questions.append(Question(family, text, str(value), height_px))
 
     if len(digits) in SUM_DIGITS:
         total = sum(digit.value for digit in digits)
