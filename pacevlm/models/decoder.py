@@ -158,7 +158,7 @@ class _Generation:
         top_k: Sequence[int],
         num_blocks: Sequence[int],
         max_new_tokens: int,
-        min_new_tokens: int,
+        min_new_tokens: int = 0,
     ) -> None:
         self.decoder, self.adapter = decoder, decoder.adapter
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
