@@ -108,7 +108,8 @@ class ProfileConfig:
         group_by: which knobs share a bound.
         source: an existing profile.json of this model to fit instead of measuring; refused if it is of another device,
             number of threads or dtype.
-        transfer: carry the latencies of `source` over to this device instead, from a quarter of the measurements.
+        transfer: carry the latencies of `source` over to this device instead, from 25 measurements and some for the
+            bounds.
         seed: which requests are drawn.
 
     Raises:
