@@ -87,7 +87,9 @@ class ElasticDecoder:
         x, _ = _pad(tokens)
         device = x.device
         # Padded queries compute garbage that is cut off below; padded keys are masked.
-        seen = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+        seen = None
+        if len(lengths) > 1:
+            seen = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
         position = torch.tensor(lengths, device=device)[:, None].expand(-1, x.shape[1])
         rope = self.adapter.rope(position)
         for block in range(self.stage2_after):
@@ -99,7 +101,8 @@ class ElasticDecoder:
                 keys, values, k, v = (t.repeat_interleave(groups, dim=1) for t in (keys, values, k, v))
             scale = q.shape[-1] ** -0.5
             prompt = (q @ keys.transpose(-1, -2)).float() * scale
-            prompt = prompt.masked_fill(~seen[:, None, None, :], float("-inf"))
+            if seen is not None:
+                prompt = prompt.masked_fill(~seen[:, None, None, :], float("-inf"))
             itself = (q * k).sum(-1, keepdim=True).float() * scale
             weights = torch.softmax(torch.cat([prompt, itself], dim=-1), dim=-1).to(q.dtype)
             mixed = weights[..., :-1] @ values + weights[..., -1:] * v
@@ -167,6 +170,7 @@ class _Generation:
         self.lengths = torch.tensor([p.num_tokens for p in prefixes], device=device)
         self.capacity = int(self.lengths.max()) + max_new_tokens
         self.top_k = torch.tensor(list(top_k), device=device)
+        self.only_top_k = top_k[0] if len(set(top_k)) == 1 else None
         self.kept_blocks = [frozenset(decoder.order.kept(n)) for n in num_blocks]
         self.generated: list[list[int]] = [[] for _ in prefixes]
         self.alive = list(range(len(prefixes)))
@@ -196,6 +200,8 @@ class _Generation:
         return not stay
 
     def _row_top_k(self, rows: Tensor | None) -> int | Tensor:
+        if self.only_top_k is not None:
+            return self.only_top_k
         top_k = self.top_k if rows is None else self.top_k[rows]
         first = int(top_k[0])
         return first if bool((top_k == first).all()) else top_k
@@ -216,18 +222,26 @@ class _Generation:
             keys = _pad_heads([p.keys[block] for p in self.prefixes])
             values = _pad_heads([p.values[block] for p in self.prefixes])
             self.caches[block] = self._cache(None, keys, values)
-        for block in range(first, self.adapter.num_blocks):
+        last = max(max(kept) for kept in self.kept_blocks)
+        for block in range(first, last + 1):
             rows, anyone = self._members(block)
             if not anyone:
                 continue
             part = x if rows is None else x[rows]
             q, k, v = self.adapter.project(block, part, rope)
             self.caches[block] = self._cache(rows, k, v)
-            part = part + self.adapter.attend(block, q, k, v, None, is_causal=True)
+            mask = None
+            if block == last:
+                # Behind the last block only the last token of each prompt is read: the others need keys and values.
+                lengths = self.lengths if rows is None else self.lengths[rows]
+                part, q = _ends(part, lengths), _ends(q.transpose(1, 2), lengths).transpose(1, 2)
+                if not self.same_length:
+                    mask = (torch.arange(k.shape[2], device=x.device) < lengths[:, None])[:, None, None]
+                x = _ends(x, self.lengths)
+            part = part + self.adapter.attend(block, q, k, v, mask, is_causal=block < last)
             part = part + self.adapter.mix_experts(block, part, self._row_top_k(rows))
             x = part if rows is None else x.index_copy(0, rows, part)
-        ends = x[torch.arange(x.shape[0], device=x.device), self.lengths - 1]
-        return self.adapter.logits(ends)
+        return self.adapter.logits(x[:, 0] if last >= first else _ends(x, self.lengths)[:, 0])
 
     def _cache(self, rows: Tensor | None, keys: Tensor, values: Tensor) -> _BlockCache:
         room = (0, 0, 0, self.capacity - keys.shape[2])
@@ -279,6 +293,11 @@ class _Generation:
             cache.rows = None if len(rows) == len(stay) else torch.tensor(rows, device=index.device)
         self.alive = [self.alive[i] for i in stay]
         self.lengths, self.top_k, self.last = self.lengths[index], self.top_k[index], self.last[index]
+
+
+def _ends(x: Tensor, lengths: Tensor) -> Tensor:
+    """Last real token of every row, `(rows, tokens, ...)` to `(rows, 1, ...)`."""
+    return x[torch.arange(x.shape[0], device=x.device), lengths - 1][:, None]
 
 
 def _pad(rows: Sequence[Tensor]) -> tuple[Tensor, list[int]]:

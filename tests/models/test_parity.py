@@ -218,7 +218,7 @@ def ignore_skipping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def interleave(monkeypatch: pytest.MonkeyPatch) -> None:
     def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        cos, sin = (table[..., : x.shape[-1] // 2].repeat_interleave(2, -1) for table in rope)
+        cos, sin = (table[..., x.shape[-1] // 2 :].repeat_interleave(2, -1) for table in rope)
         turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
         return x * cos + turned * sin
 

@@ -36,18 +36,20 @@ class MolmoERMSNorm(nn.Module):
 
 
 def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> Rope:
-    """Cosines and sines of the half-split rotation (Su et al. 2021), float32, each `(batch, 1, tokens, head_dim)`."""
+    """Cosines and sines of the half-split rotation (Su et al. 2021), float32, each `(batch, 1, tokens, head_dim)`.
+
+    The sines of the first half are negative: they multiply the second half of what is rotated.
+    """
     powers = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
     angles = position_ids[:, None, :, None].float() * (1.0 / theta**powers)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def _rotate(x: Tensor, rope: Rope) -> Tensor:
     cos, sin = rope
     wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    return torch.addcmul(wide * cos, wide.roll(wide.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 class MolmoEAttention(nn.Module):
