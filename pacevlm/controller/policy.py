@@ -323,8 +323,8 @@ class ControllerPolicy:
     def choose_tier(self, request: PolicyInput) -> str:
         """Stage 1: the best tier in which the guardrail admits anything; raises as `Controller.stage1_features`."""
         logits = self.controller.stage1_logits(self.controller.stage1_features([request]))
-        mask = torch.tensor(request.feasible.any(axis=(1, 2)))
-        return self.controller.knob_space.tiers[int(best_action(logits.cpu(), mask[None]))]
+        mask = np.asarray(request.feasible.any(axis=(1, 2)))
+        return self.controller.knob_space.tiers[int(best_action(logits.cpu().numpy(), mask[None])[0])]
 
     @torch.inference_mode()
     def latency_token(self, budget_ms: float) -> Tensor:
@@ -353,11 +353,11 @@ class ControllerPolicy:
                 "build the mask for the controller's own knob space"
             )
         tier_index = space.tiers.index(tier)
-        mask = torch.tensor(request.feasible[tier_index].reshape(1, -1))
+        mask = request.feasible[tier_index].reshape(1, -1)
         if not mask.any():
             raise KnobError(
                 f"the guardrail admits nothing at tier {tier!r} for example {request.example_id!r}; run stage 2 with "
                 "the tier that stage 1 gave"
             )
         logits = self.controller.stage2_logits(latency_token_output[None], [request.budget_ms], [tier_index])
-        return space.pair(int(best_action(logits.flatten(1).cpu(), mask)))
+        return space.pair(int(best_action(logits.flatten(1).cpu().numpy(), mask)[0]))

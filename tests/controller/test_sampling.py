@@ -1,4 +1,5 @@
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def test_no_masked_action_whatever_the_logits(fill: float) -> None:
     random = torch.randn(masks.shape, generator=torch.Generator().manual_seed(0))
     random[torch.rand(masks.shape, generator=torch.Generator().manual_seed(1)) < 0.3] = fill
     for logits in (preferring_masked, random):
-        assert masks[rows, best_action(logits, masks)].all()
+        assert masks[rows, best_action(logits.numpy(), masks.numpy())].all()
 
 
 def test_a_tier_is_allowed_if_any_of_its_pairs_is() -> None:
@@ -34,7 +35,7 @@ def test_a_tier_is_allowed_if_any_of_its_pairs_is() -> None:
 def test_the_best_action_is_the_first_of_equal_ones() -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, 9.0], [0.0, 0.0, 0.0, 0.0]])
     mask = torch.tensor([[True, True, True, False], [False, True, True, True]])
-    assert best_action(logits, mask).tolist() == [1, 1]
+    assert best_action(logits.numpy(), mask.numpy()).tolist() == [1, 1]
 
 
 def test_masked_logits_get_no_gradient() -> None:
@@ -46,8 +47,12 @@ def test_masked_logits_get_no_gradient() -> None:
     assert torch.equal(logits.grad == 0, ~mask)
 
 
-@pytest.mark.parametrize("draw", [mask_logits, best_action])
-def test_masks_that_fit_nothing_are_refused(draw: object) -> None:
+def best_of_tensors(logits: torch.Tensor, mask: torch.Tensor) -> object:
+    return best_action(logits.numpy(), mask.numpy())
+
+
+@pytest.mark.parametrize("draw", [mask_logits, best_of_tensors])
+def test_masks_that_fit_nothing_are_refused(draw: Callable[..., object]) -> None:
     logits = torch.zeros(2, 3)
     with pytest.raises(KnobError, match="1 rows of the mask admit nothing"):
         draw(logits, torch.tensor([[True, False, False], [False, False, False]]))

@@ -12,6 +12,7 @@ from pacevlm.knobs import Knobs
 from pacevlm.models.block_order import BlockOrder
 from pacevlm.models.decoder import ElasticDecoder, Prefix, _Generation
 from pacevlm.models.elastic import ElasticModel
+from pacevlm.models.molmoe.experts import route
 from pacevlm.types import Example
 
 STEPS = 6
@@ -353,3 +354,14 @@ def test_tokens_are_reported_once_per_step(tiny_elastic: ElasticModel, law_examp
     generated, logits = tiny_elastic.decoder.generate([prefix], [4], [6], 4, on_token=seen.append)
     assert seen == list(range(len(generated[0])))
     assert logits == []
+
+
+def test_one_token_alone_gets_what_it_gets_among_others(law_model: ElasticModel) -> None:
+    block = law_model.adapter.blocks[2].mlp
+    tokens = torch.randn(5, law_model.d_model, generator=torch.Generator().manual_seed(0))
+    for top_k in range(1, law_model.adapter.num_experts + 1):
+        weights, experts = route(block.gate(tokens), top_k, tokens.dtype)
+        together = block.experts(tokens, weights, experts)
+        for token in range(len(tokens)):
+            part = slice(token, token + 1)
+            assert_same(block.experts(tokens[part], weights[part], experts[part]), together[part])
