@@ -19,12 +19,13 @@ from pacevlm.latency.profile import DeviceFacts, Profile, Sample, check_identity
 from pacevlm.latency.stage_fit import StageFit, fit_stage
 from pacevlm.types import BudgetKind, RequestSizes
 
-ESTIMATOR_SCHEMA_VERSION = 2
+ESTIMATOR_SCHEMA_VERSION = 3
 
 Array = NDArray[np.float64]
 
-# What each stage's time is a non-negative sum of. `later_blocks` are the blocks after the latency token's;
-# `experts` counts the experts one token passes through in all blocks.
+# What each stage's time is a non-negative sum of. `later_blocks` are the blocks after the latency token's,
+# `whole_blocks` those of them that the prefill runs for every token: all but the last, of which only the prompt's last
+# token is wanted. `experts` counts the experts one token passes through in all blocks.
 STAGE_TERMS: dict[str, tuple[str, ...]] = {
     "prepare_ms": ("constant", "crops", "pixels"),
     "stage1_ms": ("constant",),
@@ -34,8 +35,8 @@ STAGE_TERMS: dict[str, tuple[str, ...]] = {
         "constant",
         "later_blocks",
         "later_blocks*tokens",
-        "later_blocks*tokens^2",
-        "later_blocks*tokens*top_k",
+        "whole_blocks*tokens^2",
+        "whole_blocks*tokens*top_k",
         "later_blocks*top_k",
     ),
     "decode_ms_per_token": ("constant", "blocks", "blocks*context", "experts"),
@@ -99,6 +100,7 @@ class LatencyEstimator:
     stage2_after: int
     stages: Mapping[str, StageFit]
     _later_blocks: Array = field(init=False, repr=False, compare=False)
+    _whole_blocks: Array = field(init=False, repr=False, compare=False)
     _top_ks: Array = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -120,6 +122,7 @@ class LatencyEstimator:
                 )
         later_blocks = np.array(self.knob_space.num_blocks, dtype=np.float64) - self.stage2_after
         object.__setattr__(self, "_later_blocks", later_blocks)
+        object.__setattr__(self, "_whole_blocks", np.maximum(later_blocks - 1.0, 0.0))
         object.__setattr__(self, "_top_ks", np.array(self.knob_space.top_ks, dtype=np.float64)[:, None])
 
     @classmethod
@@ -244,7 +247,7 @@ class LatencyEstimator:
         crops, tokens = vision[..., 0], vision[..., 1] + request[:, :1]
 
         # The sum of all stages, collected by how it depends on the two stage-2 knobs:
-        # fixed + later_blocks * (per_block + per_expert * top_k). Only additions and multiplications of non-negative
+        # fixed + later_blocks * (per_block + per_expert * top_k), and the same again for whole_blocks. Only additions and multiplications of non-negative
         # numbers in a fixed order, so that rounding cannot break the monotony either.
         prepare, vision_fit = self.stages["prepare_ms"].coefficients, self.stages["vision_ms"].coefficients
         first, prefill = self.stages["first_block_ms"].coefficients, self.stages["prefill_ms"].coefficients
@@ -252,8 +255,8 @@ class LatencyEstimator:
         constant += self.stages["stage1_ms"].coefficients[0] + self.stages["overhead_ms"].coefficients[0]
         fixed = constant + (prepare[1] + vision_fit[1]) * crops + prepare[2] * request[:, 1:]
         fixed += tokens * (first[1] + first[2] * tokens)
-        per_block = prefill[1] + tokens * (prefill[2] + prefill[3] * tokens)
-        per_expert = prefill[5] + prefill[4] * tokens
+        per_block, per_whole_block = prefill[1] + prefill[2] * tokens, prefill[3] * tokens**2
+        per_expert, per_whole_expert = np.full_like(tokens, prefill[5]), prefill[4] * tokens
         if kind == "e2e":
             decode = self.stages["decode_ms_per_token"].coefficients
             steps = (output_tokens.astype(np.float64) - 1.0)[:, None]
@@ -261,9 +264,10 @@ class LatencyEstimator:
             fixed += steps * (decode[0] + decode[3] * (self.stage2_after * self.trained_top_k))
             fixed += self.stage2_after * per_decode_block
             per_block += per_decode_block
-            per_expert = per_expert + decode[3] * steps
-        stage2 = self._later_blocks * (per_block[..., None, None] + per_expert[..., None, None] * self._top_ks)
-        return np.asarray(fixed[..., None, None] + stage2)
+            per_expert += decode[3] * steps
+        later = self._later_blocks * _per_top_k(per_block, per_expert, self._top_ks)
+        whole = self._whole_blocks * _per_top_k(per_whole_block, per_whole_expert, self._top_ks)
+        return np.asarray(fixed[..., None, None] + (later + whole))
 
     def check_identity(
         self,
@@ -345,6 +349,11 @@ def _check_decoded(samples: Sequence[Sample]) -> None:
         raise ProfileError("no sample of the profile has more than one output token; measure longer answers")
 
 
+def _per_top_k(block: Array, expert: Array, top_ks: Array) -> Array:
+    """Milliseconds of one block, `(batch, tiers)` each, for every top_k: `(batch, tiers, top_ks, 1)`."""
+    return block[..., None, None] + expert[..., None, None] * top_ks
+
+
 _PLURAL = {"top_k": "top_ks", "num_blocks": "num_blocks"}
 
 
@@ -396,6 +405,7 @@ def _terms_of(
     """Every stage's terms, each of shape `(n, terms)`, from columns of shape `(n,)`; the order is `STAGE_TERMS`'."""
     one = np.ones_like(tokens)
     later = num_blocks - stage2_after
+    whole = np.maximum(later - 1.0, 0.0)
     # Decode step i attends to the prompt and i generated tokens, i = 1..steps: this is the mean over the steps.
     context = tokens + 0.5 * (steps + 1.0)
     columns: dict[str, list[Array]] = {
@@ -403,7 +413,7 @@ def _terms_of(
         "stage1_ms": [one],
         "vision_ms": [one, crops],
         "first_block_ms": [one, tokens, tokens**2],
-        "prefill_ms": [one, later, later * tokens, later * tokens**2, later * tokens * top_k, later * top_k],
+        "prefill_ms": [one, later, later * tokens, whole * tokens**2, whole * tokens * top_k, later * top_k],
         "decode_ms_per_token": [
             one,
             num_blocks,

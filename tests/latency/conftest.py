@@ -35,8 +35,12 @@ class SimulatedDevice:
             "first_block_ms": 0.6 + 0.012 * tokens + 1.5e-6 * tokens**2,
             "prefill_ms": 1.0
             + sum(
-                0.2 + 0.003 * tokens + 1.5e-6 * tokens**2 + 0.001 * tokens * knobs.top_k + 0.02 * knobs.top_k
-                for _ in range(knobs.num_blocks - 1)
+                0.2
+                + 0.003 * tokens
+                + 0.02 * knobs.top_k
+                # The last block attends and runs its experts for the last token alone.
+                + (block < knobs.num_blocks - 2) * (1.5e-6 * tokens**2 + 0.001 * tokens * knobs.top_k)
+                for block in range(knobs.num_blocks - 1)
             ),
         }
         decode = []
