@@ -70,6 +70,7 @@ class DataConfig:
         num_train: examples to learn from; fewer if a file has fewer.
         num_val: examples to calibrate the guardrail on; at most a tenth of a file.
         num_test: examples to judge on; at most a fifth of a file.
+        skip_test: test examples left out in front of these, for example those that settings were chosen on.
         seed: which examples are composed, or how a file is divided.
 
     Raises:
@@ -81,10 +82,11 @@ class DataConfig:
     num_train: int = 4000
     num_val: int = 400
     num_test: int = 1000
+    skip_test: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole_numbers(self, {"num_train": 1, "num_val": 1, "num_test": 1, "seed": 0})
+        check_whole_numbers(self, {"num_train": 1, "num_val": 1, "num_test": 1, "skip_test": 0, "seed": 0})
         if self.dataset == "digits" and self.test_dataset is not None:
             raise ConfigError(
                 f"test_dataset is {self.test_dataset!r}, but dataset is 'digits', which has a test split of its own; "

@@ -84,10 +84,14 @@ def load_splits(config: DataConfig) -> Splits:
         DataError: a file is missing or malformed, or has too few examples to be divided.
     """
     if config.dataset == "digits":
-        sizes = {"train": config.num_train, "val": config.num_val, "test": config.num_test}
+        places = {
+            "train": range(config.num_train),
+            "val": range(config.num_val),
+            "test": range(config.skip_test, config.skip_test + config.num_test),
+        }
         parts = {
-            split: Subset(DigitVQA(split, size, seed=config.seed), range(size), keep=True)
-            for split, size in sizes.items()
+            split: Subset(DigitVQA(split, indices.stop, seed=config.seed), indices, keep=True)
+            for split, indices in places.items()
         }
         return Splits("digits", **parts)
     dataset = JsonlDataset(config.dataset)
@@ -96,11 +100,11 @@ def load_splits(config: DataConfig) -> Splits:
     val = Subset(dataset, order[:num_val])
     if config.test_dataset:
         test_dataset = JsonlDataset(config.test_dataset)
-        test = Subset(test_dataset, range(min(config.num_test, len(test_dataset))), id_prefix="test:")
+        test = Subset(test_dataset, range(config.skip_test, len(test_dataset))[: config.num_test], id_prefix="test:")
         behind = num_val
     else:
-        behind = num_val + min(config.num_test, int(MAX_TEST_SHARE * len(dataset)))
-        test = Subset(dataset, order[num_val:behind])
+        behind = num_val + min(config.skip_test + config.num_test, int(MAX_TEST_SHARE * len(dataset)))
+        test = Subset(dataset, order[num_val + config.skip_test : behind])
     if not val or not test:
         raise DataError(
             f"{config.dataset} holds {len(dataset)} examples, too few to be divided; give at least "

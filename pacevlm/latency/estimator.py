@@ -247,8 +247,9 @@ class LatencyEstimator:
         crops, tokens = vision[..., 0], vision[..., 1] + request[:, :1]
 
         # The sum of all stages, collected by how it depends on the two stage-2 knobs:
-        # fixed + later_blocks * (per_block + per_expert * top_k), and the same again for whole_blocks. Only additions and multiplications of non-negative
-        # numbers in a fixed order, so that rounding cannot break the monotony either.
+        # fixed + later_blocks * (per_block + per_expert * top_k), and the same again for whole_blocks. Only additions
+        # and multiplications of non-negative numbers in a fixed order, so that rounding cannot break the monotony
+        # either.
         prepare, vision_fit = self.stages["prepare_ms"].coefficients, self.stages["vision_ms"].coefficients
         first, prefill = self.stages["first_block_ms"].coefficients, self.stages["prefill_ms"].coefficients
         constant = prepare[0] + vision_fit[0] + first[0] + prefill[0]

@@ -90,7 +90,11 @@ def step_settings(run: RunContext, step: str) -> dict[str, Any]:
     config = run.config
     data = config_to_dict(config.data)
     if config.data.dataset == "digits":  # whose parts do not depend on each other's sizes
-        data = {name: value for name, value in data.items() if name not in ("num_val", "num_test", "test_dataset")}
+        data = {
+            name: value
+            for name, value in data.items()
+            if name not in ("num_val", "num_test", "skip_test", "test_dataset")
+        }
     model = {"identity": run.model.identity, "knob_space": run.model.knob_space.to_dict()}
     settings: dict[str, Any] = {"model": model, "data": data}
     if step == "lookup":

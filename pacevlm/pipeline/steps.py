@@ -184,7 +184,7 @@ def train_step(run: RunContext) -> dict[str, Any]:
 
     with run.remembering():
         trainer.run(on_step=on_step)
-    controller.save_pretrained(run.run_dir / CONTROLLER_NAME)
+    trainer.result.save_pretrained(run.run_dir / CONTROLLER_NAME)
     # From the file, because a run that was finished before has no step left to report.
     last = read_jsonl(config.run_dir / METRICS_NAME, "training metrics", DataError)[-1]
     shown = ("reward", "accuracy", "entropy", "cost/violation_rate", "cost/lambda")

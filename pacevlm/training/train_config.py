@@ -39,6 +39,9 @@ class TrainConfig:
         budgets_per_example: budgets that each drawn example gets in a step; they share its vision features.
         epochs_per_batch: updates of the controller per batch of rollouts.
         lr: learning rate of Adam.
+        final_lr: what the learning rate falls to, linearly over the run; None keeps it.
+        ema_decay: the controller that training gives is an exponential moving average of the weights with this decay
+            per step (Polyak and Juditsky 1992); 0 gives the last weights. Rollouts always use the last ones.
         max_grad_norm: gradients are scaled down to this norm.
         min_budget: smallest budget, as a fraction of the full configuration's median latency.
         max_budget: largest budget, as such a fraction.
@@ -67,6 +70,8 @@ class TrainConfig:
     budgets_per_example: int = 4
     epochs_per_batch: int = 2
     lr: float = 1e-3
+    final_lr: float | None = None
+    ema_decay: float = 0.0
     max_grad_norm: float = 1.0
     min_budget: float = 0.3
     max_budget: float = 1.1
@@ -113,20 +118,28 @@ class TrainConfig:
             value = getattr(self, name)
             if not math.isfinite(value) or value <= 0:
                 raise ConfigError(f"{name} is {value}; it must be a finite number above 0")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay is {self.ema_decay}; it must lie from 0 to below 1, for example 0.98")
         if self.min_budget > self.max_budget:
             raise ConfigError(f"min_budget {self.min_budget} is above max_budget {self.max_budget}")
         if self.budget_scale not in ("uniform", "log-uniform"):
             raise ConfigError(f"budget_scale is {self.budget_scale!r}; use 'uniform' or 'log-uniform'")
         if self.budget_kind not in get_args(BudgetKind):
             raise ConfigError(f"budget_kind is {self.budget_kind!r}; use one of {get_args(BudgetKind)}")
-        for name in ("final_entropy_coef", "checkpoint_every_seconds"):
+        for name in ("final_lr", "final_entropy_coef", "checkpoint_every_seconds"):
             value = getattr(self, name)
             if value is not None and (not math.isfinite(value) or value < 0):
                 raise ConfigError(f"{name} is {value}; it must be a finite number from 0, or None")
 
     def entropy_coef(self, step: int) -> float:
         """Weight of the entropy bonus at a step, counted from 0."""
-        start, end = self.grpo.entropy_coef, self.final_entropy_coef
+        return self._at(step, self.grpo.entropy_coef, self.final_entropy_coef)
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate at a step, counted from 0."""
+        return self._at(step, self.lr, self.final_lr)
+
+    def _at(self, step: int, start: float, end: float | None) -> float:
         if end is None or self.steps == 1:
             return start
         return start + (end - start) * step / (self.steps - 1)

@@ -142,7 +142,16 @@ class Trainer:
         if config.grpo.beta > 0:
             self._reference = copy.deepcopy(controller).requires_grad_(False)
             self._modules["reference"] = self._reference
+        self._average: Controller | None = None
+        if config.ema_decay > 0:
+            self._average = copy.deepcopy(controller).requires_grad_(False)
+            self._modules["average"] = self._average
         self._knob_cost = torch.tensor([relative_cost(knobs, estimator.knob_space) for knobs in estimator.knob_space])
+
+    @property
+    def result(self) -> Controller:
+        """What training gives: the moving average of the weights, or the controller itself without one."""
+        return self.controller if self._average is None else self._average
 
     @property
     def checkpoint_path(self) -> Path:
@@ -273,7 +282,9 @@ class Trainer:
     def _update(self, pairs: Pairs, features: Tensor, actions: Actions, terms: RewardTerms) -> Metrics:
         """Several clipped updates from one batch of rollouts; metrics are means over the updates."""
         config = self.config
-        coef = config.entropy_coef(self.step)
+        coef, lr = config.entropy_coef(self.step), config.learning_rate(self.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
         grpo = dataclasses.replace(config.grpo, entropy_coef=coef)
         advantages, keep = group_advantages(terms.reward, grpo, costs=terms.cost, multiplier=self.multiplier.multiplier)
         reference = self._reference_log_probs(features, pairs, actions)
@@ -297,7 +308,8 @@ class Trainer:
             }
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value / config.epochs_per_batch
-        return totals | {"learning_rate": config.lr, "entropy_coef": coef}
+        self._update_average()
+        return totals | {"learning_rate": lr, "entropy_coef": coef}
 
     def _step_optimizer(self, loss: Tensor) -> float:
         self._optimizer.zero_grad(set_to_none=True)
@@ -310,6 +322,15 @@ class Trainer:
             )
         self._optimizer.step()
         return norm
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        if self._average is None:
+            return
+        # Early averages forget faster, or they would hold the first weights for long.
+        decay = min(self.config.ema_decay, (self.step + 1) / (self.step + 10))
+        for kept, new in zip(self._average.parameters(), self.controller.parameters(), strict=True):
+            kept.lerp_(new, 1 - decay)
 
     @torch.no_grad()
     def _reference_log_probs(self, features: Tensor, pairs: Pairs, actions: Actions) -> tuple[Tensor, Tensor] | None:

@@ -62,3 +62,15 @@ def test_a_file_too_small_to_divide_is_refused(tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "data.jsonl", 9)
     with pytest.raises(DataError, match="holds 9 examples, too few"):
         load_splits(DataConfig(dataset=str(path)))
+
+
+def test_skipped_test_examples_are_in_no_part(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "data.jsonl", 50)
+    test = write_dataset(tmp_path / "test.jsonl", 9)
+    for settings in ({}, {"dataset": str(path)}, {"dataset": str(path), "test_dataset": str(test)}):
+        whole = load_splits(DataConfig(num_train=20, num_val=5, num_test=8, **settings))
+        rest = load_splits(DataConfig(num_train=20, num_val=5, num_test=5, skip_test=3, **settings))
+        ids = [example.example_id for example in rest.test]
+        assert ids == [example.example_id for example in whole.test][3:]
+        skipped = {example.example_id for example in whole.test[:3]}
+        assert not skipped & {example.example_id for part in (rest.train, rest.val, rest.test) for example in part}

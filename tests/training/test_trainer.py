@@ -272,6 +272,31 @@ def test_the_reference_policy_survives(synthetic: ModuleType, tmp_path: Path) ->
     assert records(tmp_path / "whole")[-1]["kl"] > 0
 
 
+def test_the_average_is_of_all_weights_and_survives(synthetic: ModuleType, tmp_path: Path) -> None:
+    whole = synthetic.make_trainer(tmp_path / "whole", ema_decay=0.5)
+    expected = [p.detach().clone() for p in whole.controller.parameters()]
+
+    def follow(step: int, *_: Any) -> None:
+        decay = min(0.5, step / (step + 9))
+        for mean, new in zip(expected, whole.controller.parameters(), strict=True):
+            mean.mul_(decay).add_(new.detach(), alpha=1 - decay)
+
+    whole.run(on_step=follow)
+    assert whole.result is not whole.controller
+    for mean, kept in zip(expected, whole.result.parameters(), strict=True):
+        torch.testing.assert_close(kept, mean)
+    synthetic.make_trainer(tmp_path / "parts", ema_decay=0.5).run(until_step=3)
+    resumed = synthetic.make_trainer(tmp_path / "parts", ema_decay=0.5)
+    resumed.run()
+    assert_same_run(resumed, whole)
+    for one, other in zip(resumed.result.parameters(), whole.result.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_without_an_average_the_last_weights_are_the_result(never_stopped: Trainer) -> None:
+    assert never_stopped.result is never_stopped.controller
+
+
 def test_steps_behind_the_last_checkpoint_are_done_again(
     synthetic: ModuleType, tmp_path: Path, never_stopped: Trainer
 ) -> None:
@@ -442,6 +467,13 @@ def test_the_entropy_bonus_falls_linearly(tmp_path: Path) -> None:
     config = TrainConfig(tmp_path, steps=5, grpo=GRPOConfig(entropy_coef=0.04), final_entropy_coef=0.0)
     assert [config.entropy_coef(step) for step in range(5)] == pytest.approx([0.04, 0.03, 0.02, 0.01, 0.0])
     assert dataclasses.replace(config, final_entropy_coef=None).entropy_coef(4) == 0.04
+
+
+def test_the_learning_rate_falls_linearly(synthetic: ModuleType, tmp_path: Path) -> None:
+    synthetic.make_trainer(tmp_path, lr=0.005, final_lr=0.0).run()
+    assert [record["learning_rate"] for record in records(tmp_path)] == pytest.approx(
+        [0.005, 0.004, 0.003, 0.002, 0.001, 0.0]
+    )
 
 
 # What it leaves behind -----------------------------------------------------------------------------------------------
