@@ -33,7 +33,7 @@ RolloutProgress = Callable[[int, int], None]
 
 # Streams of random numbers: each use draws from (seed, stream, index) and from nothing else, so that a step can be
 # drawn again without the steps before it.
-_ORDER, _BUDGETS, _ACTIONS, _MEASURED = range(4)
+_ORDER, _BUDGETS, _ACTIONS, _MEASURED, _TIGHTENING = range(5)
 
 
 class Memory(Protocol):
@@ -128,11 +128,13 @@ def build_pairs(
     guardrail: Guardrail,
     output_length: OutputLengthModel,
     config: TrainConfig,
+    step: int = 0,
 ) -> Pairs:
     """Look at every example once and ask the guardrail for the mask of each of its budgets.
 
     Args:
         budgets_ms: `(examples, budgets_per_example)`.
+        step: decides how much tighter each pair's bounds are, if the settings say so.
 
     Raises:
         ProfileError: the artefacts do not fit each other or the model.
@@ -145,8 +147,13 @@ def build_pairs(
     views = [view for view in views for _ in range(repeats)]
     examples = [example for example in examples for _ in range(repeats)]
     budgets = [float(budget_ms) for budget_ms in budgets_ms.reshape(-1)]
+    # Bounds that are f times higher admit what a budget f times smaller does.
+    tightening = config.max_tightening ** stream(config.seed, _TIGHTENING, step).random(len(budgets))
     feasibility = guardrail.feasible_masks(
-        [view.sizes for view in views], budgets, np.repeat(num_output_tokens, repeats), config.budget_kind
+        [view.sizes for view in views],
+        np.asarray(budgets) / tightening,
+        np.repeat(num_output_tokens, repeats),
+        config.budget_kind,
     )
     mask = feasibility.mask if config.mask else np.ones_like(feasibility.mask)
     requests = [

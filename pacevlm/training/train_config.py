@@ -51,6 +51,9 @@ class TrainConfig:
             multiplier keeps latency down.
         final_entropy_coef: what the entropy bonus falls to, linearly over the run, from `grpo.entropy_coef`; None
             keeps it.
+        max_tightening: the guardrail's bounds are multiplied, for each (example, budget) anew, by a factor from 1 to
+            this, spread evenly over its logarithm: bounds are calibrated again after training, on what the machine is
+            like then, and a policy should know its way under other masks than the first ones.
         num_examples: only the first so many examples of the data set; None takes all.
         seed: all randomness derives from this number and the step.
         checkpoint_every_steps: most steps between two checkpoints.
@@ -78,6 +81,7 @@ class TrainConfig:
     budget_scale: Literal["uniform", "log-uniform"] = "uniform"
     budget_kind: BudgetKind = "e2e"
     mask: bool = True
+    max_tightening: float = 1.0
     final_entropy_coef: float | None = None
     num_examples: int | None = None
     seed: int = 0
@@ -118,6 +122,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not math.isfinite(value) or value <= 0:
                 raise ConfigError(f"{name} is {value}; it must be a finite number above 0")
+        if not math.isfinite(self.max_tightening) or self.max_tightening < 1:
+            raise ConfigError(f"max_tightening is {self.max_tightening}; it must be a finite number from 1")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay is {self.ema_decay}; it must lie from 0 to below 1, for example 0.98")
         if self.min_budget > self.max_budget:

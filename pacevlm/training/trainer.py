@@ -249,7 +249,7 @@ class Trainer:
         started = time.monotonic()
         examples = [self.dataset[index] for index in draw_examples(self.num_examples, config, step)]
         budgets_ms = draw_budgets_ms(self.full_p50_ms, config, step)
-        pairs = build_pairs(examples, budgets_ms, self.engine, self.guardrail, self.output_length, config)
+        pairs = build_pairs(examples, budgets_ms, self.engine, self.guardrail, self.output_length, config, step)
         with torch.no_grad():
             features = self.controller.stage1_features(pairs.requests)
         actions = sample_knobs(self.controller, self.engine, pairs, features, config, step)

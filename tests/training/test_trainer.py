@@ -105,6 +105,23 @@ def test_masked_knobs_are_never_sampled(synthetic: ModuleType, tmp_path: Path) -
     assert unmet
 
 
+def test_tightened_bounds_are_those_of_smaller_budgets(synthetic: ModuleType, tmp_path: Path) -> None:
+    trainer = synthetic.make_trainer(tmp_path)
+    examples, parts = trainer.dataset[:4], (trainer.engine, trainer.guardrail, trainer.output_length)
+    budgets_ms = np.tile(np.linspace(40.0, 160.0, 4), (4, 1))
+    plain = build_pairs(examples, budgets_ms, *parts, trainer.config)
+    config = dataclasses.replace(trainer.config, max_tightening=1.5)
+    tight = [build_pairs(examples, budgets_ms, *parts, config, step) for step in range(8)]
+    tightest = build_pairs(examples, budgets_ms / 1.5, *parts, trainer.config)
+    cheapest = tightest.mask & ~plain.mask  # what nothing admits runs the cheapest knobs
+    for pairs in tight:
+        assert pairs.budgets_ms == plain.budgets_ms
+        assert (pairs.mask <= plain.mask | ~pairs.any_feasible[:, None, None]).all()
+        assert ((tightest.mask & ~cheapest) <= pairs.mask | ~tightest.any_feasible[:, None, None]).all()
+    assert len({pairs.mask.sum().item() for pairs in tight}) > 1
+    assert torch.equal(build_pairs(examples, budgets_ms, *parts, config, 3).mask, tight[3].mask)
+
+
 def test_the_ratio_is_1_at_the_first_update(synthetic: ModuleType, tmp_path: Path) -> None:
     trainer = synthetic.make_trainer(tmp_path, epochs_per_batch=1, grpo=SMALL)
     steps = [trainer.train_step() for _ in range(4)]
@@ -446,6 +463,9 @@ def test_bad_data_and_budgets_are_refused(synthetic: ModuleType, tmp_path: Path)
     [
         {"steps": 0},
         {"steps": 1.5},
+        {"ema_decay": 1.0},
+        {"final_lr": -1e-4},
+        {"max_tightening": 0.9},
         {"batch_size": 6},
         {"seed": -1},
         {"lr": 0.0},
