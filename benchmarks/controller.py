@@ -24,6 +24,7 @@ from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.config import load_config
 from pacevlm.controller.policy import ControllerPolicy
 from pacevlm.controller.policy_interface import Policy, PolicyInput
+from pacevlm.evaluation.statistics import bootstrap_mean
 from pacevlm.evaluation.sweep import build_requests, choose_knobs, fit_baselines
 from pacevlm.files import write_json_atomic
 from pacevlm.pipeline.artefacts import PROFILE_GUARDRAIL_NAME
@@ -54,11 +55,9 @@ def answer_accuracy(
     return np.array(rows)
 
 
-def summarise(values: np.ndarray, num_resamples: int = 2000) -> dict[str, float]:
+def summarise(values: np.ndarray) -> dict[str, float]:
     """Mean over questions `(n,)` with its 95 % bootstrap interval."""
-    draws = np.random.default_rng(0).integers(0, len(values), (num_resamples, len(values)))
-    low, high = np.quantile(values[draws].mean(axis=1), (0.025, 0.975))
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+    return bootstrap_mean(values).to_dict()
 
 
 def main() -> None:

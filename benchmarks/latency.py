@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from latency_models import MODELS, LinearModel
 from latency_serving import ALPHA, Bench, DearestFeasible, coverage_of_picks, interval, measure_drift, times, wilson
+from result_file import provenance, write_result
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -32,7 +32,6 @@ from pacevlm.evaluation.latency_plots import (
     plot_predicted_measured,
     plot_stage_shares,
 )
-from pacevlm.files import write_json_atomic
 from pacevlm.knobs import Knobs
 from pacevlm.latency.calibrate import fit_latency, full_p50_ms
 from pacevlm.latency.estimator import LatencyEstimator
@@ -41,7 +40,6 @@ from pacevlm.latency.profile_summary import stage_sums_ms, summarise_profile
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.pacer import Pacer
 from pacevlm.rollout.request import Pacing
-from pacevlm.training.run_record import source_commit
 
 FILLER = "Look at the picture with care."
 # Prompt tokens and knobs that fitting never sees: a gap in the middle, the longest prompts, and a fifth of the space.
@@ -215,10 +213,7 @@ def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> tuple[di
     busy = drift["corrected"]["phases"]["busy"]
     device = profile.device
     results = {
-        "device": {"type": device.device_type, "name": device.device_name, "num_threads": device.num_threads},
-        "commit": source_commit() or "unknown",
-        "dtype": device.dtype,
-        "versions": {"torch": device.torch_version, "transformers": device.transformers_version},
+        **provenance(device),
         "seed": seed,
         "model": arguments.model,
         "num_samples": len(profile.samples),
@@ -338,16 +333,10 @@ def main() -> None:
     with Progress(console=console) as progress:
         results, figures = run_benchmark(arguments, progress)
     show(results, Console())
-    name = (
-        results["device"]["type"] if results["device"]["type"] == "cpu" else results["device"]["name"].replace(" ", "-")
-    )
-    target = arguments.results / f"latency-{name.lower()}.json"
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(target, results)
     if arguments.plots is not None:
         draw(figures, arguments.plots)
-    console.print(f"written to {target}" + ("" if arguments.plots is None else f", figures to {arguments.plots}"))
-    print(json.dumps(results))
+        console.print(f"figures written to {arguments.plots}")
+    write_result(results, arguments.results, "latency", console)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 from rich.progress import Progress
-from scipy.stats import binomtest
 
 from pacevlm.baselines.one_choice import OneChoicePolicy
 from pacevlm.controller.policy_interface import Policy, PolicyInput
+from pacevlm.evaluation.statistics import bootstrap_mean, proportion_interval
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.drift import DriftCorrection, DriftSettings
 from pacevlm.latency.guardrail import Guardrail, group_of
@@ -46,17 +46,16 @@ class DearestFeasible(OneChoicePolicy):
         return self.space[int(np.argmax(np.where(self.feasible(request), predicted_ms, -1.0)))]
 
 
-def interval(values: np.ndarray, seed: int = 0, num_resamples: int = 2000) -> list[float]:
+def interval(values: np.ndarray) -> list[float]:
     """95 % bootstrap interval of the mean."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (num_resamples, len(values)))].mean(axis=1)
-    return [float(q) for q in np.quantile(means, (0.025, 0.975))]
+    found = bootstrap_mean(values)
+    return [found.low, found.high]
 
 
 def wilson(hits: int, n: int) -> list[float]:
     """95 % Wilson interval of a share."""
-    found = binomtest(hits, n).proportion_ci(method="wilson")
-    return [float(found.low), float(found.high)]
+    found = proportion_interval(hits, n, method="wilson")
+    return [found.low, found.high]
 
 
 def times(samples: Sequence[Sample]) -> dict[str, np.ndarray]:

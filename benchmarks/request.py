@@ -8,7 +8,7 @@ last, one JSON line; the same goes to RESULTS/request-DEVICE.json. The device sh
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,19 @@ import numpy as np
 import torch
 from ceilings import decode_bytes, measure_bandwidth, measure_flops, prefill_flops
 from loop_experts import loop_over_experts
+from result_file import provenance, write_result
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from timing import Interleaved, bootstrap_ratio
 
 from pacevlm.data.digits import DigitVQA
-from pacevlm.files import write_json_atomic
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.measuring import use_num_threads
 from pacevlm.latency.profile import collect_device_facts
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.pacer import Pacer
 from pacevlm.rollout.request import policy_input
-from pacevlm.training.run_record import source_commit
 from pacevlm.types import Example
 
 # The cheapest of MolmoE-1B's default knobs, whose cost against full knobs is a bar.
@@ -171,12 +170,8 @@ def growth(model: ElasticModel, example: Example, progress: Progress) -> list[di
         tokens = model.view(image, example.question).sizes.vision[-1].num_image_tokens
         images.setdefault(tokens, image)
     ways = {
-        f"{tokens}": lambda e, image=image: model.run_request(  # type: ignore[misc]
-            image,
-            e.question,
-            choose_tier=lambda _: full.tier,
-            choose_compute=lambda *_: (full.top_k, full.num_blocks),
-            num_output_tokens=2,
+        f"{tokens}": lambda e, image=image: _run_fixed(  # type: ignore[misc]
+            model, dataclasses.replace(e, image=image), full, 2
         )
         for tokens, image in images.items()
     }
@@ -196,9 +191,9 @@ def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> dict[str
         device = collect_device_facts(model.device, model.dtype)
         timed, same = run_requests(model, examples, arguments.repeats, progress)
         by_knob = {
-            name: dict(zip(("ratio", "low", "high"), bootstrap_ratio(timed, name, full), strict=True))
-            | {"p50_ms": timed.p50_ms(name)}
+            name: {"ratio": ratio.mean, "low": ratio.low, "high": ratio.high, "p50_ms": timed.p50_ms(name)}
             for name in timed.times_ms
+            for ratio in [bootstrap_ratio(timed, name, full)]
         }
         loop = decode_against_loop(model, examples[: max(4, len(examples) // 4)], progress)
         bandwidth, flops = measure_bandwidth(model), measure_flops(model)
@@ -211,10 +206,7 @@ def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> dict[str
         controller = None if arguments.run_dir is None else controller_cost(arguments.run_dir, examples[:50], progress)
     cheapest = str(DEFAULT_CHEAPEST if DEFAULT_CHEAPEST in space else space.cheapest)
     out: dict[str, Any] = {
-        "device": {"type": device.device_type, "name": device.device_name, "num_threads": device.num_threads},
-        "commit": source_commit() or "unknown",
-        "dtype": device.dtype,
-        "versions": {"torch": device.torch_version, "transformers": device.transformers_version},
+        **provenance(device),
         "model": arguments.model,
         "seed": arguments.seed,
         "num_requests": len(examples),
@@ -292,13 +284,7 @@ def main() -> None:
     with Progress(console=console) as progress:
         results = run_benchmark(arguments, progress)
     show(results, Console())
-    device = results["device"]
-    name = device["type"] if device["type"] == "cpu" else device["name"].replace(" ", "-").lower()
-    target = arguments.results / f"request-{name}.json"
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(target, results)
-    console.print(f"written to {target}")
-    print(json.dumps(results))
+    write_result(results, arguments.results, "request", console)
 
 
 if __name__ == "__main__":

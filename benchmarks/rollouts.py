@@ -8,7 +8,6 @@ tables and, last, one JSON line; the same goes to RESULTS/rollouts-DEVICE.json. 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import time
 from collections.abc import Sequence
@@ -17,22 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from result_file import provenance, write_result
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from pacevlm.data.digits import DigitVQA
-from pacevlm.files import write_json_atomic
 from pacevlm.knobs import Knobs
 from pacevlm.latency.measuring import use_num_threads
 from pacevlm.latency.profile import collect_device_facts
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.rollout.engine import RolloutEngine
-from pacevlm.training.run_record import source_commit
 from pacevlm.types import Example
 
 Jobs = list[tuple[Example, Knobs]]
-BARS_CPU = {"speedup_fresh": 8.0, "speedup_remembered": 25.0}
 
 
 def sample_jobs(model: ElasticModel, examples: Sequence[Example], group: int, seed: int) -> Jobs:
@@ -242,10 +239,7 @@ def main() -> None:
         if model.device.type == "cpu":
             rows += processes(arguments, arguments.num_threads)
     results = {
-        "device": {"type": device.device_type, "name": device.device_name, "num_threads": device.num_threads},
-        "commit": source_commit() or "unknown",
-        "dtype": device.dtype,
-        "versions": {"torch": device.torch_version, "transformers": device.transformers_version},
+        **provenance(device),
         "model": arguments.model,
         "seed": arguments.seed,
         "num_examples": arguments.num_examples,
@@ -256,12 +250,7 @@ def main() -> None:
         "growth": rows,
     }
     show(results, Console())
-    name = device.device_type if device.device_type == "cpu" else device.device_name.replace(" ", "-").lower()
-    target = arguments.results / f"rollouts-{name}.json"
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(target, results)
-    console.print(f"written to {target}")
-    print(json.dumps(results))
+    write_result(results, arguments.results, "rollouts", console)
 
 
 if __name__ == "__main__":

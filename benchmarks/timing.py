@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
+from pacevlm.evaluation.statistics import Interval, ratio_interval, resampled_means
 from pacevlm.latency.measuring import without_garbage_collection
 
 
@@ -69,9 +70,9 @@ class Interleaved:
         return float(np.median(self.times_ms[name]))
 
 
-def bootstrap_ratio(timed: Interleaved, name: str, base: str, num_resamples: int = 2000) -> tuple[float, float, float]:
+def bootstrap_ratio(timed: Interleaved, name: str, base: str) -> Interval:
     """Total time of one way over that of another on the same inputs, with a 95 % interval over the inputs."""
-    ours, theirs = timed.per_input_ms(name), timed.per_input_ms(base)
-    draws = np.random.default_rng(0).integers(0, len(ours), (num_resamples, len(ours)))
-    low, high = np.quantile(ours[draws].sum(axis=1) / theirs[draws].sum(axis=1), (0.025, 0.975))
-    return float(ours.sum() / theirs.sum()), float(low), float(high)
+    both = np.stack([timed.per_input_ms(name), timed.per_input_ms(base)], axis=1)
+    interval = ratio_interval(both.mean(axis=0), resampled_means(both))
+    assert interval is not None  # times are positive
+    return interval
