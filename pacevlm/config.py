@@ -207,7 +207,8 @@ class EvaluateConfig:
     Attributes:
         budgets: budgets, as fractions of the full configuration's median latency.
         num_timed: test examples timed alone, with every policy at every budget; 0 measures no latency.
-        num_warmup: requests run before timing and not counted.
+        num_warmup: requests run before timing and not counted; the drift correction learns from them.
+        track_drift: correct the guardrail's bounds, for all policies alike, by how slow the machine turns out to be.
         oracle: also run every configuration on every test example, to know the best possible.
         seed: which examples are timed, in which order, and what the random policy draws.
 
@@ -217,7 +218,8 @@ class EvaluateConfig:
 
     budgets: tuple[float, ...] = (0.35, 0.5, 0.7, 0.85, 1.0)
     num_timed: int = 200
-    num_warmup: int = 10
+    num_warmup: int = 100
+    track_drift: bool = True
     oracle: bool = True
     seed: int = 0
 

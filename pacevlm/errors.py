@@ -45,3 +45,7 @@ class ProfileError(PacevlmError, ValueError):
 
 class StorageError(PacevlmError, OSError):
     """A file could not be written, for example because the disk is full; nothing half-written is left."""
+
+
+class MemoryLimitError(PacevlmError, MemoryError):
+    """The device has too little memory for even the smallest piece of work."""

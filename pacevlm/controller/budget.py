@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pacevlm.errors import ConfigError
@@ -70,16 +71,20 @@ class BudgetEncoder(nn.Module):
         """Length of one budget's features."""
         return 1 + 2 * len(self._angular_frequencies)
 
-    def features(self, budgets_ms: Sequence[float]) -> Tensor:
-        """Fixed features of budgets, which both stages read besides the latency token: `(batch, num_features)`.
+    def feature_array(self, budget_ms: float) -> NDArray[np.float32]:
+        """Fixed features of a budget, which both stages read besides the latency token: `(num_features,)`.
 
         Raises:
-            BudgetError: a budget is not a positive, finite number of milliseconds.
+            BudgetError: the budget is not a positive, finite number of milliseconds.
         """
-        ratios = np.array([check_budget_ms(budget_ms) for budget_ms in budgets_ms]) / self.reference_ms
-        log_ratios = np.log(ratios).clip(-MAX_LOG_RATIO, MAX_LOG_RATIO)[:, None]
-        angles = log_ratios * self._angular_frequencies
-        values = np.concatenate([log_ratios, np.sin(angles), np.cos(angles)], axis=1, dtype=np.float32)
+        log_ratio = math.log(check_budget_ms(budget_ms) / self.reference_ms)
+        log_ratio = min(max(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO)
+        angles = log_ratio * self._angular_frequencies
+        return np.concatenate([[log_ratio], np.sin(angles), np.cos(angles)], dtype=np.float32)
+
+    def features(self, budgets_ms: Sequence[float]) -> Tensor:
+        """`feature_array` of several budgets, `(batch, num_features)`; raises as it does."""
+        values = np.array([self.feature_array(budget_ms) for budget_ms in budgets_ms]).reshape(-1, self.num_features)
         return torch.from_numpy(values).to(self.log_scale)
 
     def forward(self, budgets_ms: Sequence[float]) -> Tensor:

@@ -11,8 +11,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pacevlm.controller.array_stages import ArrayStage1, ArrayStage2, ArrayToken
 from pacevlm.controller.budget import BudgetEncoder
 from pacevlm.controller.checkpoint import JSON_NAME, read_content, read_weights, write_checkpoint
 from pacevlm.controller.features import (
@@ -149,21 +151,21 @@ class Controller(nn.Module):
         """
         if not requests:
             raise DataError("there are no requests; give at least one")
-        for request in requests:
-            self._check_request(request)
-        rows = []
-        for request in requests:
-            row = size_features(request)
-            if self.config.feasible_fractions:
-                row += feasible_fractions(request)
-            rows.append(row)
-        budget_features = self.budget_encoder.features([request.budget_ms for request in requests])
-        parts = [budget_features, torch.tensor(rows).to(budget_features)]
+        return torch.from_numpy(np.stack([self.stage1_feature_array(request) for request in requests])).to(
+            self.budget_encoder.log_scale
+        )
+
+    def stage1_feature_array(self, request: PolicyInput) -> NDArray[np.float32]:
+        """What stage 1 reads of one request, `(features,)`; raises as `stage1_features` does."""
+        self._check_request(request)
+        sizes = size_features(request)
+        if self.config.feasible_fractions:
+            sizes += feasible_fractions(request)
+        parts = [self.budget_encoder.feature_array(request.budget_ms), np.array(sizes, dtype=np.float32)]
         if self.config.thumbnail:
-            thumbnails = np.stack([thumbnail_features(request) for request in requests])
-            parts.append(torch.from_numpy(thumbnails).to(budget_features))
-        parts.append(torch.stack([request.question_embedding for request in requests]).to(budget_features))
-        return torch.cat(parts, dim=-1)
+            parts.append(thumbnail_features(request))
+        parts.append(request.question_embedding.detach().float().cpu().numpy())
+        return np.concatenate(parts)
 
     def stage1_logits(self, features: Tensor, tier_mask: Tensor | None = None) -> Tensor:
         """Tier logits `(batch, tiers)`.
@@ -311,27 +313,26 @@ class Controller(nn.Module):
 class ControllerPolicy:
     """Runs a controller greedily: at each stage the admitted action with the highest logit, the cheapest of equal ones.
 
-    Every tensor it gives is an inference tensor: it records nothing for autograd.
+    It decides with the weights that the controller has when the policy is made.
     """
 
     name = "controller"
 
     def __init__(self, controller: Controller) -> None:
         self.controller = controller
+        self._token = ArrayToken(controller.budget_encoder)
+        self._stage1, self._stage2 = ArrayStage1(controller.stage1), ArrayStage2(controller.stage2)
 
-    @torch.inference_mode()
     def choose_tier(self, request: PolicyInput) -> str:
         """Stage 1: the best tier in which the guardrail admits anything; raises as `Controller.stage1_features`."""
-        logits = self.controller.stage1_logits(self.controller.stage1_features([request]))
+        logits = self._stage1(self.controller.stage1_feature_array(request))
         mask = np.asarray(request.feasible.any(axis=(1, 2)))
-        return self.controller.knob_space.tiers[int(best_action(logits.cpu().numpy(), mask[None])[0])]
+        return self.controller.knob_space.tiers[int(best_action(logits[None], mask[None])[0])]
 
-    @torch.inference_mode()
     def latency_token(self, budget_ms: float) -> Tensor:
-        """The budget as one token, `(d_model,)`, single precision on the controller's device; raises BudgetError."""
-        return self.controller.budget_tokens([budget_ms])[0]
+        """The budget as one token, `(d_model,)`, single precision on the CPU; raises BudgetError."""
+        return torch.from_numpy(self._token(self.controller.budget_encoder.feature_array(budget_ms)))
 
-    @torch.inference_mode()
     def choose_compute(self, request: PolicyInput, tier: str, latency_token_output: Tensor | None) -> tuple[int, int]:
         """Stage 2: the best (top_k, num_blocks) that the guardrail admits at this tier.
 
@@ -359,5 +360,11 @@ class ControllerPolicy:
                 f"the guardrail admits nothing at tier {tier!r} for example {request.example_id!r}; run stage 2 with "
                 "the tier that stage 1 gave"
             )
-        logits = self.controller.stage2_logits(latency_token_output[None], [request.budget_ms], [tier_index])
-        return space.pair(int(best_action(logits.flatten(1).cpu().numpy(), mask)[0]))
+        if latency_token_output.shape != (self.controller.d_model,):
+            raise DataError(
+                f"the latency token output has shape {tuple(latency_token_output.shape)}; a model of width "
+                f"{self.controller.d_model} gives ({self.controller.d_model},)"
+            )
+        output = latency_token_output.detach().float().cpu().numpy()
+        logits = self._stage2(output, self.controller.budget_encoder.feature_array(request.budget_ms), tier_index)
+        return space.pair(int(best_action(logits.reshape(1, -1), mask)[0]))

@@ -102,7 +102,8 @@ class _WithoutBlocks(RolloutEngine):
             stage2_after=model.stage2_after,
             max_new_tokens=model.max_new_tokens,
         )
-        super().__init__(variant, base.metric, max_rows=base.max_rows, max_tokens=base.max_tokens)
+        limits = base.limits
+        super().__init__(variant, base.metric, max_rows=limits.max_rows, max_tokens=limits.max_tokens)
         self._views, self._prefixes = base._views, base._prefixes
 
     def scores(self, examples: Sequence[Example]) -> Scores:
@@ -118,8 +119,8 @@ def measure_importance(
     *,
     num_candidates: int = 6,
     metric: Callable[[str, str], float] = exact_match,
-    max_rows: int = 256,
-    max_tokens: int = 8192,
+    max_rows: int | None = None,
+    max_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportanceResult:
     """Find the order in which giving up blocks costs the least accuracy.
@@ -138,7 +139,7 @@ def measure_importance(
         min_num_blocks: the removal order ends where so many blocks are left.
         num_candidates: blocks tried per round after the first.
         metric: scores (answer, reference) between 0 and 1.
-        max_rows, max_tokens: most rows, and most prompt tokens, in a batch.
+        max_rows, max_tokens: most rows, and most prompt tokens, in a batch; as much as fits if None.
         progress: called with (sets measured, sets to measure).
 
     Raises:

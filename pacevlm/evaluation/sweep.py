@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,19 @@ from pacevlm.config import EvaluateConfig
 from pacevlm.controller.policy_interface import Policy, PolicyInput
 from pacevlm.errors import DataError
 from pacevlm.evaluation.records import EvaluationRecord
+from pacevlm.evaluation.timed import time_requests
 from pacevlm.knobs import Knobs
-from pacevlm.latency.measuring import use_num_threads, without_garbage_collection
+from pacevlm.latency.measuring import use_num_threads
 from pacevlm.models.elastic import ElasticModel, RequestView
 from pacevlm.rollout.engine import RolloutEngine
-from pacevlm.rollout.request import PacedResult, Pacing, run_with_policy
+from pacevlm.rollout.request import PacedResult, Pacing
 from pacevlm.types import Example, Outcome
 
 # What is going on, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
-# Timed requests between two garbage collections.
-WINDOW = 20
+# A lookup table is fitted at so many budgets besides those asked for, from half the lowest to 1.5 times the highest:
+# bounds that follow the machine are as good as budgets in between.
+NUM_TABLE_BUDGETS = 32
 
 
 # Requests and choices ------------------------------------------------------------------------------------------------
@@ -42,8 +45,13 @@ def build_requests(
     examples: Sequence[Example],
     budgets_ms: Sequence[float],
     pacing: Pacing,
+    factors: NDArray[np.float64] | None = None,
 ) -> list[list[PolicyInput]]:
     """What policies are told of every example at every budget: one list per budget, in the order of the examples.
+
+    Args:
+        factors: how many times slower than profiled the machine is, `(budgets, examples)`; budgets are divided by
+            them, as `run_with_policy` does. As profiled if None.
 
     Raises:
         BudgetError: a budget is not a positive, finite number.
@@ -53,10 +61,13 @@ def build_requests(
     if not views:
         return [[] for _ in budgets_ms]
     num_output_tokens = _bound_output_tokens(views, pacing)
+    profiled_ms = np.repeat(np.array(budgets_ms, dtype=np.float64)[:, None], len(views), axis=1)
+    if factors is not None:
+        profiled_ms /= factors
     requests = []
-    for budget_ms in budgets_ms:
+    for row_ms in profiled_ms:
         feasibility = pacing.guardrail.feasible_masks(
-            [view.sizes for view in views], [budget_ms] * len(views), num_output_tokens, pacing.kind
+            [view.sizes for view in views], row_ms, num_output_tokens, pacing.kind
         )
         requests.append(
             [
@@ -70,8 +81,8 @@ def build_requests(
                     any_feasible=bool(any_feasible),
                     image=view.image,
                 )
-                for example, view, mask, any_feasible in zip(
-                    examples, views, feasibility.mask, feasibility.any_feasible, strict=True
+                for example, view, budget_ms, mask, any_feasible in zip(
+                    examples, views, row_ms.tolist(), feasibility.mask, feasibility.any_feasible, strict=True
                 )
             ]
         )
@@ -146,16 +157,19 @@ def fit_baselines(
 
     Args:
         examples: of the training split; each runs with every configuration unless that is remembered.
-        budgets_ms: budgets that the lookup table knows, strictly increasing.
+        budgets_ms: the budgets asked for, strictly increasing; the lookup table knows others in between as well.
         pacing: the same that applies to every policy later.
         seed: of the random policy.
     """
     space = engine.model.knob_space
     accuracy = exhaustive_sweep(engine, examples, progress)
-    feasible = feasible_table(build_requests(engine, examples, budgets_ms, pacing))
+    between_ms = np.geomspace(0.5 * budgets_ms[0], 1.5 * budgets_ms[-1], NUM_TABLE_BUDGETS)
+    table_ms = sorted({*budgets_ms, *between_ms.tolist()})
+    feasible = feasible_table(build_requests(engine, examples, table_ms, pacing))
+    asked_for = [table_ms.index(budget_ms) for budget_ms in budgets_ms]
     return [
-        LookupTable.fit(space, budgets_ms, accuracy, feasible),
-        StaticPolicy.fit(space, budgets_ms, accuracy, feasible),
+        LookupTable.fit(space, table_ms, accuracy, feasible),
+        StaticPolicy.fit(space, budgets_ms, accuracy, feasible[asked_for]),
         FullPolicy(space),
         CheapestPolicy(space),
         RandomFeasiblePolicy(space, seed),
@@ -165,20 +179,17 @@ def fit_baselines(
 def build_oracle(
     engine: RolloutEngine,
     examples: Sequence[Example],
-    requests: Sequence[PolicyInput],
     pacing: Pacing,
     progress: Callable[[int, int], None] | None = None,
 ) -> OraclePolicy:
-    """The oracle of these examples, from running each with every configuration.
-
-    Args:
-        requests: one per example, at any budget.
-    """
+    """The oracle of these examples, from running each with every configuration."""
     accuracy = exhaustive_sweep(engine, examples, progress)
     # Among equally good knobs the oracle takes the fastest; which of them that is hardly depends on the output length.
     predicted_ms = pacing.guardrail.estimator.predict_many(
-        [request.sizes for request in requests], np.full(len(requests), pacing.max_new_tokens), pacing.kind
-    ).reshape(len(requests), -1)
+        [engine.view(example).sizes for example in examples],
+        np.full(len(examples), pacing.max_new_tokens),
+        pacing.kind,
+    ).reshape(len(examples), -1)
     ids = [example.example_id for example in examples]
     return OraclePolicy(
         engine.model.knob_space,
@@ -220,9 +231,9 @@ def evaluate(
 ) -> Evaluation:
     """Run every policy on the same examples and budgets.
 
-    Accuracy comes from all examples, answered in batches. Latency comes from a random part of them: each of those runs
-    alone with every policy at every budget, in one random order over all three, so that a machine that slows down
-    slows down every policy alike. A latency includes everything that a request needs, the policy's own time as well.
+    Latency comes from a random part of the examples, each request alone; see `time_requests`. It includes everything
+    that a request needs, the policy's own time as well. Accuracy comes from all examples, answered in batches, with
+    the guardrail's bounds as they were corrected for drift while requests were timed.
 
     Args:
         policies: learned ones and baselines; `config.oracle` adds the oracle.
@@ -242,72 +253,50 @@ def evaluate(
         )
     examples = list(examples)
     report = progress or (lambda *_: None)
-    requests = build_requests(engine, examples, budgets_ms, pacing)
     competitors = list(policies)
     if config.oracle:
-        competitors.append(
-            build_oracle(
-                engine, examples, requests[0], pacing, lambda done, todo: report("every configuration", done, todo)
-            )
-        )
+        competitors.append(build_oracle(engine, examples, pacing, partial(report, "every configuration")))
+    with use_num_threads(num_threads):
+        timing = partial(report, "timed requests")
+        timed = time_requests(model, competitors, examples, budgets_ms, pacing, config, timing)
+    requests = build_requests(engine, examples, budgets_ms, pacing, timed.factors)
     chosen: dict[tuple[str, int], list[Knobs]] = {}
     cells = list(itertools.product(competitors, range(len(budgets_ms))))
     for number, (policy, b) in enumerate(cells, start=1):
         chosen[policy.name, b] = choose_knobs(policy, engine, examples, requests[b])
         report("choices", number, len(cells))
     jobs = [(example, knobs) for row in chosen.values() for example, knobs in zip(examples, row, strict=True)]
-    outcomes = iter(engine.run(jobs, lambda done, todo: report("answers", done, todo)))
-    records: dict[tuple[str, int, int], EvaluationRecord] = {}
+    outcomes = iter(engine.run(jobs, partial(report, "answers")))
+    records = []
+    disagreements = 0
     for (policy_name, b), row in chosen.items():
         answered = [next(outcomes) for _ in row]
         predicted_ms = _predict(pacing, requests[b], answered)
         for i, (example, request, outcome) in enumerate(zip(examples, requests[b], answered, strict=True)):
-            records[policy_name, b, i] = _record(
-                policy_name, config.budgets[b], example, request, outcome, float(predicted_ms[i])
+            record = EvaluationRecord(
+                policy=policy_name,
+                fraction=config.budgets[b],
+                budget_ms=budgets_ms[b],
+                example_id=example.example_id,
+                knobs=outcome.knobs,
+                accuracy=outcome.accuracy,
+                latency_ms=None,
+                predicted_latency_ms=float(predicted_ms[i]),
+                feasible=request.any_feasible,
+                family=str(example.metadata["family"]) if "family" in example.metadata else None,
+                metadata={
+                    **_kept_metadata(example),
+                    "answer": outcome.answer,
+                    "num_output_tokens": outcome.num_output_tokens,
+                    "drift_factor": float(timed.factors[b, i]),
+                },
             )
-    timed = _draw_timed(len(examples), competitors, len(budgets_ms), config)
-    disagreements = 0
-    with use_num_threads(num_threads):
-        runs = _time_requests(model, examples, budgets_ms, pacing, timed, config.num_warmup)
-        for number, ((policy, b, i), run) in enumerate(zip(timed, runs, strict=True), start=1):
-            key = (policy.name, b, i)
-            records[key] = _add_latency(records[key], run)
-            disagreements += engine.metric(run.result.answer, examples[i].answer) != records[key].accuracy
-            report("timed requests", number, len(timed))
-    return Evaluation(list(records.values()), len(timed), disagreements)
-
-
-Timed = tuple[Policy, int, int]
-
-
-def _draw_timed(num_examples: int, policies: Sequence[Policy], num_budgets: int, config: EvaluateConfig) -> list[Timed]:
-    """(policy, budget, example) triples to time, in random order; every policy gets the same examples."""
-    rng = np.random.default_rng(config.seed)
-    drawn = rng.permutation(num_examples)[: config.num_timed].tolist()
-    triples = list(itertools.product(policies, range(num_budgets), drawn))
-    return [triples[i] for i in rng.permutation(len(triples))]
-
-
-def _time_requests(
-    model: ElasticModel,
-    examples: Sequence[Example],
-    budgets_ms: Sequence[float],
-    pacing: Pacing,
-    timed: Sequence[Timed],
-    num_warmup: int,
-) -> Iterator[PacedResult]:
-    def run(policy: Policy, b: int, i: int) -> PacedResult:
-        example = examples[i]
-        return run_with_policy(
-            model, policy, example.image, example.question, budgets_ms[b], pacing, example.example_id
-        )
-
-    for triple in itertools.islice(itertools.cycle(timed), num_warmup):
-        run(*triple)
-    for start in range(0, len(timed), WINDOW):
-        with without_garbage_collection():
-            results = [run(*triple) for triple in timed[start : start + WINDOW]]
-        yield from results
+            run = timed.runs.get((policy_name, b, i))
+            if run is not None:
+                record = _add_latency(record, run)
+                disagreements += engine.metric(run.result.answer, example.answer) != outcome.accuracy
+            records.append(record)
+    return Evaluation(records, len(timed.runs), disagreements)
 
 
 def _predict(pacing: Pacing, requests: Sequence[PolicyInput], outcomes: Sequence[Outcome]) -> NDArray[np.float64]:
@@ -319,27 +308,13 @@ def _predict(pacing: Pacing, requests: Sequence[PolicyInput], outcomes: Sequence
     return predicted_ms.reshape(len(outcomes), -1)[np.arange(len(outcomes)), indices]
 
 
-def _record(
-    policy: str, fraction: float, example: Example, request: PolicyInput, outcome: Outcome, predicted_ms: float
-) -> EvaluationRecord:
-    kept: dict[str, Any] = {
+def _kept_metadata(example: Example) -> dict[str, Any]:
+    """What an example says of itself, as far as JSON can hold it; the family has a place of its own."""
+    return {
         name: value
         for name, value in example.metadata.items()
         if name != "family" and isinstance(value, (str, int, float, bool))
     }
-    return EvaluationRecord(
-        policy=policy,
-        fraction=fraction,
-        budget_ms=request.budget_ms,
-        example_id=example.example_id,
-        knobs=outcome.knobs,
-        accuracy=outcome.accuracy,
-        latency_ms=None,
-        predicted_latency_ms=predicted_ms,
-        feasible=request.any_feasible,
-        family=str(example.metadata["family"]) if "family" in example.metadata else None,
-        metadata={**kept, "answer": outcome.answer, "num_output_tokens": outcome.num_output_tokens},
-    )
 
 
 def _add_latency(record: EvaluationRecord, run: PacedResult) -> EvaluationRecord:

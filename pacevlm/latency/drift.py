@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -81,6 +82,11 @@ class DriftSettings:
         if self.min_observations > self.window:
             raise ConfigError(f"min_observations is {self.min_observations}; the window holds only {self.window}")
 
+    @classmethod
+    def for_alpha(cls, alpha: float) -> Self:
+        """The defaults for another miss rate, with the window as long as that needs; raises ConfigError."""
+        return cls(alpha=alpha, window=max(cls.window, math.ceil(2 / check_alpha(alpha)) - 1))
+
 
 class DriftCorrection:
     """What every calibrated bound is multiplied by now, learned from the latencies of the latest requests.
@@ -133,16 +139,43 @@ class DriftCorrection:
         self._residuals: deque[float] = deque(maxlen=self.settings.window)
         self._misses: deque[bool] = deque(maxlen=self.settings.window)
         self._factor = 1.0
+        # Requests of a held factor that are still to be learned from; None while nothing is held.
+        self._held: list[float] | None = None
         self._checked: Guardrail | None = None
 
     @classmethod
     def for_guardrail(
         cls, guardrail: Guardrail, kind: BudgetKind = "e2e", settings: DriftSettings | None = None
     ) -> Self:
-        """A correction of a guardrail's bounds that has seen no request yet; raises as `check_guardrail` does."""
+        """A correction of a guardrail's bounds that has seen no request yet; raises as `check_guardrail` does.
+
+        Args:
+            settings: how to follow the machine; by default so that bounds are exceeded as rarely as they were
+                calibrated for.
+        """
+        if settings is None and kind in guardrail.calibrations:
+            settings = DriftSettings.for_alpha(guardrail.calibrations[kind].alpha)
         correction = cls(guardrail.estimator.fingerprint, kind, settings)
         correction.check_guardrail(guardrail, kind)
         return correction
+
+    @contextmanager
+    def held(self) -> Iterator[float]:
+        """Keep the factor as it is for some requests, and learn from them, in their order, when they are over.
+
+        So that several policies answer one request under one factor, whichever of them runs first.
+        """
+        if self._held is not None:
+            raise RuntimeError("the factor is held already; end that first")
+        self._held = []
+        try:
+            yield self._factor
+        finally:
+            ratios, self._held = self._held, None
+            # What was known when they ran is what they are judged by.
+            log_factor, level = math.log(self._factor), self._level
+            for ratio in ratios:
+                self._learn(ratio, log_factor, level)
 
     @property
     def factor(self) -> float:
@@ -192,21 +225,10 @@ class DriftCorrection:
         ratio = math.log(_check_latency_ms("measured_ms", measured_ms)) - math.log(
             _check_latency_ms("bound_ms", bound_ms)
         )
-        settings = self.settings
-        missed = ratio > math.log(self._factor)
-        target = self._alpha + settings.step_size * (settings.alpha - missed)
-        self._alpha = min(max(target, self._min_alpha), settings.alpha)
-        self._misses.append(missed)
-        if self._num_observations < settings.min_observations:
-            self._num_early_misses += ratio > 0.0
-        residual = min(max(ratio - self._level, -self._log_outlier_ratio), self._log_outlier_ratio)
-        # The first has no level before it, but that of the calibration.
-        if self._num_observations:
-            self._residuals.append(residual)
-        self._num_observations += 1
-        # The weights of all latencies so far sum to 1: the first is its own average, not one with the starting value.
-        self._level += residual * (1.0 - self._decay) / (1.0 - self._decay**self._num_observations)
-        self._factor = self._next_factor()
+        if self._held is None:
+            self._learn(ratio, math.log(self._factor), self._level)
+        else:
+            self._held.append(ratio)
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a log.
@@ -270,6 +292,24 @@ class DriftCorrection:
             raise ProfileError(f"the {DRIFT_KIND} at {path} is corrupt: {error}; remove the file") from error
         correction.check_guardrail(guardrail, kind)
         return correction
+
+    def _learn(self, ratio: float, log_factor: float, level: float) -> None:
+        """Learn from log(measured / bound), given the logarithm of the factor and the level before the request."""
+        settings, limit = self.settings, self._log_outlier_ratio
+        missed = ratio > log_factor
+        target = self._alpha + settings.step_size * (settings.alpha - missed)
+        self._alpha = min(max(target, self._min_alpha), settings.alpha)
+        self._misses.append(missed)
+        if self._num_observations < settings.min_observations:
+            self._num_early_misses += ratio > 0.0
+        # The first has no level before it, but that of the calibration.
+        if self._num_observations:
+            self._residuals.append(min(max(ratio - level, -limit), limit))
+        self._num_observations += 1
+        step = min(max(ratio - self._level, -limit), limit)
+        # The weights of all latencies so far sum to 1: the first is its own average, not one with the starting value.
+        self._level += step * (1.0 - self._decay) / (1.0 - self._decay**self._num_observations)
+        self._factor = self._next_factor()
 
     def _next_factor(self) -> float:
         """The correction that follows from what was learned; nothing else enters, so that resuming is exact."""

@@ -82,6 +82,8 @@ class ElasticDecoder:
         Returns:
             `(sum of n_i, d_model)`, in order.
         """
+        if len(prefixes) == 1 and tokens[0].shape[0] == 1:
+            return self._one_latency_token(prefixes[0], tokens[0])
         counts = [t.shape[0] for t in tokens]
         lengths = [p.num_tokens for p in prefixes]
         x, _ = _pad(tokens)
@@ -109,6 +111,18 @@ class ElasticDecoder:
             x = x + self.adapter.project_out(block, mixed)
             x = x + self.adapter.mix_experts(block, x, self.adapter.trained_top_k)
         return torch.cat([x[i, :n] for i, n in enumerate(counts)])
+
+    def _one_latency_token(self, prefix: Prefix, token: Tensor) -> Tensor:
+        """The same for one token behind one prompt, where it is the next position of an ordinary decode step."""
+        x = token[None]
+        rope = self.adapter.rope(torch.tensor([[prefix.num_tokens]], device=x.device))
+        for block in range(self.stage2_after):
+            q, k, v = self.adapter.project(block, x, rope)
+            keys = torch.cat([prefix.keys[block][None], k], dim=2)
+            values = torch.cat([prefix.values[block][None], v], dim=2)
+            x = x + self.adapter.attend(block, q, keys, values, None, is_causal=False)
+            x = x + self.adapter.mix_experts(block, x, self.adapter.trained_top_k)
+        return x[0]
 
     def generate(
         self,

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from pacevlm.data.metrics import exact_match
-from pacevlm.errors import ConfigError, DataError, IdentityError
+from pacevlm.errors import DataError, IdentityError, MemoryLimitError
 from pacevlm.knobs import Knobs
 from pacevlm.models.decoder import Prefix
 from pacevlm.models.elastic import ElasticModel, RequestView
+from pacevlm.rollout.limits import BatchLimits, is_out_of_memory
 from pacevlm.rollout.memory import OutcomeMemory
 from pacevlm.types import Example, Outcome
 
 Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 
 
@@ -59,6 +61,9 @@ class RolloutEngine:
         max_tokens: most prompt tokens, padding included, in a batch.
         max_prefix_bytes: memory for shared prefixes.
 
+    Limits that are None follow from the memory that is free. A batch that does not fit all the same is halved, and so
+    are those behind it.
+
     Raises:
         ConfigError: a limit is below 1.
         IdentityError: the memory is another model's.
@@ -74,22 +79,22 @@ class RolloutEngine:
         metric: Callable[[str, str], float] = exact_match,
         memory: OutcomeMemory | None = None,
         *,
-        max_rows: int = 256,
-        max_tokens: int = 8192,
-        max_prefix_bytes: int = 2 << 30,
+        max_rows: int | None = None,
+        max_tokens: int | None = None,
+        max_prefix_bytes: int | None = None,
     ) -> None:
-        if min(max_rows, max_tokens, max_prefix_bytes) < 1:
-            raise ConfigError("max_rows, max_tokens and max_prefix_bytes must be at least 1")
         if memory is not None and memory.model_identity != model.identity:
             raise IdentityError(f"the memory is of model {memory.model_identity!r}, not of {model.identity!r}")
         self.model, self.metric = model, metric
         self.memory = OutcomeMemory(model.identity) if memory is None else memory
-        self.max_rows, self.max_tokens = max_rows, max_tokens
+        self.limits = BatchLimits.for_model(
+            model, max_rows=max_rows, max_tokens=max_tokens, max_prefix_bytes=max_prefix_bytes
+        )
         self.num_run = 0
         self.num_remembered = 0
         self._texts: dict[str, tuple[str, str]] = {}
         self._views: dict[str, RequestView] = {}
-        self._prefixes: _PrefixStore[tuple[str, str]] = _PrefixStore(max_prefix_bytes)
+        self._prefixes: _PrefixStore[tuple[str, str]] = _PrefixStore(self.limits.max_prefix_bytes)
 
     def view(self, example: Example) -> RequestView:
         """What is known of an example before the vision encoder; computed once.
@@ -124,12 +129,17 @@ class RolloutEngine:
         for i, (example, tier) in enumerate(zip(examples, tiers, strict=True)):
             places.setdefault((example.example_id, tier), []).append(i)
             by_id[example.example_id] = example
-        keys = list(places)
-        outputs, order = [], []
-        for chunk in self._chunks(keys, [self._prompt_tokens(by_id[k[0]], k[1]) for k in keys]):
+
+        def run_chunk(chunk: list[tuple[str, str]]) -> Tensor:
             prefixes = self._shared_prefixes([(by_id[example_id], tier) for example_id, tier in chunk])
             groups = [tokens[places[key]].to(self.model.dtype) for key in chunk]
-            outputs.append(self.model.decoder.latency_token(prefixes, groups))
+            return self.model.decoder.latency_token(prefixes, groups)
+
+        keys = list(places)
+        lengths = {key: self._prompt_tokens(by_id[key[0]], key[1]) for key in keys}
+        outputs, order = [], []
+        for chunk, output in self._in_chunks(run_chunk, keys, lengths):
+            outputs.append(output)
             order += [i for key in chunk for i in places[key]]
         inverse = torch.empty(len(order), dtype=torch.long)
         inverse[torch.tensor(order)] = torch.arange(len(order))
@@ -158,8 +168,9 @@ class RolloutEngine:
         # Rows of like length share a batch, so that little is padded; like knobs side by side keep sub-batches whole.
         todo = sorted(fresh, key=lambda key: (lengths[key], key[0], key[1].num_blocks, key[1].top_k))
         done = 0
-        for chunk in self._chunks(todo, [lengths[key] for key in todo]):
-            self._run_batch([(fresh[key], key[1]) for key in chunk])
+        for chunk, _ in self._in_chunks(
+            lambda chunk: self._run_batch([(fresh[key], key[1]) for key in chunk]), todo, lengths
+        ):
             done += len(chunk)
             if progress is not None:
                 progress(done, len(todo))
@@ -174,17 +185,41 @@ class RolloutEngine:
         sizes = self.view(example).sizes
         return sizes.num_text_tokens + sizes.vision[self.model.knob_space.tiers.index(tier)].num_image_tokens
 
-    def _chunks(self, keys: Sequence[Key], lengths: Sequence[int]) -> Iterable[list[Key]]:
-        chunk: list[Key] = []
-        longest = 0
-        for key, length in zip(keys, lengths, strict=True):
-            longest = max(longest, length)
-            if chunk and (len(chunk) >= self.max_rows or (len(chunk) + 1) * longest > self.max_tokens):
-                yield chunk
-                chunk, longest = [], length
-            chunk.append(key)
-        if chunk:
-            yield chunk
+    def _in_chunks(
+        self, run: Callable[[list[Key]], Result], keys: Sequence[Key], lengths: Mapping[Key, int]
+    ) -> Iterator[tuple[list[Key], Result]]:
+        """Run keys chunk by chunk within the limits, which are halved whenever memory runs out."""
+        start = 0
+        while start < len(keys):
+            chunk = self._next_chunk(keys, start, lengths)
+            try:
+                result = run(chunk)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                longest = max(lengths[key] for key in chunk)
+                if len(chunk) == 1:
+                    raise MemoryLimitError(
+                        f"there is too little memory for a single row of {longest} prompt tokens; use a smaller model, "
+                        "another device or lower crop limits"
+                    ) from error
+                self.limits = self.limits.halved(len(chunk), len(chunk) * longest)
+            else:
+                yield chunk, result
+                start += len(chunk)
+                continue
+            # Behind the handler, where nothing of the failed batch is referred to any more.
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _next_chunk(self, keys: Sequence[Key], start: int, lengths: Mapping[Key, int]) -> list[Key]:
+        longest, end = 0, start
+        while end < len(keys) and end - start < self.limits.max_rows:
+            longest = max(longest, lengths[keys[end]])
+            if end > start and (end + 1 - start) * longest > self.limits.max_tokens:
+                break
+            end += 1
+        return list(keys[start:end])
 
     # Not inference mode, even inside it: a cached prefix may serve a gradient later.
     @torch.inference_mode(False)
@@ -199,26 +234,33 @@ class RolloutEngine:
                 found[key] = prefix
             else:
                 missing[key] = example
-        keys = sorted(missing, key=lambda key: self._prompt_tokens(missing[key], key[1]))
-        adapter = self.model.adapter
-        for chunk in self._chunks(keys, [self._prompt_tokens(missing[key], key[1]) for key in keys]):
-            prepared = []
-            for key in chunk:
-                example = missing[key]
-                prompt = adapter.encode_question(example.question)
-                prepared.append(adapter.prepare(example.image, prompt, self.model.max_crops[key[1]]))
-            features = adapter.encode_vision(prepared)
-            embeddings = [adapter.embed(p, f) for p, f in zip(prepared, features, strict=True)]
-            for key, prefix in zip(chunk, self.model.decoder.prefix(embeddings), strict=True):
-                # Views into the padded batch would keep all of it alive.
-                own = Prefix(
-                    prefix.hidden.clone(),
-                    tuple(k.clone() for k in prefix.keys),
-                    tuple(v.clone() for v in prefix.values),
-                )
-                self._prefixes.put(key, own)
-                found[key] = own
+        lengths = {key: self._prompt_tokens(example, key[1]) for key, example in missing.items()}
+        keys = sorted(missing, key=lengths.__getitem__)
+        for chunk, prefixes in self._in_chunks(
+            lambda chunk: self._run_prefixes([(missing[key], key[1]) for key in chunk]), keys, lengths
+        ):
+            for key, prefix in zip(chunk, prefixes, strict=True):
+                self._prefixes.put(key, prefix)
+                found[key] = prefix
         return [found[(example.example_id, tier)] for example, tier in wanted]
+
+    def _run_prefixes(self, wanted: Sequence[tuple[Example, str]]) -> list[Prefix]:
+        adapter = self.model.adapter
+        prepared = []
+        for example, tier in wanted:
+            prompt = adapter.encode_question(example.question)
+            prepared.append(adapter.prepare(example.image, prompt, self.model.max_crops[tier]))
+        features = adapter.encode_vision(prepared)
+        embeddings = [adapter.embed(p, f) for p, f in zip(prepared, features, strict=True)]
+        # Views into the padded batch would keep all of it alive.
+        return [
+            Prefix(
+                prefix.hidden.clone(),
+                tuple(k.clone() for k in prefix.keys),
+                tuple(v.clone() for v in prefix.values),
+            )
+            for prefix in self.model.decoder.prefix(embeddings)
+        ]
 
     @torch.no_grad()
     def _run_batch(self, jobs: Sequence[tuple[Example, Knobs]]) -> None:

@@ -35,14 +35,17 @@ def test_every_choice_is_admitted_and_the_best_that_is(
         chosen.add(knobs)
         assert request.feasible.reshape(-1)[space.index(knobs)]
 
+        # To rounding: the policy computes one request on arrays, the modules compute batches.
         tier_logits = controller.stage1_logits(controller.stage1_features([request]))[0]
         allowed = request.feasible.any(axis=(1, 2))
-        assert tier_logits[space.tiers.index(knobs.tier)] == tier_logits[torch.tensor(allowed)].max()
+        best = tier_logits[torch.tensor(allowed)].max()
+        torch.testing.assert_close(tier_logits[space.tiers.index(knobs.tier)], best, atol=1e-5, rtol=0)
         tier = space.tiers.index(knobs.tier)
         outputs = controller.budget_tokens([request.budget_ms])
         pair_logits = controller.stage2_logits(outputs, [request.budget_ms], [tier])[0]
         pair = pair_logits[space.top_ks.index(knobs.top_k), space.num_blocks.index(knobs.num_blocks)]
-        assert pair == pair_logits[torch.tensor(request.feasible[tier])].max()
+        best = pair_logits[torch.tensor(request.feasible[tier])].max()
+        torch.testing.assert_close(pair, best, atol=1e-5, rtol=0)
     assert len(chosen) > 8
 
 
@@ -84,8 +87,18 @@ def test_the_same_request_gets_the_same_answer(make_controller: Callable, make_r
 def test_it_records_nothing_for_autograd(make_controller: Callable) -> None:
     token = ControllerPolicy(make_controller()).latency_token(80.0)
     assert token.shape == (12,)
-    assert token.is_inference()
     assert not token.requires_grad
+
+
+def test_training_on_does_not_change_a_policy_that_was_made(make_controller: Callable, make_request: Callable) -> None:
+    controller = make_controller(opinionated=True)
+    policy, requests = ControllerPolicy(controller), [make_request(seed) for seed in range(20)]
+    before = [decide(policy, request) for request in requests]
+    with torch.no_grad():
+        for parameter in controller.parameters():
+            parameter.neg_()
+    assert [decide(policy, request) for request in requests] == before
+    assert [decide(ControllerPolicy(controller), request) for request in requests] != before
 
 
 def test_wrong_uses_are_refused(make_controller: Callable, make_request: Callable) -> None:
@@ -95,7 +108,7 @@ def test_wrong_uses_are_refused(make_controller: Callable, make_request: Callabl
     request, token = make_request(feasible=feasible), torch.zeros(12)
     with pytest.raises(DataError, match="latency token"):
         policy.choose_compute(request, "medium", None)
-    with pytest.raises(DataError, match="latency token outputs"):
+    with pytest.raises(DataError, match="latency token output has shape"):
         policy.choose_compute(request, "medium", torch.zeros(11))
     with pytest.raises(KnobError, match="'huge'"):
         policy.choose_compute(request, "huge", token)

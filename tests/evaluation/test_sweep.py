@@ -17,7 +17,7 @@ from pacevlm.baselines.static import StaticPolicy
 from pacevlm.config import EvaluateConfig
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
 from pacevlm.errors import DataError, IdentityError
-from pacevlm.evaluation import sweep
+from pacevlm.evaluation import timed
 from pacevlm.evaluation.sweep import (
     Evaluation,
     build_requests,
@@ -44,7 +44,8 @@ COEFFICIENTS = {
     "decode_ms_per_token": {"constant": 0.1},
 }
 FRACTIONS = (0.3, 0.6, 0.9)
-CONFIG = EvaluateConfig(budgets=FRACTIONS, num_timed=3, num_warmup=1)
+# The estimator is made up, so that what requests really take says nothing about the bounds.
+CONFIG = EvaluateConfig(budgets=FRACTIONS, num_timed=3, num_warmup=1, track_drift=False)
 
 
 def make_pacing(model: ElasticModel) -> Pacing:
@@ -241,19 +242,22 @@ def test_baselines_are_fitted_on_training_examples_under_the_same_guardrail(
     feasible = feasible_table(build_requests(engine, train, budgets_ms, pacing))
     assert isinstance(lookup, LookupTable)
     assert isinstance(static, StaticPolicy)
-    assert lookup.budgets_ms == tuple(budgets_ms)
+    assert set(budgets_ms) < set(lookup.budgets_ms)
+    assert lookup.budgets_ms[0] < 0.6 * budgets_ms[0] < 1.4 * budgets_ms[-1] < lookup.budgets_ms[-1]
     expected = LookupTable.fit(space, budgets_ms, accuracy, feasible)
-    assert all(np.array_equal(a, b) for a, b in zip(lookup.orders, expected.orders, strict=True))
+    for budget_ms in budgets_ms:
+        assert np.array_equal(lookup.order_for(budget_ms), expected.order_for(budget_ms))
     assert static.knobs == StaticPolicy.fit(space, budgets_ms, accuracy, feasible).knobs
 
 
-def evaluate_untimed(monkeypatch: pytest.MonkeyPatch, run: Any, engine: RolloutEngine, *args: Any) -> Evaluation:
-    monkeypatch.setattr(sweep, "run_with_policy", run)
+def evaluate_with(monkeypatch: pytest.MonkeyPatch, run: Any, engine: RolloutEngine, *args: Any) -> Evaluation:
+    """Evaluate without the oracle, every timed request going through `run`."""
+    monkeypatch.setattr(timed, "run_with_policy", run)
     config = dataclasses.replace(CONFIG, oracle=False, num_warmup=2)
     return evaluate(engine.model, engine, *args, config)
 
 
-def test_timed_requests_come_in_one_random_but_repeatable_order(
+def test_policies_answer_the_same_requests_in_one_random_but_repeatable_order(
     monkeypatch: pytest.MonkeyPatch,
     engine: RolloutEngine,
     train: list[Example],
@@ -262,23 +266,71 @@ def test_timed_requests_come_in_one_random_but_repeatable_order(
     pacing: Pacing,
 ) -> None:
     policies = fit_baselines(engine, train, budgets_ms, pacing)
-    orders: list[list[tuple[str, float, str]]] = []
+    orders: list[list[tuple[str, tuple[float, str]]]] = []
 
-    def run(model: Any, policy: Any, image: Any, question: str, budget_ms: float, *rest: Any) -> Any:
-        orders[-1].append((policy.name, budget_ms, rest[-1]))
-        return run_with_policy(model, policy, image, question, budget_ms, *rest)
+    def run(model: Any, policy: Any, image: Any, question: str, budget_ms: float, *rest: Any, **named: Any) -> Any:
+        orders[-1].append((policy.name, (budget_ms, rest[-1])))
+        return run_with_policy(model, policy, image, question, budget_ms, *rest, **named)
 
     for _ in range(2):
         orders.append([])
-        evaluate_untimed(monkeypatch, run, engine, policies, test, budgets_ms, pacing)
+        evaluate_with(monkeypatch, run, engine, policies, test, budgets_ms, pacing)
     assert orders[0] == orders[1]
-    warmup, timed = orders[0][:2], orders[0][2:]
-    assert warmup == timed[:2]
-    assert len(set(timed)) == len(timed) == len(policies) * len(FRACTIONS) * CONFIG.num_timed
-    for place in range(3):
-        column = [entry[place] for entry in timed]
+    requests = orders[0][2:]  # behind the warm-up
+    rounds = [requests[start : start + len(policies)] for start in range(0, len(requests), len(policies))]
+    for entries in rounds:
+        assert {name for name, _ in entries} == {policy.name for policy in policies}
+        assert len({asked for _, asked in entries}) == 1
+    asked = [entries[0][1] for entries in rounds]
+    assert len(set(asked)) == len(asked) == len(FRACTIONS) * CONFIG.num_timed
+    for column in ([budget for budget, _ in asked], [entries[0][0] for entries in rounds]):
         num_changes = sum(a != b for a, b in itertools.pairwise(column))
-        assert num_changes > len(timed) / 3  # sorted by any of the three there would be a few changes only
+        assert num_changes > len(rounds) / 3  # sorted there would be a few changes only
+
+
+def test_bounds_follow_the_machine_and_are_the_same_for_every_policy(
+    monkeypatch: pytest.MonkeyPatch,
+    engine: RolloutEngine,
+    train: list[Example],
+    test: list[Example],
+    budgets_ms: list[float],
+    pacing: Pacing,
+    controller: ControllerPolicy,
+) -> None:
+    policies = [controller, *fit_baselines(engine, train, budgets_ms, pacing)]
+    slowdown = iter(np.geomspace(1.2, 3.0, 1000).tolist())
+
+    def run(model: Any, policy: Any, image: Any, question: str, budget_ms: float, *rest: Any, drift: Any) -> Any:
+        paced = run_with_policy(model, policy, image, question, budget_ms / drift.factor, *rest)
+        drift.observe(1.0, next(slowdown))
+        return paced
+
+    monkeypatch.setattr(timed, "run_with_policy", run)
+    config = dataclasses.replace(CONFIG, num_warmup=4, track_drift=True)
+    evaluation = evaluate(engine.model, engine, policies, test, budgets_ms, pacing, config)
+    factors = np.full((len(FRACTIONS), len(test)), np.nan)
+    was_timed = np.zeros(factors.shape, dtype=bool)
+    places = {example.example_id: i for i, example in enumerate(test)}
+    for record in evaluation.records:
+        place = FRACTIONS.index(record.fraction), places[record.example_id]
+        factor = record.metadata["drift_factor"]
+        assert np.isnan(factors[place]) or factors[place] == factor
+        factors[place] = factor
+        was_timed[place] = record.latency_ms is not None
+        assert "timed_knobs" not in record.metadata
+    assert len(set(factors[was_timed])) == was_timed.sum()  # one round, one factor
+    assert factors.min() > 1.2
+    for row, timed_row in zip(factors, was_timed, strict=True):
+        assert set(row[~timed_row]) <= set(row[timed_row])
+    requests = build_requests(engine, test, budgets_ms, pacing, factors)
+    for record in evaluation.records:
+        request = requests[FRACTIONS.index(record.fraction)][places[record.example_id]]
+        assert request.budget_ms == record.budget_ms / record.metadata["drift_factor"]
+        assert record.feasible == request.any_feasible
+        if record.policy != "full":
+            assert request.feasible.reshape(-1)[engine.model.knob_space.index(record.knobs)]
+    uncorrected = build_requests(engine, test, budgets_ms, pacing)
+    assert feasible_table(requests).sum() < feasible_table(uncorrected).sum()
 
 
 def test_a_timed_request_that_scores_otherwise_is_counted_and_named(
@@ -291,11 +343,11 @@ def test_a_timed_request_that_scores_otherwise_is_counted_and_named(
 ) -> None:
     policies = fit_baselines(engine, train, budgets_ms, pacing)[2:3]
 
-    def run(*args: Any) -> Any:
-        paced = run_with_policy(*args)
+    def run(*args: Any, **named: Any) -> Any:
+        paced = run_with_policy(*args, **named)
         return dataclasses.replace(paced, result=dataclasses.replace(paced.result, answer="nonsense 99"))
 
-    evaluation = evaluate_untimed(monkeypatch, run, engine, policies, test, budgets_ms, pacing)
+    evaluation = evaluate_with(monkeypatch, run, engine, policies, test, budgets_ms, pacing)
     changed = [record for record in evaluation.records if record.metadata.get("timed_answer") == "nonsense 99"]
     assert len(changed) == evaluation.num_timed_requests
     assert evaluation.num_disagreements == sum(record.accuracy for record in changed)

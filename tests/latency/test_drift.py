@@ -208,6 +208,62 @@ def test_metrics_are_plain_numbers() -> None:
     assert metrics["drift/num_observations"] == drift.num_observations == 200
 
 
+# Holding the factor --------------------------------------------------------------------------------------------------
+
+
+def test_a_held_factor_waits_and_then_learns_everything() -> None:
+    drift, twin = DriftCorrection("estimator"), DriftCorrection("estimator")
+    for ratio in 2.0 * quiet_ratios(100, 0):
+        drift.observe(1.0, float(ratio))
+        twin.observe(1.0, float(ratio))
+    before = drift.factor
+    with drift.held() as factor:
+        for ratio in (3.0, 1.9, 3.1):
+            drift.observe(1.0, ratio)
+            assert drift.factor == before == factor
+        assert drift.num_observations == 100
+    for ratio in (3.0, 1.9, 3.1):
+        twin.observe(1.0, ratio)
+    assert drift.num_observations == twin.num_observations == 103
+    assert drift.metrics()["drift/level"] == twin.metrics()["drift/level"]
+    assert drift.factor > before
+
+
+def test_holding_for_one_request_is_not_holding() -> None:
+    held, free = DriftCorrection("estimator"), DriftCorrection("estimator")
+    for ratio in quiet_ratios(150, 1):
+        with held.held():
+            held.observe(1.0, float(ratio))
+        free.observe(1.0, float(ratio))
+    assert held.to_dict() == free.to_dict()
+
+
+def test_requests_of_a_held_factor_are_judged_by_it() -> None:
+    # In turn, the factor would rise behind the first three and forgive the others.
+    drift = DriftCorrection("estimator")
+    with drift.held():
+        for _ in range(10):
+            drift.observe(1.0, 2.0)
+    assert drift.metrics()["drift/violation_rate"] == 1.0
+    with drift.held(), pytest.raises(RuntimeError, match="held already"), drift.held():
+        pass
+
+
+@pytest.mark.parametrize("num_policies", [2, 7])
+def test_rounds_keep_the_miss_rate_on_a_machine_that_changes_speed(num_policies: int) -> None:
+    missed = []
+    for seed in SEEDS:
+        drift = DriftCorrection("estimator")
+        ratios = quiet_ratios(200 * num_policies, seed).reshape(200, num_policies)
+        ratios[60:120] *= 2.0
+        for row in ratios:
+            with drift.held() as factor:
+                missed.append(row > factor)
+                for ratio in row:
+                    drift.observe(1.0, float(ratio))
+    assert at_most_alpha(np.array(missed), 1.5 * ALPHA)
+
+
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +334,13 @@ def test_stopping_and_going_on_is_exact(guardrail: Guardrail, stopped_after: int
     assert np.array_equal(follow(rest, drift=resumed).factors, follow(rest, drift=never_stopped).factors)
     assert resumed.to_dict() == never_stopped.to_dict()
     assert resumed.metrics() == never_stopped.metrics()
+
+
+def test_bounds_are_missed_as_rarely_as_they_were_calibrated_for(guardrail: Guardrail) -> None:
+    for alpha in (0.2, 0.05, 0.01):
+        calibrations = {"e2e": dataclasses.replace(guardrail.calibrations["e2e"], alpha=alpha)}
+        drift = DriftCorrection.for_guardrail(dataclasses.replace(guardrail, calibrations=calibrations))
+        assert drift.settings == DriftSettings(alpha=alpha, window=199 if alpha == 0.01 else 60)
 
 
 def test_settings_are_stored(guardrail: Guardrail, tmp_path: Path) -> None:

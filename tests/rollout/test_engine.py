@@ -11,7 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from pacevlm.errors import ConfigError, DataError, IdentityError, ImageError, KnobError, QuestionError
+from pacevlm.errors import (
+    ConfigError,
+    DataError,
+    IdentityError,
+    ImageError,
+    KnobError,
+    MemoryLimitError,
+    QuestionError,
+)
 from pacevlm.knobs import Knobs
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.rollout.engine import RolloutEngine
@@ -126,6 +134,76 @@ def test_no_batch_exceeds_its_limits(
     assert all(len(batch) <= 5 and len(batch) * max(batch) <= 230 for batch in batches)
 
 
+class Memory:
+    """A device on which so many rows or prompts fit at once; a stand-in for what torch raises beyond that."""
+
+    def __init__(self, model: ElasticModel, monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+        self.num_failed, self.num_fitting = 0, 1000
+        for name in ("generate", "prefix", "latency_token"):
+            monkeypatch.setattr(model.decoder, name, self.limited(getattr(model.decoder, name), error))
+
+    def limited(self, run: Any, error: RuntimeError) -> Any:
+        def wrapper(rows: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(rows) > self.num_fitting:
+                self.num_failed += 1
+                raise error
+            return run(rows, *args, **kwargs)
+
+        return wrapper
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu"])
+def test_out_of_memory_halves_batches_and_goes_on(
+    tiny_elastic: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    jobs = jobs_of(tiny_elastic, law_examples, 40)
+    examples, tiers = [example for example, _ in jobs], [knobs.tier for _, knobs in jobs]
+    tokens = torch.randn(len(jobs), tiny_elastic.d_model, generator=torch.Generator().manual_seed(0))
+    roomy = RolloutEngine(tiny_elastic, first_letter)
+    expected, expected_tokens = roomy.run(jobs), roomy.latency_token_outputs(examples, tiers, tokens)
+    device = Memory(tiny_elastic, monkeypatch, error)
+    device.num_fitting = 3
+    engine = RolloutEngine(tiny_elastic, first_letter)
+    before = engine.limits
+    assert engine.run(jobs) == expected
+    assert engine.num_run == roomy.num_run
+    assert engine.limits.max_rows <= 3 < before.max_rows
+    # What was learned holds on: a few batches failed, not all of them.
+    assert 2 <= device.num_failed <= 12
+    num_failed = device.num_failed
+    torch.testing.assert_close(engine.latency_token_outputs(examples, tiers, tokens), expected_tokens)
+    assert device.num_failed == num_failed
+
+
+def test_what_does_not_fit_even_alone_is_said(
+    tiny_elastic: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = jobs_of(tiny_elastic, law_examples)
+    engine = RolloutEngine(tiny_elastic)
+    device = Memory(tiny_elastic, monkeypatch, OUT_OF_MEMORY[0])
+    device.num_fitting = 0
+    with pytest.raises(MemoryLimitError, match="memory for a single row of"):
+        engine.run(jobs)
+    device.num_fitting = 1000
+    assert len(engine.run(jobs)) == len(jobs)
+
+
+def test_other_faults_are_not_taken_for_a_lack_of_memory(
+    tiny_elastic: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Memory(tiny_elastic, monkeypatch, RuntimeError("shapes do not match"))
+    device.num_fitting = 3
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        RolloutEngine(tiny_elastic).run(jobs_of(tiny_elastic, law_examples))
+    assert device.num_failed == 1
+
+
 def test_remembered_outcomes_are_given_back_and_not_run(
     tiny_elastic: ElasticModel, law_examples: list[Example]
 ) -> None:
@@ -215,7 +293,7 @@ def test_one_id_for_two_examples_is_refused(tiny_elastic: ElasticModel, law_exam
 
 @pytest.mark.parametrize("limits", [{"max_rows": 0}, {"max_tokens": 0}, {"max_prefix_bytes": -1}], ids=str)
 def test_senseless_limits_are_refused(tiny_elastic: ElasticModel, limits: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ConfigError, match="whole number from 1"):
         RolloutEngine(tiny_elastic, **limits)
 
 

@@ -1,0 +1,125 @@
+"""Both stages on NumPy arrays, for one request at a time.
+
+A decision is some ten products of a small matrix with a vector. Calling torch for each takes several times longer than
+computing it, and a request waits for that; training, which wants gradients and batches, uses the modules themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import erf
+from torch import Tensor, nn
+
+from pacevlm.controller.budget import BudgetEncoder
+from pacevlm.controller.stages import Stage1, Stage2
+
+Array = NDArray[np.float32]
+Layer = Callable[[Array], Array]
+
+_HALF_SQRT2 = math.sqrt(0.5)
+
+
+class ArrayToken:
+    """`BudgetEncoder.forward` of one budget: its features to the latency token."""
+
+    def __init__(self, encoder: BudgetEncoder) -> None:
+        self._layers, self._norm = _layers(encoder.mlp), _layer_norm(encoder.norm)
+        self._scale = np.exp(_array(encoder.log_scale))
+
+    def __call__(self, budget_features: Array) -> Array:
+        """`(num_features,)` to `(d_model,)`."""
+        return self._norm(_run(self._layers, budget_features)) * self._scale
+
+
+class ArrayStage1:
+    """`Stage1.forward` of one request: features `(features,)` to tier logits `(tiers,)`."""
+
+    def __init__(self, stage: Stage1) -> None:
+        self._ends = np.cumsum(stage.split_sizes)[:-1].tolist()
+        self._scalars, self._question = _linear(stage.scalars), _linear(stage.question)
+        self._question_norm = _layer_norm(stage.question_norm)
+        self._thumbnail = _layers(stage.thumbnail) if isinstance(stage.thumbnail, nn.Sequential) else None
+        self._last = [*_layers(stage.hidden), _linear(stage.head)]
+
+    def __call__(self, features: Array) -> Array:
+        """Tier logits, `(tiers,)`."""
+        first, second = self._ends
+        combined = self._scalars(features[:first]) + self._question(self._question_norm(features[second:]))
+        if self._thumbnail is not None:
+            combined += _run(self._thumbnail, features[first:second])
+        return _run(self._last, combined)
+
+
+class ArrayStage2:
+    """`Stage2.forward` of one request: the latency token's output to pair logits."""
+
+    def __init__(self, stage: Stage2) -> None:
+        self._norm, self._output = _layer_norm(stage.output_norm), _linear(stage.output)
+        weight = _array(stage.scalars.weight)
+        num_budget_features = weight.shape[1] - stage.num_tiers
+        # The tier is one-hot: its column is added, the others are not.
+        self._budget_weight = np.ascontiguousarray(weight[:, :num_budget_features])
+        self._tier_bias = np.ascontiguousarray(weight[:, num_budget_features:].T) + _array(stage.scalars.bias)
+        self._hidden = _layers(stage.hidden)
+        self._top_k, self._num_blocks = _linear(stage.top_k_head), _linear(stage.num_blocks_head)
+        self._pair = None if stage.pair_head is None else _linear(stage.pair_head)
+
+    def __call__(self, latency_token_output: Array, budget_features: Array, tier_index: int) -> Array:
+        """Pair logits `(top_ks, num_blocks)` of an output `(d_model,)` and budget features `(num_features,)`."""
+        combined = self._output(self._norm(latency_token_output))
+        combined += self._budget_weight @ budget_features + self._tier_bias[tier_index]
+        hidden = _run(self._hidden, combined)
+        logits: Array = self._top_k(hidden)[:, None] + self._num_blocks(hidden)
+        if self._pair is not None:
+            logits += self._pair(hidden).reshape(logits.shape)
+        return logits
+
+
+def _array(weight: Tensor) -> Array:
+    # A copy: who goes on training does not change a policy that was made.
+    return np.array(weight.detach().float().cpu().numpy())
+
+
+def _run(layers: Sequence[Layer], x: Array) -> Array:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def _layers(sequence: nn.Sequential) -> list[Layer]:
+    layers: list[Layer] = []
+    for module in sequence:
+        if isinstance(module, nn.Linear):
+            layers.append(_linear(module))
+        elif isinstance(module, nn.GELU) and module.approximate == "none":
+            layers.append(_gelu)
+        else:
+            raise TypeError(f"{module} has no counterpart on arrays")
+    return layers
+
+
+def _linear(module: nn.Linear) -> Layer:
+    weights = {name: _array(weight) for name, weight in module.named_parameters()}
+    weight, bias = weights["weight"], weights.get("bias")
+    return (lambda x: weight @ x) if bias is None else (lambda x: weight @ x + bias)
+
+
+def _layer_norm(module: nn.LayerNorm) -> Layer:
+    eps, size = module.eps, np.float32(module.normalized_shape[0])
+
+    def normalise(x: Array) -> Array:
+        centred = x - x.sum() / size
+        return np.asarray(centred / np.sqrt(centred @ centred / size + eps))
+
+    if not module.elementwise_affine:
+        return normalise
+    weight, bias = _array(module.weight), _array(module.bias)
+    return lambda x: normalise(x) * weight + bias
+
+
+def _gelu(x: Array) -> Array:
+    return np.asarray(0.5 * x * (1.0 + erf(x * _HALF_SQRT2)))
