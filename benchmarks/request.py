@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from ceilings import decode_bytes, measure_bandwidth, measure_flops, prefill_flops
-from loop_experts import loop_over_experts
+from other_experts import loop_over_experts
 from result_file import provenance, write_result
 from rich.console import Console
 from rich.progress import Progress

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """How many rollouts a second training gets, against each rollout alone: processor, generate, batch 1.
 
-Both ways answer the same (example, knobs) pairs, in turns within one run, and have to give the same tokens. Prints
-tables and, last, one JSON line; the same goes to RESULTS/rollouts-DEVICE.json. The device should be idle.
+Alone, rollouts run with transformers' own experts module as it is, and once more with this project's. All ways answer
+the same (example, knobs) pairs, in turns within one run, and have to give the same tokens. Prints tables and, last, one
+JSON line; the same goes to RESULTS/rollouts-DEVICE.json. The device should be idle.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from other_experts import transformers_experts
 from result_file import provenance, write_result
 from rich.console import Console
 from rich.progress import Progress
@@ -30,6 +33,11 @@ from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.types import Example
 
 Jobs = list[tuple[Example, Knobs]]
+# Whose experts a rollout alone runs with.
+ALONE: dict[str, Callable[[ElasticModel], AbstractContextManager[None]]] = {
+    "alone": transformers_experts,
+    "alone_own_experts": lambda _: nullcontext(),
+}
 
 
 def sample_jobs(model: ElasticModel, examples: Sequence[Example], group: int, seed: int) -> Jobs:
@@ -65,13 +73,14 @@ def timed_run(engine: RolloutEngine, jobs: Jobs) -> float:
     return time.perf_counter() - started
 
 
-def timed_alone(model: ElasticModel, jobs: Jobs) -> tuple[float, list[str]]:
+def timed_alone(model: ElasticModel, jobs: Jobs, way: str) -> tuple[float, list[str]]:
     """Seconds that rollouts take one by one, and their answers."""
-    model.synchronise()
-    started = time.perf_counter()
-    answers = [run_alone(model, example, knobs) for example, knobs in jobs]
-    model.synchronise()
-    return time.perf_counter() - started, answers
+    with ALONE[way](model):
+        model.synchronise()
+        started = time.perf_counter()
+        answers = [run_alone(model, example, knobs) for example, knobs in jobs]
+        model.synchronise()
+        return time.perf_counter() - started, answers
 
 
 def compare(
@@ -91,7 +100,7 @@ def compare(
         parts: dict[str, float] = {"num_rollouts": len(jobs)}
         # Half of the lone rollouts before the engine's, half behind.
         half = len(alone) // 2
-        seconds, answers = timed_alone(model, alone[:half])
+        before = {way: timed_alone(model, alone[:half], way) for way in ALONE}
         progress.advance(task)
         parts["fresh_s"] = timed_run(engine, jobs)
         parts["num_distinct"] = engine.num_run
@@ -100,22 +109,25 @@ def compare(
         parts["next_epoch_s"] = timed_run(engine, anew)
         parts["next_epoch_run"] = engine.num_run - parts["num_distinct"]
         progress.advance(task)
-        more_seconds, more_answers = timed_alone(model, alone[half:])
+        behind = {way: timed_alone(model, alone[half:], way) for way in ALONE}
         progress.advance(task)
-        seconds, answers = seconds + more_seconds, answers + more_answers
-        parts["alone_s_per_rollout"] = seconds / len(alone)
         outcomes = engine.run(alone)
-        num_same += sum(outcome.answer == answer for outcome, answer in zip(outcomes, answers, strict=True))
-        num_compared += len(alone)
+        for way in ALONE:
+            parts[f"{way}_s_per_rollout"] = (before[way][0] + behind[way][0]) / len(alone)
+            answers = before[way][1] + behind[way][1]
+            num_same += sum(outcome.answer == answer for outcome, answer in zip(outcomes, answers, strict=True))
+            num_compared += len(alone)
         rounds.append(parts)
-    alone_s = np.array([r["alone_s_per_rollout"] * r["num_rollouts"] for r in rounds])
     results: dict[str, Any] = {"same_tokens": num_same == num_compared, "num_compared": num_compared}
     for name, key in (("fresh", "fresh_s"), ("remembered", "remembered_s"), ("next_epoch", "next_epoch_s")):
-        ratios = alone_s / np.array([r[key] for r in rounds])
-        results[f"speedup_{name}"] = float(np.median(ratios))
-        results[f"speedup_{name}_range"] = [float(ratios.min()), float(ratios.max())]
         results[f"{name}_rollouts_per_s"] = float(np.median([r["num_rollouts"] / r[key] for r in rounds]))
-    results["alone_rollouts_per_s"] = float(np.median([1 / r["alone_s_per_rollout"] for r in rounds]))
+        for way in ALONE:
+            ratios = np.array([r[f"{way}_s_per_rollout"] * r["num_rollouts"] / r[key] for r in rounds])
+            suffix = way.removeprefix("alone")
+            results[f"speedup_{name}{suffix}"] = float(np.median(ratios))
+            results[f"speedup_{name}{suffix}_range"] = [float(ratios.min()), float(ratios.max())]
+    for way in ALONE:
+        results[f"{way}_rollouts_per_s"] = float(np.median([1 / r[f"{way}_s_per_rollout"] for r in rounds]))
     results["distinct_share"] = float(np.mean([r["num_distinct"] / r["num_rollouts"] for r in rounds]))
     results["next_epoch_run_share"] = float(np.mean([r["next_epoch_run"] / r["num_rollouts"] for r in rounds]))
     return results, rounds
@@ -187,9 +199,10 @@ def show(results: dict[str, Any], console: Console) -> None:
     """Print what the JSON line holds."""
     device = results["device"]
     table = Table(title=f"rollouts on {device['name']}, {device['num_threads']} thread(s), {results['dtype']}")
-    for column in ("way", "rollouts/s", "times one alone", "range over rounds"):
+    for column in ("way", "rollouts/s", "times one alone", "range over rounds", "times one alone, own experts"):
         table.add_column(column)
-    table.add_row("alone (processor, generate)", f"{results['alone_rollouts_per_s']:.1f}", "1", "")
+    table.add_row("alone (processor, generate)", f"{results['alone_rollouts_per_s']:.1f}", "1", "", "")
+    table.add_row("the same, own experts", f"{results['alone_own_experts_rollouts_per_s']:.1f}", "", "", "1")
     for name, label in (
         ("fresh", "fresh batch"),
         ("next_epoch", "same examples, sampled anew"),
@@ -197,7 +210,8 @@ def show(results: dict[str, Any], console: Console) -> None:
     ):
         low, high = results[f"speedup_{name}_range"]
         speed, ratio = results[f"{name}_rollouts_per_s"], results[f"speedup_{name}"]
-        table.add_row(label, f"{speed:.1f}", f"{ratio:.1f}", f"{low:.1f} to {high:.1f}")
+        own = results[f"speedup_{name}_own_experts"]
+        table.add_row(label, f"{speed:.1f}", f"{ratio:.1f}", f"{low:.1f} to {high:.1f}", f"{own:.1f}")
     table.add_row("exhaustive sweep", f"{results['sweep']['rollouts_per_s']:.1f}", "", "")
     console.print(table)
     table = Table(title="growth")
@@ -231,8 +245,8 @@ def main() -> None:
         device = collect_device_facts(model.device, model.dtype)
         warm = sample_jobs(model, list(DigitVQA("val", 4)), 8, seed=3)
         timed_run(RolloutEngine(model), warm)
-        for example, knobs in warm[:4]:
-            run_alone(model, example, knobs)
+        for way in ALONE:
+            timed_alone(model, warm[:4], way)
         compared, rounds = compare(model, arguments, progress)
         sweep = sweep_speed(model, arguments.num_sweep, arguments.seed)
         rows = growth(model, arguments, progress)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Lock
 from typing import Generic, TypeVar
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 from pacevlm.data.metrics import exact_match
 from pacevlm.errors import DataError, IdentityError, MemoryLimitError
 from pacevlm.knobs import Knobs
+from pacevlm.latency.measuring import use_num_threads
 from pacevlm.models.decoder import Prefix
 from pacevlm.models.elastic import ElasticModel, RequestView
 from pacevlm.rollout.limits import BatchLimits, is_out_of_memory
@@ -28,6 +32,7 @@ class _PrefixStore(Generic[Key]):
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.num_bytes = max_bytes, 0
+        self._lock = Lock()
         self._entries: OrderedDict[Key, Prefix] = OrderedDict()
 
     @staticmethod
@@ -35,23 +40,28 @@ class _PrefixStore(Generic[Key]):
         return sum(t.numel() * t.element_size() for t in (prefix.hidden, *prefix.keys, *prefix.values))
 
     def get(self, key: Key) -> Prefix | None:
-        if key in self._entries:
-            self._entries.move_to_end(key)
-        return self._entries.get(key)
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+            return self._entries.get(key)
 
     def put(self, key: Key, prefix: Prefix) -> None:
-        self._entries[key] = prefix
-        self.num_bytes += self._size(prefix)
-        while self.num_bytes > self.max_bytes and len(self._entries) > 1:
-            _, old = self._entries.popitem(last=False)
-            self.num_bytes -= self._size(old)
+        with self._lock:
+            if key in self._entries:
+                return
+            self._entries[key] = prefix
+            self.num_bytes += self._size(prefix)
+            while self.num_bytes > self.max_bytes and len(self._entries) > 1:
+                _, old = self._entries.popitem(last=False)
+                self.num_bytes -= self._size(old)
 
 
 class RolloutEngine:
     """Runs examples with knobs in large mixed batches.
 
     Vision features and first blocks are computed once per (example, tier), identical rollouts once, remembered ones
-    not at all; what is left runs as rows of mixed batches, and every row gets what it would have got alone.
+    not at all; what is left runs as rows of mixed batches, and every row gets what it would have got alone. On a CPU
+    batches run side by side, one on each thread.
 
     Args:
         model: the frozen model.
@@ -168,10 +178,11 @@ class RolloutEngine:
         # Rows of like length share a batch, so that little is padded; like knobs side by side keep sub-batches whole.
         todo = sorted(fresh, key=lambda key: (lengths[key], key[0], key[1].num_blocks, key[1].top_k))
         done = 0
-        for chunk, _ in self._in_chunks(
+        for chunk in self._in_parallel(
             lambda chunk: self._run_batch([(fresh[key], key[1]) for key in chunk]), todo, lengths
         ):
             done += len(chunk)
+            self.num_run += len(chunk)
             if progress is not None:
                 progress(done, len(todo))
         outcomes = []
@@ -185,13 +196,42 @@ class RolloutEngine:
         sizes = self.view(example).sizes
         return sizes.num_text_tokens + sizes.vision[self.model.knob_space.tiers.index(tier)].num_image_tokens
 
+    def _in_parallel(
+        self, run: Callable[[list[Key]], None], keys: Sequence[Key], lengths: Mapping[Key, int]
+    ) -> Iterator[list[Key]]:
+        """Run keys chunk by chunk; on a CPU as many chunks side by side as it has threads, each on one of them.
+
+        Small operations leave threads that share one chunk waiting for each other; a chunk of its own keeps each busy.
+        """
+        num_workers = torch.get_num_threads() if self.model.device.type == "cpu" else 1
+        share = replace(self.limits, max_tokens=max(1, self.limits.max_tokens // num_workers))
+        chunks, start = [], 0
+        while start < len(keys):
+            chunks.append(_next_chunk(keys, start, lengths, share))
+            start += len(chunks[-1])
+        if num_workers == 1 or len(chunks) < num_workers:
+            for chunk, _ in self._in_chunks(run, keys, lengths):
+                yield chunk
+            return
+
+        def run_one(chunk: list[Key]) -> list[Key]:
+            for _ in self._in_chunks(run, chunk, lengths):
+                pass
+            return chunk
+
+        with use_num_threads(1), ThreadPoolExecutor(num_workers) as pool:
+            try:
+                yield from pool.map(run_one, chunks)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
     def _in_chunks(
         self, run: Callable[[list[Key]], Result], keys: Sequence[Key], lengths: Mapping[Key, int]
     ) -> Iterator[tuple[list[Key], Result]]:
         """Run keys chunk by chunk within the limits, which are halved whenever memory runs out."""
         start = 0
         while start < len(keys):
-            chunk = self._next_chunk(keys, start, lengths)
+            chunk = _next_chunk(keys, start, lengths, self.limits)
             try:
                 result = run(chunk)
             except RuntimeError as error:
@@ -211,15 +251,6 @@ class RolloutEngine:
             # Behind the handler, where nothing of the failed batch is referred to any more.
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
-
-    def _next_chunk(self, keys: Sequence[Key], start: int, lengths: Mapping[Key, int]) -> list[Key]:
-        longest, end = 0, start
-        while end < len(keys) and end - start < self.limits.max_rows:
-            longest = max(longest, lengths[keys[end]])
-            if end > start and (end + 1 - start) * longest > self.limits.max_tokens:
-                break
-            end += 1
-        return list(keys[start:end])
 
     # Not inference mode, even inside it: a cached prefix may serve a gradient later.
     @torch.inference_mode(False)
@@ -283,4 +314,14 @@ class RolloutEngine:
                     num_output_tokens=len(token_ids),
                 )
             )
-        self.num_run += len(jobs)
+
+
+def _next_chunk(keys: Sequence[Key], start: int, lengths: Mapping[Key, int], limits: BatchLimits) -> list[Key]:
+    """The keys from `start` on that fit one batch, at least one."""
+    longest, end = 0, start
+    while end < len(keys) and end - start < limits.max_rows:
+        longest = max(longest, lengths[keys[end]])
+        if end > start and (end + 1 - start) * longest > limits.max_tokens:
+            break
+        end += 1
+    return list(keys[start:end])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import threading
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from pacevlm.errors import (
     QuestionError,
 )
 from pacevlm.knobs import Knobs
+from pacevlm.latency.measuring import use_num_threads
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.rollout.memory import OutcomeMemory
@@ -132,6 +134,43 @@ def test_no_batch_exceeds_its_limits(
     RolloutEngine(tiny_elastic, max_rows=5, max_tokens=230).run(jobs_of(tiny_elastic, law_examples, 40))
     assert len(batches) > 2
     assert all(len(batch) <= 5 and len(batch) * max(batch) <= 230 for batch in batches)
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_batches_side_by_side_give_what_batches_in_turn_give(
+    tiny_elastic: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch, num_threads: int
+) -> None:
+    jobs = jobs_of(tiny_elastic, law_examples, 60)
+    with use_num_threads(1):
+        expected = RolloutEngine(tiny_elastic, first_letter, max_rows=4).run(jobs)
+    seen: list[tuple[int, int]] = []
+    generate = tiny_elastic.decoder.generate
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append((threading.get_ident(), torch.get_num_threads()))
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(tiny_elastic.decoder, "generate", watched)
+    progress: list[int] = []
+    with use_num_threads(num_threads):
+        engine = RolloutEngine(tiny_elastic, first_letter, max_rows=4)
+        assert engine.run(jobs, progress=lambda done, _: progress.append(done)) == expected
+        assert torch.get_num_threads() == num_threads
+    assert threading.get_ident() not in {thread for thread, _ in seen}
+    assert {threads for _, threads in seen} == {1}
+    assert progress == sorted(set(progress))
+    assert progress[-1] == engine.num_run == len({(e.example_id, k) for e, k in jobs})
+
+
+def test_a_fault_in_one_of_several_batches_comes_out(
+    tiny_elastic: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Memory(tiny_elastic, monkeypatch, OUT_OF_MEMORY[0])
+    device.num_fitting = 0
+    with use_num_threads(2):
+        with pytest.raises(MemoryLimitError, match="memory for a single row of"):
+            RolloutEngine(tiny_elastic, max_rows=4).run(jobs_of(tiny_elastic, law_examples, 40))
+        assert torch.get_num_threads() == 2
 
 
 class Memory:

@@ -1,0 +1,74 @@
+"""Experts as others run them: transformers' own module, and a loop over all experts as models were first published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import OlmoeConfig
+from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+
+from pacevlm.models.elastic import ElasticModel
+
+
+def run_experts_in_a_loop(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, keep: Tensor | None = None
+) -> Tensor:
+    """What `pacevlm.models.molmoe.experts.run_experts` computes, expert by expert; shapes as there."""
+    assert keep is None
+    num_experts = gate_up_proj.shape[0]
+    out = torch.zeros_like(x)
+    chosen = F.one_hot(experts, num_experts).permute(2, 1, 0)
+    for expert in range(num_experts):
+        place, token = torch.where(chosen[expert])
+        gate, up = F.linear(x[token], gate_up_proj[expert]).chunk(2, dim=-1)
+        current = F.linear(F.silu(gate) * up, down_proj[expert]) * weights[token, place, None]
+        out.index_add_(0, token, current.to(x.dtype))
+    return out
+
+
+@contextmanager
+def _replaced(model: ElasticModel, forward_of: Callable[[Any], Callable[..., Tensor]]) -> Iterator[None]:
+    modules: list[Any] = [block.mlp.experts for block in model.adapter.blocks]
+    for module in modules:
+        module.forward = forward_of(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def loop_over_experts(model: ElasticModel) -> AbstractContextManager[None]:
+    """Run a model's experts in a loop over all of them while the context is open."""
+
+    def forward_of(module: Any) -> Callable[..., Tensor]:
+        return lambda x, weights, experts, keep=None: run_experts_in_a_loop(
+            x, weights, experts, module.gate_up_proj, module.down_proj, keep
+        )
+
+    return _replaced(model, forward_of)
+
+
+def transformers_experts(model: ElasticModel) -> AbstractContextManager[None]:
+    """Run a model's experts with transformers' OLMoE module, as it is by default, while the context is open."""
+
+    def forward_of(module: Any) -> Callable[..., Tensor]:
+        num_experts, d_model, expert_dim = module.down_proj.shape
+        config = OlmoeConfig(hidden_size=d_model, intermediate_size=expert_dim, num_experts=num_experts)
+        config._experts_implementation = "eager"
+        with torch.device("meta"):
+            theirs = OlmoeExperts(config)
+        theirs.gate_up_proj, theirs.down_proj = module.gate_up_proj, module.down_proj
+
+        def forward(x: Tensor, weights: Tensor, experts: Tensor, keep: Tensor | None = None) -> Tensor:
+            assert keep is None
+            return theirs(x, experts, weights)
+
+        return forward
+
+    return _replaced(model, forward_of)
