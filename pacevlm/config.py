@@ -79,7 +79,7 @@ class DataConfig:
 
     dataset: str = "digits"
     test_dataset: str | None = None
-    num_train: int = 4000
+    num_train: int = 3000
     num_val: int = 400
     num_test: int = 1000
     skip_test: int = 0
@@ -119,7 +119,7 @@ class ProfileConfig:
     """
 
     num_requests: int = 64
-    num_samples: int = 400
+    num_samples: int = 800
     repeats: int = 2
     max_warmup: int = 50
     num_lengths: int = 800
@@ -153,7 +153,7 @@ class LookupConfig:
         ConfigError: the number is below 2.
     """
 
-    num_examples: int = 1000
+    num_examples: int = 3000
 
     def __post_init__(self) -> None:
         check_whole_numbers(self, {"num_examples": 2})

@@ -28,6 +28,7 @@ def train_defaults(steps: int, batch_size: int = 256) -> TrainConfig:
     Few steps of large batches, a lasting entropy bonus and averaged weights: the frozen model remembers what it
     answered, so rollouts soon cost nothing, and what limits a controller is that it learns single answers by heart.
     A policy that stays uncertain ranks all configurations by what they gain, rather than the first good one alone.
+    Bounds are up to 1.4 times the profile's: on a machine that is busier than profiled a controller meets such masks.
     """
     return TrainConfig(
         run_dir=Path("train"),
@@ -36,6 +37,8 @@ def train_defaults(steps: int, batch_size: int = 256) -> TrainConfig:
         epochs_per_batch=1,
         ema_decay=0.98,
         min_budget=0.4,
+        max_budget=1.2,
+        max_tightening=1.4,
         grpo=GRPOConfig(group_size=64, entropy_coef=0.06),
     )
 
@@ -67,7 +70,7 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     lookup: LookupConfig = field(default_factory=LookupConfig)
     controller: ControllerSettings = field(default_factory=ControllerSettings)
-    train: TrainConfig = field(default_factory=lambda: train_defaults(steps=200))
+    train: TrainConfig = field(default_factory=lambda: train_defaults(steps=250))
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
