@@ -17,7 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from latency_models import MODELS, LinearModel
-from latency_serving import ALPHA, Bench, DearestFeasible, coverage_of_picks, interval, measure_drift, times, wilson
+from latency_serving import (
+    ALPHA,
+    Bench,
+    DearestFeasible,
+    coverage_of_picks,
+    interval,
+    measure_drift,
+    median_samples,
+    times,
+    wilson,
+)
 from result_file import provenance, write_result
 from rich.console import Console
 from rich.progress import Progress
@@ -42,8 +52,9 @@ from pacevlm.pacer import Pacer
 from pacevlm.rollout.request import Pacing
 
 FILLER = "Look at the picture with care."
-# Prompt tokens and knobs that fitting never sees: a gap in the middle, the longest prompts, and a fifth of the space.
-GAP_QUANTILES, TOP_QUANTILE, HELD_OUT_KNOBS = (0.45, 0.6), 0.85, 0.2
+# Prompt tokens and knobs that fitting never sees: a gap in the middle, the longest prompts, and three tenths of the
+# space.
+GAP_QUANTILES, TOP_QUANTILE, HELD_OUT_KNOBS = (0.4, 0.6), 0.8, 0.3
 BARS = {
     "e2e_mape": ("<=", 0.05),
     "ttft_mape": ("<=", 0.05),
@@ -145,9 +156,12 @@ def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> tuple[di
     requests = make_requests("train", arguments.num_requests, seed, max_filler=12)
     natural = make_requests("val", arguments.num_requests, seed, max_filler=0)
 
-    profile = bench.profile(requests, arguments.num_samples, threads, "profile")
+    profile = bench.profile(requests, arguments.num_samples, threads, "profile", arguments.repeats)
     summary = summarise_profile(profile)
+    # Predictions are of the usual latency, so they are judged by the median of a point's repeats. How far single
+    # requests stray from it is what bounds are for; that is reported beside it.
     split = hold_out(profile, seed)
+    single, split = [*split.gap, *split.top], HeldOut(split.fit, median_samples(split.gap), median_samples(split.top))
     fit_profile = dataclasses.replace(profile, samples=tuple(split.fit))
     settings = {"trained_top_k": model.trained_top_k, "stage2_after": model.stage2_after}
     estimator = LatencyEstimator.fit(fit_profile, **settings)
@@ -156,7 +170,12 @@ def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> tuple[di
     errors = relative_errors(estimator.predict_samples(held_out), measured["e2e"])
     ttft_errors = relative_errors(estimator.predict_samples(held_out, "ttft"), measured["ttft"])
     tpot_errors = relative_errors(predicted_tpot_ms(estimator, held_out), tpot_ms(held_out))
-    floor = np.array(profile.noise_floor.repeats_ms) / np.median(profile.noise_floor.repeats_ms) - 1
+    single_errors = relative_errors(estimator.predict_samples(single), times(single)["e2e"])
+    repeats_ms = np.array(profile.noise_floor.repeats_ms)
+    floor = repeats_ms / np.median(repeats_ms) - 1
+    # The same for medians of as many of them, drawn at random as the repeats of a point lie anywhere in the run.
+    drawn_ms = np.random.default_rng(seed).choice(repeats_ms, (1000, arguments.repeats))
+    median_floor = np.sort(drawn_ms, axis=1)[:, arguments.repeats // 2] / np.median(repeats_ms) - 1
     models = compare_models(split, model)
     ours = {
         part: mape(estimator.predict_samples(samples), times(samples)["e2e"])
@@ -219,6 +238,7 @@ def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> tuple[di
         "num_samples": len(profile.samples),
         "num_fit": len(split.fit),
         "num_held_out": len(held_out),
+        "repeats": arguments.repeats,
         "e2e_mape": float(np.abs(errors).mean()),
         "e2e_mape_interval": interval(np.abs(errors)),
         "ttft_mape": float(np.abs(ttft_errors).mean()),
@@ -227,6 +247,8 @@ def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> tuple[di
         "tpot_mape_interval": interval(np.abs(tpot_errors)),
         "within_10pct": float((np.abs(errors) <= 0.1).mean()),
         "within_10pct_interval": wilson(int((np.abs(errors) <= 0.1).sum()), len(errors)),
+        "single_request_mape": float(np.abs(single_errors).mean()),
+        "single_request_within_10pct": float((np.abs(single_errors) <= 0.1).mean()),
         "models": {"pacevlm": ours, **models},
         "extrapolation_ratio": ours["top"] / best,
         **{key: value for key, value in picks.items() if key != "curve"},
@@ -240,6 +262,8 @@ def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> tuple[di
         "noise_floor_cv": summary.noise_cv,
         "noise_floor_mape": float(np.abs(floor).mean()),
         "noise_floor_within_10pct": float((np.abs(floor) <= 0.1).mean()),
+        "median_noise_floor_mape": float(np.abs(median_floor).mean()),
+        "median_noise_floor_within_10pct": float((np.abs(median_floor) <= 0.1).mean()),
         "num_noisy_windows": summary.num_noisy_windows,
         "estimator_ms_per_request": predict_ms,
         "estimator_share_of_request": predict_ms / full_ms,
@@ -300,8 +324,13 @@ def show(results: dict[str, Any], console: Console) -> None:
         met = value <= bar if relation == "<=" else value >= bar if relation == ">=" else bar[0] <= value <= bar[1]
         shown = "" if low_high is None else f"{low_high[0]:.3f} to {low_high[1]:.3f}"
         table.add_row(name, f"{value:.4f}", shown, f"{relation} {bar}", "yes" if met else "NO")
-    for name in ("noise_floor_cv", "noise_floor_mape", "noise_floor_within_10pct"):
+    for name in (
+        *("median_noise_floor_mape", "median_noise_floor_within_10pct"),
+        *("noise_floor_cv", "noise_floor_mape", "noise_floor_within_10pct"),
+    ):
         table.add_row(name, f"{results[name]:.4f}", "", "the floor", "")
+    for name in ("single_request_mape", "single_request_within_10pct"):
+        table.add_row(name, f"{results[name]:.4f}", "", "", "")
     console.print(table)
     table = Table(title="end-to-end MAPE on unseen knobs and unseen prompt lengths")
     for column in ("model", "in a gap of lengths", "beyond the longest"):
@@ -320,7 +349,8 @@ def main() -> None:
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--other-threads", type=int, default=2, help="threads to carry the estimator over to")
     parser.add_argument("--num-requests", type=int, default=200)
-    parser.add_argument("--num-samples", type=int, default=4000)
+    parser.add_argument("--num-samples", type=int, default=1200, help="pairs of request and knobs")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each pair")
     parser.add_argument("--num-transfer", type=int, default=1200)
     parser.add_argument("--num-picked", type=int, default=1500)
     parser.add_argument("--phase", type=int, default=500, help="requests in each of the three phases of the drift test")

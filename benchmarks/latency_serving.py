@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import time
@@ -24,6 +25,7 @@ from pacevlm.latency.profiler import ProfilerSettings, profile_requests, sample_
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.rollout.profiling import profiling_run
 from pacevlm.rollout.request import PacedResult, Pacing, run_with_policy
+from pacevlm.types import StageTimes
 
 ALPHA = 0.05
 # Budgets, as shares of the full configuration's median. The picks are bounded for the longest answers, which take
@@ -66,6 +68,32 @@ def times(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
     }
 
 
+def median_samples(samples: Sequence[Sample]) -> list[Sample]:
+    """One sample for each request and knobs, with the median of its repeats for every stage and for the whole."""
+    groups: dict[tuple[Any, ...], list[Sample]] = {}
+    for sample in samples:
+        sizes = (sample.num_text_tokens, sample.num_pixels, sample.num_crops, sample.num_output_tokens)
+        groups.setdefault((sample.knobs, *sizes), []).append(sample)
+    return [
+        dataclasses.replace(
+            group[0],
+            stages=StageTimes(
+                **{
+                    field.name: _median_ms([getattr(sample.stages, field.name) for sample in group])
+                    for field in dataclasses.fields(StageTimes)
+                }
+            ),
+        )
+        for group in groups.values()
+    ]
+
+
+def _median_ms(values: Sequence[Any]) -> Any:
+    """Median of times, or of the times of every decode step."""
+    medians = np.median(np.array(values), axis=0)
+    return tuple(medians.tolist()) if medians.ndim else float(medians)
+
+
 # Running -------------------------------------------------------------------------------------------------------------
 
 
@@ -75,12 +103,14 @@ class Bench:
     def __init__(self, model: ElasticModel, num_threads: int, progress: Progress, seed: int) -> None:
         self.model, self.num_threads, self.progress, self.seed = model, num_threads, progress, seed
 
-    def profile(self, requests: Sequence[tuple[Any, str]], num_samples: int, num_threads: int, what: str) -> Profile:
-        """Measure a profile with answers of all lengths."""
+    def profile(
+        self, requests: Sequence[tuple[Any, str]], num_samples: int, num_threads: int, what: str, repeats: int = 1
+    ) -> Profile:
+        """Measure a profile with answers of all lengths; repeats of a point lie anywhere in the run."""
         settings = ProfilerSettings(
             num_requests=len(requests),
             num_samples=num_samples,
-            repeats=1,
+            repeats=repeats,
             num_threads=num_threads,
             max_output_tokens=2 * self.model.max_new_tokens,
             seed=self.seed,

@@ -168,6 +168,7 @@ class Pacer:
                 f"the bundle {folder} was made for model {settings['identity']}, but {source} is {model.identity}: its "
                 "weights or its elastic.json changed; give the right one as model_path, or train for this one"
             )
+        model.capture_decode()
         with use_num_threads(values["num_threads"]):
             facts = None if any_device else collect_device_facts(device, model.dtype)
         estimator = LatencyEstimator.load(

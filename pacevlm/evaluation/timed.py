@@ -70,6 +70,7 @@ def time_requests(
             model, policy, example.image, example.question, budget_ms, pacing, example.example_id, drift=drift
         )
 
+    model.capture_decode()
     requests = itertools.cycle(itertools.product(rounds, policies))
     for (b, i), policy in itertools.islice(requests, config.num_warmup if rounds else 0):
         run(policy, b, i)

@@ -52,7 +52,7 @@ class DriftSettings:
     step_size: float = 0.05
     min_observations: int = 40
     outlier_ratio: float = 3.0
-    min_factor: float = 0.7
+    min_factor: float = 0.5
     max_factor: float = 16.0
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pacevlm.models.adapter import Adapter
 from pacevlm.models.block_order import BlockOrder
+from pacevlm.models.static_decode import StaticDecode
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,17 @@ class ElasticDecoder:
         adapter: the model.
         order: which blocks each num_blocks keeps.
         stage2_after: blocks that always run, at the trained top_k, before stage 2 decides.
+        static: decode steps of single rows, with fixed shapes; None runs them in the loop like any others.
     """
 
-    def __init__(self, adapter: Adapter[Any, Any], order: BlockOrder, stage2_after: int = 1) -> None:
-        self.adapter, self.order, self.stage2_after = adapter, order, stage2_after
+    def __init__(
+        self,
+        adapter: Adapter[Any, Any],
+        order: BlockOrder,
+        stage2_after: int = 1,
+        static: StaticDecode | None = None,
+    ) -> None:
+        self.adapter, self.order, self.stage2_after, self.static = adapter, order, stage2_after, static
 
     def prefix(self, embeddings: Sequence[Tensor]) -> list[Prefix]:
         """Run the first `stage2_after` blocks on prompts, each `(tokens, d_model)`."""
@@ -156,7 +164,7 @@ class ElasticDecoder:
         for step in range(max_new_tokens):
             logits = loop.step()
             if keep_logits:
-                kept_logits.append(logits)
+                kept_logits.append(logits.clone())
             finished = loop.accept(logits.argmax(-1))
             if on_token is not None:
                 on_token(step)
@@ -180,9 +188,15 @@ class _Generation:
         self.decoder, self.adapter = decoder, decoder.adapter
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
         self.prefixes = prefixes
+        self.static = decoder.static if len(prefixes) == 1 else None
         device = prefixes[0].hidden.device
-        self.lengths = torch.tensor([p.num_tokens for p in prefixes], device=device)
-        self.capacity = int(self.lengths.max()) + max_new_tokens
+        lengths = [p.num_tokens for p in prefixes]
+        self.same_length = len(set(lengths)) == 1
+        self.padded_length = max(lengths)
+        self.lengths = torch.tensor(lengths, device=device)
+        # Static steps have a cache of their own.
+        self.capacity = self.padded_length + (max_new_tokens if self.static is None else 0)
+        self.num_blocks = list(num_blocks)
         self.top_k = torch.tensor(list(top_k), device=device)
         self.only_top_k = top_k[0] if len(set(top_k)) == 1 else None
         self.kept_blocks = [frozenset(decoder.order.kept(n)) for n in num_blocks]
@@ -191,8 +205,6 @@ class _Generation:
         self.caches: dict[int, _BlockCache] = {}
         self.num_steps = 0
         self.last = self.lengths  # ids fed at the next step; set by `accept`
-        self.same_length = bool((self.lengths == self.lengths[0]).all())
-        self.padded_length = int(self.lengths.max())
 
     def step(self) -> Tensor:
         """Logits of the next token of every alive row, `(alive rows, vocabulary)`."""
@@ -261,7 +273,18 @@ class _Generation:
         room = (0, 0, 0, self.capacity - keys.shape[2])
         return _BlockCache(rows, F.pad(keys, room), F.pad(values, room))
 
+    def _decode_static(self, static: StaticDecode) -> Tensor:
+        if self.num_steps == 1:
+            for block, cache in self.caches.items():
+                static.load(block, cache.keys, cache.values)
+        assert self.only_top_k is not None
+        position = self.padded_length + self.num_steps - 1
+        most = self.padded_length + self.max_new_tokens
+        return static.step(self.last, position, self.only_top_k, self.num_blocks[0], most)
+
     def _decode(self) -> Tensor:
+        if self.static is not None:
+            return self._decode_static(self.static)
         x = self.adapter.embed_tokens(self.last)[:, None]
         end = self.padded_length + self.num_steps  # columns in use after this step
         rope = self.adapter.rope((self.lengths + self.num_steps - 1)[:, None])

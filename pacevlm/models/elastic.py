@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import struct
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from pacevlm.models.decoder import ElasticDecoder
 from pacevlm.models.embedded import EMBEDDED_DIR
 from pacevlm.models.images import ImageSource, load_image
 from pacevlm.models.stage_clock import StageClock
+from pacevlm.models.static_decode import StaticDecode
 from pacevlm.types import RequestSizes, StageTimes
 
 ELASTIC_FILE = "elastic.json"
@@ -114,7 +116,9 @@ class ElasticModel:
         self.identity = identity
         self.stage2_after = stage2_after
         self.max_new_tokens = _whole("max_new_tokens", max_new_tokens)
-        self.decoder = ElasticDecoder(adapter, order, stage2_after)
+        # A GPU waits for each small kernel of a decode step to be launched, unless a graph launches them together.
+        static = StaticDecode(adapter, order, stage2_after) if adapter.device.type == "cuda" else None
+        self.decoder = ElasticDecoder(adapter, order, stage2_after, static)
 
     @property
     def d_model(self) -> int:
@@ -221,6 +225,25 @@ class ElasticModel:
     def view(self, image: ImageSource, question: str) -> RequestView:
         """What a policy may know of a request before the vision encoder; raises ImageError and QuestionError."""
         return self._view(load_image(image), self.adapter.encode_question(question), self.max_new_tokens)
+
+    def capture_decode(self, num_text_tokens: int = 128) -> None:
+        """Capture the CUDA graphs of all knobs now, so that no request waits for one; does nothing on a CPU.
+
+        Args:
+            num_text_tokens: text that prompts may have beside the largest image; longer ones capture theirs when they
+                come.
+        """
+        static = self.decoder.static
+        if static is None:
+            return
+        crops = max(self.max_crops.values())
+        image_tokens = max(
+            self.adapter.vision_sizes(height, width, crops).num_image_tokens
+            for height, width in ((4096, 4096), (2048, 8192), (8192, 2048))
+        )
+        pairs = list(itertools.product(self.knob_space.top_ks, self.knob_space.num_blocks))
+        most = image_tokens + num_text_tokens + self.max_new_tokens
+        static.capture_all(pairs, min(most, static.max_positions))
 
     def synchronise(self) -> None:
         """Wait until the device has finished what it was given."""

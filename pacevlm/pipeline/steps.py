@@ -233,6 +233,7 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
         example = run.splits.val[int(order[number % len(order)])]
         return run_with_policy(model, policy, example.image, example.question, float(budgets_ms[number]), pacing)
 
+    model.capture_decode()
     with use_num_threads(profile_config.num_threads):
         for number in range(min(NUM_WARMUP, config.num_requests)):
             run_one(number)

@@ -89,6 +89,7 @@ def profiling_run(
     """
     if not requests:
         raise ProfileError("there are no requests to profile; give at least one image and question")
+    model.capture_decode()
     pacing = nominal_pacing(model)
     config = controller_config or ControllerConfig(reference_ms=NOMINAL_MS, embedding_scale=1.0)
     with torch.random.fork_rng(devices=[]):

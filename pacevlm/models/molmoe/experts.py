@@ -44,6 +44,17 @@ def _run_one_token(x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Te
     return out
 
 
+def _run_one_token_gathered(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+) -> Tensor:
+    # On a CUDA device without a grouped product for this dtype: nothing that depends on which experts are active has to
+    # come back to the host, so that a CUDA graph can hold it.
+    active = experts[0]
+    inner = _swiglu(torch.matmul(gate_up_proj[active], x[0]))
+    out = torch.matmul(down_proj[active], inner.unsqueeze(-1)).squeeze(-1)
+    return torch.matmul(weights, out)
+
+
 def run_experts(
     x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, keep: Tensor | None = None
 ) -> Tensor:
@@ -60,8 +71,11 @@ def run_experts(
     Returns:
         `(tokens, d_model)`.
     """
-    if x.shape[0] == 1 and keep is None and x.device.type == "cpu":
-        return _run_one_token(x, weights, experts, gate_up_proj, down_proj)
+    if x.shape[0] == 1 and keep is None:
+        if x.device.type == "cpu":
+            return _run_one_token(x, weights, experts, gate_up_proj, down_proj)
+        if not _supports_grouped_mm(x, gate_up_proj, down_proj):
+            return _run_one_token_gathered(x, weights, experts, gate_up_proj, down_proj)
     num_experts = gate_up_proj.shape[0]
     pair_expert = experts.reshape(-1)
     pair_weight = weights.reshape(-1)
@@ -69,17 +83,18 @@ def run_experts(
     if keep is not None:
         kept = keep.reshape(-1).nonzero().squeeze(-1)
         pair_expert, pair_weight, pair_token = pair_expert[kept], pair_weight[kept], pair_token[kept]
-    order = torch.argsort(pair_expert, stable=True)
+    pair_expert, order = torch.sort(pair_expert, stable=True)
     pair_token, pair_weight = pair_token[order], pair_weight[order]
-    counts = torch.bincount(pair_expert, minlength=num_experts)
+    # Unlike counting, which asks the device for the highest number, this can be part of a CUDA graph.
+    ends = torch.searchsorted(pair_expert, torch.arange(num_experts, device=x.device), right=True, out_int32=True)
     rows = x[pair_token]
     if _supports_grouped_mm(x, gate_up_proj, down_proj):
-        ends = counts.cumsum(0).to(torch.int32)
         inner = _swiglu(F.grouped_mm(rows, gate_up_proj.transpose(1, 2), offs=ends))
         out = F.grouped_mm(inner, down_proj.transpose(1, 2), offs=ends)
     else:
         pieces = []
-        for expert, chunk in enumerate(rows.split(counts.tolist())):
+        counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        for expert, chunk in enumerate(rows.split(counts)):
             if chunk.shape[0]:
                 pieces.append(_swiglu(chunk @ gate_up_proj[expert].T) @ down_proj[expert].T)
         out = torch.cat(pieces) if pieces else rows

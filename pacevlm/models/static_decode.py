@@ -1,0 +1,143 @@
+"""Decode steps of one request with fixed shapes and addresses, which a CUDA graph can replay.
+
+In eager mode a decode step of one request is hundreds of small kernels, and a GPU waits for Python to launch each. A
+graph launches them all at once, but holds only what does not change between steps. So keys and values live in buffers
+of a fixed capacity, a mask hides what is not used yet, and the token and its position are read from memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pacevlm.errors import ConfigError
+from pacevlm.models.adapter import Adapter
+from pacevlm.models.block_order import BlockOrder
+
+# Capacities are multiples of this, so that requests of many lengths share few graphs.
+CAPACITY_STEP = 512
+# Runs before a graph is captured: libraries set themselves up on their first call, which no graph may hold.
+NUM_WARMUP = 3
+
+
+class StaticDecode:
+    """Decode steps of one row; on a CUDA device one graph for each (top_k, num_blocks, capacity), made when first used.
+
+    On other devices the same steps run without a graph, slower than the elastic loop: there they are for tests.
+
+    Method: CUDA graphs over a static KV cache, as for example gpt-fast (PyTorch, 2023) and vLLM do.
+
+    Args:
+        adapter: the model.
+        order: which blocks each num_blocks keeps.
+        stage2_after: blocks that always run at the trained top_k.
+        max_positions: most tokens of prompt and answer; the model's own limit if None.
+    """
+
+    def __init__(
+        self, adapter: Adapter[Any, Any], order: BlockOrder, stage2_after: int, max_positions: int | None = None
+    ) -> None:
+        self.adapter, self.order, self.stage2_after = adapter, order, stage2_after
+        self.max_positions = adapter.max_positions if max_positions is None else max_positions
+        self._caches: dict[int, tuple[Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool: Any = None
+        self._token = torch.zeros(1, dtype=torch.long, device=adapter.device)
+        self._position = torch.zeros(1, dtype=torch.long, device=adapter.device)
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs captured so far."""
+        return len(self._graphs)
+
+    def capacity(self, num_tokens: int) -> int:
+        """Buffer length for so many tokens of prompt and answer; raises ConfigError if there are more than fit."""
+        if num_tokens > self.max_positions:
+            raise ConfigError(f"{num_tokens} tokens of prompt and answer exceed the {self.max_positions} that fit")
+        return min(-(-num_tokens // CAPACITY_STEP) * CAPACITY_STEP, self.max_positions)
+
+    # Not inference mode, even inside it: buffers are written to for as long as the model lives, in any mode.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def load(self, block: int, keys: Tensor, values: Tensor) -> None:
+        """Take over the prompt's keys and values of a block, each `(1, heads, tokens, head_dim)`."""
+        if block not in self._caches:
+            shape = (1, keys.shape[1], self.max_positions, keys.shape[3])
+            self._caches[block] = (keys.new_zeros(shape), values.new_zeros(shape))
+        for cache, new in zip(self._caches[block], (keys, values), strict=True):
+            cache[:, :, : new.shape[2]] = new
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def step(self, token: Tensor, position: int, top_k: int, num_blocks: int, num_tokens: int) -> Tensor:
+        """Logits of the next token, `(1, vocabulary)`; the next step overwrites them.
+
+        Args:
+            token: id that was generated last, `(1,)`.
+            position: its place, counted from 0.
+            num_tokens: most tokens that prompt and answer of this request may have.
+        """
+        self._token.copy_(token)
+        self._position.fill_(position)
+        capacity = self.capacity(num_tokens)
+        if self.adapter.device.type != "cuda":
+            return self._run(top_k, num_blocks, capacity)
+        graph, logits = self._graph(top_k, num_blocks, capacity)
+        graph.replay()
+        return logits
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def capture_all(self, pairs: Sequence[tuple[int, int]], num_tokens: int) -> None:
+        """Capture all that requests of these (top_k, num_blocks) and at most so many tokens will use.
+
+        Where there are no graphs, on a CPU, this does nothing.
+        """
+        if self.adapter.device.type != "cuda":
+            return
+        x = self.adapter.embed_tokens(self._token)[:, None]
+        rope = self.adapter.rope(self._position.fill_(0)[:, None])
+        for block in range(self.adapter.num_blocks):
+            _, keys, values = self.adapter.project(block, x, rope)
+            self.load(block, keys, values)
+        for capacity in {self.capacity(count) for count in (*range(1, num_tokens, CAPACITY_STEP), num_tokens)}:
+            for top_k, num_blocks in pairs:
+                self._graph(top_k, num_blocks, capacity)
+
+    def _graph(self, top_k: int, num_blocks: int, capacity: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        key = (top_k, num_blocks, capacity)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(*key)
+        return self._graphs[key]
+
+    def _run(self, top_k: int, num_blocks: int, capacity: int) -> Tensor:
+        adapter = self.adapter
+        x = adapter.embed_tokens(self._token)[:, None]
+        rope = adapter.rope(self._position[:, None])
+        mask = (torch.arange(capacity, device=x.device) <= self._position)[None, None, None]
+        for block in sorted(self.order.kept(num_blocks)):
+            q, k, v = adapter.project(block, x, rope)
+            keys, values = self._caches[block]
+            keys.index_copy_(2, self._position, k)
+            values.index_copy_(2, self._position, v)
+            x = x + adapter.attend(block, q, keys[:, :, :capacity], values[:, :, :capacity], mask, is_causal=False)
+            experts = adapter.trained_top_k if block < self.stage2_after else top_k
+            x = x + adapter.mix_experts(block, x, experts)
+        return adapter.logits(x[:, 0])
+
+    def _capture(self, top_k: int, num_blocks: int, capacity: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        # Every run writes the same keys to the same place, so that warming up changes nothing.
+        side = torch.cuda.Stream(self.adapter.device)
+        side.wait_stream(torch.cuda.current_stream(self.adapter.device))
+        with torch.cuda.stream(side):
+            for _ in range(NUM_WARMUP):
+                self._run(top_k, num_blocks, capacity)
+        torch.cuda.current_stream(self.adapter.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = self._run(top_k, num_blocks, capacity)
+        self._pool = graph.pool()
+        return graph, logits

@@ -1,0 +1,137 @@
+"""Static decode steps give what the elastic loop gives; on a GPU, graphs give what the steps give."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from pacevlm.errors import ConfigError
+from pacevlm.knobs import Knobs
+from pacevlm.models import static_decode
+from pacevlm.models.decoder import ElasticDecoder, Prefix
+from pacevlm.models.elastic import ElasticModel
+from pacevlm.models.molmoe.experts import _run_one_token, _run_one_token_gathered
+from pacevlm.models.static_decode import StaticDecode
+from pacevlm.types import Example
+
+STEPS = 6
+
+
+def prefixes_of(model: ElasticModel, examples: list[Example], tiers: tuple[str, ...]) -> list[Prefix]:
+    prefixes = []
+    for example, tier in itertools.product(examples, tiers):
+        prompt = model.adapter.encode_question(example.question)
+        prepared = model.adapter.prepare(example.image, prompt, model.max_crops[tier])
+        embeddings = model.adapter.embed(prepared, model.adapter.encode_vision([prepared])[0])
+        prefixes += model.decoder.prefix([embeddings])
+    return prefixes
+
+
+def generate(decoder: ElasticDecoder, prefix: Prefix, knobs: Knobs) -> tuple[list[int], Tensor]:
+    """Tokens, and logits of every step `(steps, vocabulary)`."""
+    generated, logits = decoder.generate([prefix], [knobs.top_k], [knobs.num_blocks], STEPS, keep_logits=True)
+    return generated[0], torch.cat(logits)
+
+
+def with_static_steps(model: ElasticModel) -> ElasticDecoder:
+    order, after = model.decoder.order, model.stage2_after
+    return ElasticDecoder(model.adapter, order, after, StaticDecode(model.adapter, order, after))
+
+
+@torch.no_grad()
+def test_static_steps_are_the_loops_steps(
+    law_model: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Short and long prompts in turn on the same buffers: what one leaves behind must not reach another.
+    monkeypatch.setattr(static_decode, "CAPACITY_STEP", 16)
+    monkeypatch.setattr(law_model.adapter, "eos_token_id", -1)
+    space, decoder = law_model.knob_space, with_static_steps(law_model)
+    prefixes = prefixes_of(law_model, law_examples[:3], (space.tiers[-1], space.tiers[0]))
+    assert len({prefix.num_tokens for prefix in prefixes}) > 2
+    for number, prefix in enumerate(prefixes):
+        for knobs in (*list(space)[number :: len(prefixes)], space.full, space.cheapest):
+            tokens, logits = generate(decoder, prefix, knobs)
+            expected_tokens, expected = generate(law_model.decoder, prefix, knobs)
+            assert tokens == expected_tokens
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+def test_steps_run_in_any_mode(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+    decoder, full = with_static_steps(tiny_elastic), tiny_elastic.knob_space.full
+    answers = []
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.inference_mode(), torch.no_grad()):
+        with mode:
+            (prefix,) = prefixes_of(tiny_elastic, law_examples[:1], ("high",))
+            answers.append(generate(decoder, prefix, full)[0])
+    assert all(answer == answers[0] for answer in answers)
+
+
+@torch.no_grad()
+def test_several_rows_run_in_the_loop(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+    decoder, full = with_static_steps(tiny_elastic), tiny_elastic.knob_space.full
+    prefixes = prefixes_of(tiny_elastic, law_examples[:2], ("high",))
+    arguments = (prefixes, [full.top_k] * 2, [full.num_blocks] * 2, STEPS)
+    assert decoder.generate(*arguments)[0] == tiny_elastic.decoder.generate(*arguments)[0]
+    assert decoder.static is not None
+    assert not decoder.static._caches
+
+
+def test_capacities_are_few_and_suffice(tiny_elastic: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static_decode, "CAPACITY_STEP", 64)
+    static = StaticDecode(tiny_elastic.adapter, tiny_elastic.order, 1, max_positions=200)
+    assert [static.capacity(count) for count in (1, 64, 65, 192, 193, 200)] == [64, 64, 128, 192, 200, 200]
+    with pytest.raises(ConfigError, match="201 tokens of prompt and answer exceed the 200"):
+        static.capacity(201)
+
+
+def test_a_cpu_captures_nothing(tiny_elastic: ElasticModel) -> None:
+    assert tiny_elastic.decoder.static is None
+    tiny_elastic.capture_decode()
+    static = StaticDecode(tiny_elastic.adapter, tiny_elastic.order, 1)
+    static.capture_all([(8, 6)], 100)
+    assert static.num_graphs == 0
+
+
+def test_gathered_experts_are_the_active_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate_up, down = (torch.randn(shape, generator=generator) for shape in ((9, 14, 5), (9, 5, 7)))
+    for num_active in (1, 3, 9):
+        x = torch.randn(1, 5, generator=generator)
+        weights = torch.rand(1, num_active, generator=generator)
+        experts = torch.randperm(9, generator=generator)[None, :num_active]
+        torch.testing.assert_close(
+            _run_one_token_gathered(x, weights, experts, gate_up, down),
+            _run_one_token(x, weights, experts, gate_up, down),
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_graphs_give_the_loops_tokens(dtype: torch.dtype) -> None:
+    model = ElasticModel.from_pretrained("embedded", device="cuda", dtype=dtype)
+    static = model.decoder.static
+    assert static is not None
+    loop = ElasticDecoder(model.adapter, model.decoder.order, model.stage2_after)
+    from pacevlm.data.digits import DigitVQA
+
+    with torch.inference_mode():
+        prefixes = prefixes_of(model, list(DigitVQA("val", 4)), ("high", "low"))
+        pairs = {(knobs.top_k, knobs.num_blocks) for knobs in list(model.knob_space)[::7]}
+        for number, (prefix, (top_k, num_blocks)) in enumerate(itertools.product(prefixes, sorted(pairs))):
+            knobs = Knobs("high", top_k, num_blocks)
+            tokens, logits = generate(model.decoder, prefix, knobs)
+            expected_tokens, expected = generate(loop, prefix, knobs)
+            # Half precision may round a near tie the other way; then only the steps before it can be compared.
+            pairs_of_tokens = enumerate(zip(tokens, expected_tokens, strict=True))
+            same = next((i for i, (a, b) in pairs_of_tokens if a != b), len(tokens))
+            assert dtype == torch.bfloat16 or same == len(tokens)
+            tolerance = 1e-4 if dtype == torch.float32 else 0.3
+            torch.testing.assert_close(logits[: same + 1], expected[: same + 1], rtol=0.05, atol=tolerance)
+            assert number or static.num_graphs == 1  # captured when first used
+    before = static.num_graphs
+    model.capture_decode()
+    assert static.num_graphs >= max(before, model.knob_space.num_stage2)
