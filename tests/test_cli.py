@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -253,3 +254,10 @@ def test_importance_stores_an_order(checkpoint: Path, capsys: pytest.CaptureFixt
     assert len(settings["removal"]) == 3
     assert settings["measured_on"] == "digits, 2 examples, seed 0"
     assert f"the order is in {checkpoint / 'elastic.json'}" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    command = f"{shlex.quote(sys.executable)} -m pacevlm.cli evaluate --help | head -n 1"
+    ended = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.startswith("usage: ")
+    assert ended.stderr == ""
