@@ -43,10 +43,9 @@ def measure_flops(model: ElasticModel, size: int = 0) -> float:
 def _block_sizes(model: ElasticModel) -> tuple[int, int, int]:
     """Weights of a block outside its experts, of one expert, and key-value numbers per token and block."""
     block = model.adapter.blocks[0]
-    expert = (block.mlp.experts.gate_up_proj[0].numel(), block.mlp.experts.down_proj[0].numel())
-    everything = sum(parameter.numel() for parameter in block.parameters())
-    outside = everything - sum(expert) * model.adapter.num_experts
-    return outside, sum(expert), 2 * block.attn.num_kv_heads * block.attn.head_dim
+    expert = block.gate_up_proj[0].numel() + block.down_proj[0].numel()
+    others = (block.attn_norm, block.att_proj, block.q_norm, block.k_norm, block.attn_out, block.ff_norm, block.gate)
+    return sum(weight.numel() for weight in others), expert, sum(block.widths[1:])
 
 
 def _passes(model: ElasticModel, knobs: Knobs) -> int:

@@ -1,4 +1,4 @@
-"""Experts as others run them: transformers' own module, and a loop over all experts as models were first published."""
+"""Blocks as others run them: modules, with transformers' own experts or a loop over all, as first published."""
 
 from __future__ import annotations
 
@@ -31,20 +31,35 @@ def run_experts_in_a_loop(
     return out
 
 
+class _ModuleBlock:
+    """A block of the adapter that calls the checkpoint's modules, as transformers' own forward does."""
+
+    def __init__(self, block: Any) -> None:
+        self.project, self.attend, self._mlp = block.attn.project, block.attn.attend, block.mlp
+
+    def mix_experts(self, x: Tensor, top_k: int | Tensor) -> Tensor:
+        """`(batch, tokens, d_model)` to the same shape."""
+        out: Tensor = self._mlp(x, top_k)[0]
+        return out
+
+
 @contextmanager
 def _replaced(model: ElasticModel, forward_of: Callable[[Any], Callable[..., Tensor]]) -> Iterator[None]:
-    modules: list[Any] = [block.mlp.experts for block in model.adapter.blocks]
+    blocks: list[Any] = list(model.adapter.model.model.transformer.blocks)
+    own, modules = model.adapter.blocks, [block.mlp.experts for block in blocks]
     for module in modules:
         module.forward = forward_of(module)
+    model.adapter.blocks = [_ModuleBlock(block) for block in blocks]
     try:
         yield
     finally:
+        model.adapter.blocks = own
         for module in modules:
             del module.forward
 
 
 def loop_over_experts(model: ElasticModel) -> AbstractContextManager[None]:
-    """Run a model's experts in a loop over all of them while the context is open."""
+    """Run a model's blocks as modules, their experts in a loop over all of them, while the context is open."""
 
     def forward_of(module: Any) -> Callable[..., Tensor]:
         return lambda x, weights, experts, keep=None: run_experts_in_a_loop(
@@ -55,7 +70,7 @@ def loop_over_experts(model: ElasticModel) -> AbstractContextManager[None]:
 
 
 def transformers_experts(model: ElasticModel) -> AbstractContextManager[None]:
-    """Run a model's experts with transformers' OLMoE module, as it is by default, while the context is open."""
+    """Run a model's blocks as modules, their experts as transformers' OLMoE module, while the context is open."""
 
     def forward_of(module: Any) -> Callable[..., Tensor]:
         num_experts, d_model, expert_dim = module.down_proj.shape

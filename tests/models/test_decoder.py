@@ -210,7 +210,7 @@ def test_a_block_that_every_row_skips_equals_a_model_without_it(
 
 def naive_experts(model: ElasticModel, block: int, x: Tensor, top_k: int) -> Tensor:
     """One token after the other, one expert after the other; `x` is `(tokens, d_model)`."""
-    mlp = model.adapter.blocks[block].mlp
+    mlp = model.adapter.model.model.transformer.blocks[block].mlp
     out = torch.zeros_like(x)
     for t, row in enumerate(x):
         h = mlp.ff_norm.weight * row / torch.sqrt(row.pow(2).mean() + mlp.ff_norm.eps)
@@ -357,7 +357,7 @@ def test_tokens_are_reported_once_per_step(tiny_elastic: ElasticModel, law_examp
 
 
 def test_one_token_alone_gets_what_it_gets_among_others(law_model: ElasticModel) -> None:
-    block = law_model.adapter.blocks[2].mlp
+    block = law_model.adapter.model.model.transformer.blocks[2].mlp
     tokens = torch.randn(5, law_model.d_model, generator=torch.Generator().manual_seed(0))
     for top_k in range(1, law_model.adapter.num_experts + 1):
         weights, experts = route(block.gate(tokens), top_k, tokens.dtype)

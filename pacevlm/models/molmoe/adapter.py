@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from pacevlm.models.molmoe.frozen_block import FrozenBlock
 from pacevlm.models.molmoe.modeling_molmoe import MolmoEBlock, MolmoEForConditionalGeneration, Rope, rope_tables
 from pacevlm.models.molmoe.processing import MolmoEProcessor, PreparedRequest, assemble_request
 from pacevlm.types import VisionSizes
@@ -47,7 +48,7 @@ class MolmoEAdapter:
         self.head_dim: int = self.config.head_dim_
         self.eos_token_id: int = processor.special_token_ids.bos
         self.max_positions: int = self.config.max_position_embeddings
-        self.blocks = [cast(MolmoEBlock, block) for block in model.model.transformer.blocks]
+        self.blocks = [FrozenBlock.from_module(cast(MolmoEBlock, block)) for block in model.model.transformer.blocks]
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
 
@@ -94,21 +95,19 @@ class MolmoEAdapter:
 
     def project(self, block: int, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """See `Adapter`."""
-        return self.blocks[block].attn.project(x, rope)
+        return self.blocks[block].project(x, rope)
 
     def attend(self, block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """See `Adapter`."""
-        return self.blocks[block].attn.attend(q, k, v, mask, is_causal)
+        return self.blocks[block].attend(q, k, v, mask, is_causal)
 
     def project_out(self, block: int, mixed: Tensor) -> Tensor:
         """See `Adapter`."""
-        out: Tensor = self.blocks[block].attn.attn_out(mixed.transpose(1, 2).flatten(2))
-        return out
+        return self.blocks[block].project_out(mixed)
 
     def mix_experts(self, block: int, x: Tensor, top_k: int | Tensor) -> Tensor:
         """See `Adapter`."""
-        out: Tensor = self.blocks[block].mlp(x, top_k)[0]
-        return out
+        return self.blocks[block].mix_experts(x, top_k)
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Adapter`."""

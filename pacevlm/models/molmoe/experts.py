@@ -22,6 +22,25 @@ def route(router_logits: Tensor, top_k: int, dtype: torch.dtype) -> tuple[Tensor
     return weights.to(dtype), experts
 
 
+def spread_top_k(top_k: int | Tensor, num_tokens: int) -> tuple[int, Tensor | None]:
+    """Experts to route every token to, and which of them run where rows differ.
+
+    Args:
+        top_k: experts per token, one number or one per row `(batch,)`.
+        num_tokens: tokens per row.
+
+    Returns:
+        the largest top_k, and `(batch * num_tokens, largest)`, True where an expert runs; None if all do.
+    """
+    if not isinstance(top_k, Tensor):
+        return top_k, None
+    widest = int(top_k.max())
+    if not bool((top_k != widest).any()):
+        return widest, None
+    per_token = top_k.repeat_interleave(num_tokens)
+    return widest, torch.arange(widest, device=top_k.device) < per_token[:, None]
+
+
 def _supports_grouped_mm(x: Tensor, *weights: Tensor) -> bool:
     # The grouped kernel wants rows aligned to 16 bytes; on CUDA it takes bfloat16 only.
     if x.device.type == "cuda" and x.dtype != torch.bfloat16:
@@ -37,11 +56,13 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 def _run_one_token(x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
     # A decode step of a single request on a CPU: a grouped product walks over all experts, which takes as long with one
     # active expert as with eight; products with the active ones alone make a smaller top_k cheaper in proportion.
-    out = torch.zeros_like(x)
-    for expert, weight in zip(experts[0].tolist(), weights[0].unbind(), strict=True):
-        inner = _swiglu(F.linear(x, gate_up_proj[expert]))
-        out = torch.addcmul(out, F.linear(inner, down_proj[expert]), weight)
-    return out
+    # Everything between the products is done for all of them at once, because such a step is bound by calls.
+    token, active = x[0], experts[0].tolist()
+    inner = _swiglu(torch.stack([torch.mv(gate_up_proj[expert], token) for expert in active])) * weights[0, :, None]
+    out = x.new_zeros(x.shape[1])
+    for expert, row in zip(active, inner.unbind(), strict=True):
+        out = torch.addmv(out, down_proj[expert], row)
+    return out[None]
 
 
 def _run_one_token_gathered(
@@ -79,15 +100,14 @@ def run_experts(
     num_experts = gate_up_proj.shape[0]
     pair_expert = experts.reshape(-1)
     pair_weight = weights.reshape(-1)
-    pair_token = torch.arange(x.shape[0], device=x.device).repeat_interleave(experts.shape[1])
-    if keep is not None:
-        kept = keep.reshape(-1).nonzero().squeeze(-1)
-        pair_expert, pair_weight, pair_token = pair_expert[kept], pair_weight[kept], pair_token[kept]
-    pair_expert, order = torch.sort(pair_expert, stable=True)
-    pair_token, pair_weight = pair_token[order], pair_weight[order]
+    kept = None if keep is None else keep.reshape(-1).nonzero().squeeze(-1)
+    pair_expert, order = torch.sort(pair_expert if kept is None else pair_expert[kept], stable=True)
+    pair = order if kept is None else kept[order]
+    pair_token = pair.div(experts.shape[1], rounding_mode="floor")
+    pair_weight = pair_weight.index_select(0, pair)
     # Unlike counting, which asks the device for the highest number, this can be part of a CUDA graph.
     ends = torch.searchsorted(pair_expert, torch.arange(num_experts, device=x.device), right=True, out_int32=True)
-    rows = x[pair_token]
+    rows = x.index_select(0, pair_token)
     if _supports_grouped_mm(x, gate_up_proj, down_proj):
         inner = _swiglu(F.grouped_mm(rows, gate_up_proj.transpose(1, 2), offs=ends))
         out = F.grouped_mm(inner, down_proj.transpose(1, 2), offs=ends)
@@ -98,4 +118,4 @@ def run_experts(
             if chunk.shape[0]:
                 pieces.append(_swiglu(chunk @ gate_up_proj[expert].T) @ down_proj[expert].T)
         out = torch.cat(pieces) if pieces else rows
-    return torch.zeros_like(x).index_add(0, pair_token, out * pair_weight.unsqueeze(-1))
+    return torch.zeros_like(x).index_add_(0, pair_token, out * pair_weight.unsqueeze(-1))

@@ -14,14 +14,21 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 
 from pacevlm.errors import KnobError
 from pacevlm.models.molmoe.configuration_molmoe import MolmoEConfig
-from pacevlm.models.molmoe.experts import route, run_experts
+from pacevlm.models.molmoe.experts import route, run_experts, spread_top_k
 from pacevlm.models.molmoe.vision import VisionBackbone
 
 Rope = tuple[Tensor, Tensor]
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension with float32 statistics; the weight multiplies after the cast back."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, x.shape[-1:], None, eps) * weight
+    return weight * F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
+
+
 class MolmoERMSNorm(nn.Module):
-    """RMSNorm with float32 statistics; the weight multiplies after the cast back."""
+    """See `rms_norm`."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -30,9 +37,7 @@ class MolmoERMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., width)` to the same shape."""
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> Rope:
@@ -46,7 +51,8 @@ def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> Rope:
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def _rotate(x: Tensor, rope: Rope) -> Tensor:
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate heads `(batch, heads, tokens, head_dim)` by their positions, in float32."""
     cos, sin = rope
     wide = x.float()
     return torch.addcmul(wide * cos, wide.roll(wide.shape[-1] // 2, dims=-1), sin).to(x.dtype)
@@ -75,7 +81,7 @@ class MolmoEAttention(nn.Module):
         """Normed and rotated queries, keys and values, each `(batch, heads, tokens, head_dim)`."""
         q, k, v = self.att_proj(self.attn_norm(x)).split(self.splits, dim=-1)
         q, k = self._heads(self.q_norm(q)), self._heads(self.k_norm(k))
-        return _rotate(q, rope), _rotate(k, rope), self._heads(v)
+        return rotate(q, rope), rotate(k, rope), self._heads(v)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
         """Mix values and project out; `mask` is True where a query may look, `(batch, 1, queries, keys)`.
@@ -125,14 +131,7 @@ class MolmoEMoE(nn.Module):
         batch, tokens, width = x.shape
         flat = self.ff_norm(x).reshape(-1, width)
         logits = self.gate(flat)
-        keep = None
-        if isinstance(top_k, Tensor):
-            widest = int(top_k.max())
-            if bool((top_k != widest).any()):
-                per_token = top_k.repeat_interleave(tokens)
-                keep = torch.arange(widest, device=x.device) < per_token[:, None]
-        else:
-            widest = self.top_k if top_k is None else top_k
+        widest, keep = spread_top_k(self.top_k if top_k is None else top_k, tokens)
         weights, experts = route(logits, widest, x.dtype)
         out = self.experts(flat, weights, experts, keep)
         return out.view(batch, tokens, width), logits.view(batch, tokens, -1)
