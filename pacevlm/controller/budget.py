@@ -61,6 +61,7 @@ class BudgetEncoder(nn.Module):
         self.reference_ms = check_budget_ms(reference_ms)
         periods = np.geomspace(LONGEST_PERIOD, SHORTEST_PERIOD, num_frequencies)
         self._angular_frequencies = 2 * np.pi / periods
+        self._last: tuple[float, NDArray[np.float32]] | None = None
         self.mlp = nn.Sequential(nn.Linear(self.num_features, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, d_model))
         self.norm = nn.LayerNorm(d_model, elementwise_affine=False)
         # As a logarithm it stays positive, and a step of the optimiser means the same at every scale.
@@ -72,15 +73,21 @@ class BudgetEncoder(nn.Module):
         return 1 + 2 * len(self._angular_frequencies)
 
     def feature_array(self, budget_ms: float) -> NDArray[np.float32]:
-        """Fixed features of a budget, which both stages read besides the latency token: `(num_features,)`.
+        """Fixed features of a budget, which both stages read besides the latency token: `(num_features,)`, read-only.
 
         Raises:
             BudgetError: the budget is not a positive, finite number of milliseconds.
         """
+        # The latency token and both stages of one request ask for the same budget.
+        if self._last is not None and self._last[0] == budget_ms:
+            return self._last[1]
         log_ratio = math.log(check_budget_ms(budget_ms) / self.reference_ms)
         log_ratio = min(max(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO)
         angles = log_ratio * self._angular_frequencies
-        return np.concatenate([[log_ratio], np.sin(angles), np.cos(angles)], dtype=np.float32)
+        features = np.concatenate([[log_ratio], np.sin(angles), np.cos(angles)], dtype=np.float32)
+        features.flags.writeable = False
+        self._last = budget_ms, features
+        return features
 
     def features(self, budgets_ms: Sequence[float]) -> Tensor:
         """`feature_array` of several budgets, `(batch, num_features)`; raises as it does."""

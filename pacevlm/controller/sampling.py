@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pacevlm.errors import DataError, KnobError
 
+_LOWEST = np.finfo(np.float32).min
+
 
 def tier_masks(masks: Tensor) -> Tensor:
     """Tiers in which some pair is admitted: `(batch, tiers, top_ks, num_blocks)` gives `(batch, tiers)`, boolean."""
@@ -43,11 +45,11 @@ def best_action(logits: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray
     """
     if mask.dtype != np.bool_ or mask.shape != logits.shape:
         _refuse_mask(mask, logits)
-    blocked = int((~mask.any(axis=1)).sum())
-    if blocked:
-        _refuse_rows(blocked)
+    allowed = mask.any(axis=1)
+    if not allowed.all():
+        _refuse_rows(int((~allowed).sum()))
     # An allowed logit of -inf must still win over what the mask rules out.
-    scores = np.where(mask, np.maximum(logits, np.finfo(logits.dtype).min), -np.inf)
+    scores = np.where(mask, np.maximum(logits, _LOWEST), -np.inf)
     return np.asarray(scores.argmax(axis=1))
 
 

@@ -222,7 +222,7 @@ def interleave(monkeypatch: pytest.MonkeyPatch) -> None:
         turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
         return x * cos + turned * sin
 
-    monkeypatch.setattr(modeling_molmoe, "_rotate", rotate)
+    monkeypatch.setattr(modeling_molmoe, "rotate", rotate)
 
 
 def shift_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,6 +202,12 @@ def select_tiling(
         ConfigError: `max_crops` or `min_crops` is below 1 or not a whole number, or the range is empty.
     """
     check_max_crops(max_crops, min_crops)
+    return _select_tiling(height, width, max_crops, geometry, min_crops)
+
+
+# A request asks for every tier and once more when its image is cut, and images of one size come in numbers.
+@functools.lru_cache(maxsize=4096)
+def _select_tiling(height: int, width: int, max_crops: int, geometry: CropGeometry, min_crops: int) -> tuple[int, int]:
     candidates = _candidate_tilings(max_crops, min_crops)
     # Every step in float32: a wider type chooses differently where two scales almost tie.
     sizes = np.asarray(candidates, dtype=np.float32) * np.float32(geometry.window_px)
@@ -239,7 +245,13 @@ def vision_sizes(height: int, width: int, max_crops: int, geometry: CropGeometry
         ImageError: the image is empty or so elongated that a side would vanish.
         ConfigError: see `select_tiling`.
     """
-    rows, cols = select_tiling(height, width, max_crops, geometry, min_crops)
+    check_max_crops(max_crops, min_crops)
+    return _vision_sizes(height, width, max_crops, geometry, min_crops)
+
+
+@functools.lru_cache(maxsize=4096)
+def _vision_sizes(height: int, width: int, max_crops: int, geometry: CropGeometry, min_crops: int) -> VisionSizes:
+    rows, cols = _select_tiling(height, width, max_crops, geometry, min_crops)
     fitted_size(height, width, geometry.crop_size, geometry.crop_size)
     fitted_size(height, width, geometry.canvas_px(rows), geometry.canvas_px(cols))
     return VisionSizes(num_crops=1 + rows * cols, num_image_tokens=geometry.num_image_tokens(rows, cols))
@@ -392,6 +404,10 @@ def prepare_image(
     )
 
 
+# Checked once, not at every request.
+_geometry = functools.lru_cache(maxsize=64)(CropGeometry)
+
+
 class MolmoEImageProcessor(BaseImageProcessor):
     """MolmoE's image processor: the crop geometry, the most crops and the normalisation, with save and load.
 
@@ -453,7 +469,7 @@ class MolmoEImageProcessor(BaseImageProcessor):
     def geometry(self) -> CropGeometry:
         """How crops are divided."""
         before, behind = self.margins
-        return CropGeometry(self.crop_size, self.patch_size, (before, behind), self.pool)
+        return _geometry(self.crop_size, self.patch_size, (before, behind), self.pool)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings, ready for JSON."""

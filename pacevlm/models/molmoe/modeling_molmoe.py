@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from typing import Any, cast
 
@@ -45,10 +46,17 @@ def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> Rope:
 
     The sines of the first half are negative: they multiply the second half of what is rotated.
     """
-    powers = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
-    angles = position_ids[:, None, :, None].float() * (1.0 / theta**powers)
+    angles = position_ids[:, None, :, None].float() * _rope_frequencies(head_dim, theta, position_ids.device)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+@functools.lru_cache(maxsize=16)
+def _rope_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    # Kept for later calls, which may be of any mode.
+    with torch.inference_mode(False):
+        powers = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+        return 1.0 / theta**powers
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
