@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pacevlm.models.molmoe import MolmoEForConditionalGeneration
+from pacevlm.models.molmoe.blocks import rope_tables
 from pacevlm.models.molmoe.frozen_block import FrozenBlock
-from pacevlm.models.molmoe.modeling_molmoe import rope_tables
 
 MakeModel = Callable[..., MolmoEForConditionalGeneration]
 

@@ -25,13 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pacevlm.errors import CheckpointError
-from pacevlm.models.molmoe import MolmoEForConditionalGeneration, modeling_molmoe
+from pacevlm.models.molmoe import MolmoEForConditionalGeneration, blocks, modeling_molmoe
 from pacevlm.models.molmoe import experts as experts_module
 from pacevlm.models.molmoe.greedy import decode_greedily
-from pacevlm.models.molmoe.image_processing import CropGeometry, prepare_image
+from pacevlm.models.molmoe.image_processing import prepare_image
 from pacevlm.models.molmoe.parity import ParityFolder, main, unaccepted_steps
 from pacevlm.models.molmoe.parity_checks import Tolerance, compare, summary, table
 from pacevlm.models.molmoe.processing import SpecialTokenIds, assemble_request, collate_requests
+from pacevlm.models.molmoe.tiling import CropGeometry
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = Path(os.environ.get("PACEVLM_FIXTURES", ROOT.parent / "shared" / "fixtures"))
@@ -207,7 +208,7 @@ def renormalise(monkeypatch: pytest.MonkeyPatch) -> None:
         weights, experts = experts_module.route(*arguments)
         return weights / weights.sum(-1, keepdim=True), experts
 
-    monkeypatch.setattr(modeling_molmoe, "route", route)
+    monkeypatch.setattr(blocks, "route", route)
 
 
 def ignore_skipping(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +223,7 @@ def interleave(monkeypatch: pytest.MonkeyPatch) -> None:
         turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
         return x * cos + turned * sin
 
-    monkeypatch.setattr(modeling_molmoe, "rotate", rotate)
+    monkeypatch.setattr(blocks, "rotate", rotate)
 
 
 def shift_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pacevlm.errors import CheckpointError, ConfigError, ImageError, QuestionError
-from pacevlm.models.molmoe.image_processing import CropGeometry, MolmoEImageProcessor, prepare_image
+from pacevlm.models.molmoe.image_processing import MolmoEImageProcessor, prepare_image
 from pacevlm.models.molmoe.processing import (
     MolmoEProcessor,
     PreparedRequest,
@@ -21,6 +21,7 @@ from pacevlm.models.molmoe.processing import (
     assemble_request,
     collate_requests,
 )
+from pacevlm.models.molmoe.tiling import CropGeometry
 from pacevlm.models.molmoe.tokenization import (
     EOS_TOKEN,
     IM_PATCH_TOKEN,

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from pacevlm.models.molmoe.blocks import MolmoEBlock, Rope, rope_tables
 from pacevlm.models.molmoe.frozen_block import FrozenBlock
-from pacevlm.models.molmoe.modeling_molmoe import MolmoEBlock, MolmoEForConditionalGeneration, Rope, rope_tables
+from pacevlm.models.molmoe.modeling_molmoe import MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.processing import MolmoEProcessor, PreparedRequest, assemble_request
 from pacevlm.types import VisionSizes
 

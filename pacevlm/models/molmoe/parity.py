@@ -26,9 +26,10 @@ from pacevlm.files import load_safetensors, read_json
 from pacevlm.models.images import load_image
 from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.greedy import decode_greedily, last_positions
-from pacevlm.models.molmoe.image_processing import CropGeometry, prepare_image
+from pacevlm.models.molmoe.image_processing import prepare_image
 from pacevlm.models.molmoe.parity_checks import Check, Tolerance, compare, summary, table
 from pacevlm.models.molmoe.processing import PreparedRequest, SpecialTokenIds, assemble_request, collate_requests
+from pacevlm.models.molmoe.tiling import CropGeometry
 from pacevlm.models.molmoe.vision import VisionBackbone
 from pacevlm.types import VisionSizes
 

@@ -14,13 +14,12 @@ from transformers.processing_utils import ProcessorMixin
 from pacevlm.errors import CheckpointError, ConfigError, QuestionError
 from pacevlm.models.images import ImageSource
 from pacevlm.models.molmoe.image_processing import (
-    CropGeometry,
     MolmoEImageProcessor,
     PreparedImage,
-    check_max_crops,
     check_tensor_call,
     pad_stack,
 )
+from pacevlm.models.molmoe.tiling import CropGeometry, check_max_crops
 from pacevlm.models.molmoe.tokenization import (
     EOS_TOKEN,
     IM_COL_TOKEN,

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from pacevlm.data.digits import COLOUR_NAMES, Question, Scene, SceneConfig, sample_scene, valid_questions
 from pacevlm.models.embedded import CROP_PX, MARGINS, MAX_VOCAB_SIZE, PATCH_PX
-from pacevlm.models.molmoe.image_processing import CropGeometry, PreparedImage, prepare_image
+from pacevlm.models.molmoe.image_processing import PreparedImage, prepare_image
 from pacevlm.models.molmoe.processing import PROMPT_PREFIX, PROMPT_SUFFIX, MolmoEProcessor
+from pacevlm.models.molmoe.tiling import CropGeometry
 from pacevlm.models.molmoe.tokenization import build_tokenizer
 from pacevlm.training.embedded.labels import CellLabels, cell_labels
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pacevlm.data.digits import COLOUR_NAMES, Digit
-from pacevlm.models.molmoe.image_processing import CropGeometry
+from pacevlm.models.molmoe.tiling import CropGeometry
 
 NUM_DIGIT_CLASSES = 11
 NUM_COLOUR_CLASSES = len(COLOUR_NAMES) + 1

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
-from pacevlm.models.molmoe.modeling_molmoe import MolmoEBlock, rope_tables
+from pacevlm.models.molmoe.blocks import MolmoEBlock, rope_tables
 from pacevlm.training.embedded.corpus import PackedBatch
 from pacevlm.training.embedded.tower import CellHeads
 
