@@ -78,10 +78,11 @@ class BudgetEncoder(nn.Module):
         Raises:
             BudgetError: the budget is not a positive, finite number of milliseconds.
         """
+        budget_ms = check_budget_ms(budget_ms)
         # The latency token and both stages of one request ask for the same budget.
         if self._last is not None and self._last[0] == budget_ms:
             return self._last[1]
-        log_ratio = math.log(check_budget_ms(budget_ms) / self.reference_ms)
+        log_ratio = math.log(budget_ms / self.reference_ms)
         log_ratio = min(max(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO)
         angles = log_ratio * self._angular_frequencies
         features = np.concatenate([[log_ratio], np.sin(angles), np.cos(angles)], dtype=np.float32)

@@ -36,6 +36,18 @@ def test_budgets_that_differ_by_five_per_cent_have_clearly_different_features(en
     assert encoder(BUDGETS_MS).unique(dim=0).shape[0] == len(BUDGETS_MS)
 
 
+def test_features_depend_on_the_budget_alone_whatever_was_asked_before(encoder: BudgetEncoder) -> None:
+    first = {budget_ms: encoder.feature_array(budget_ms).copy() for budget_ms in BUDGETS_MS}
+    for budget_ms in (*reversed(BUDGETS_MS), *BUDGETS_MS[::2], *BUDGETS_MS[::2]):
+        features = encoder.feature_array(budget_ms)
+        assert (features == first[budget_ms]).all()
+        with pytest.raises(ValueError, match="read-only"):
+            features[0] = 0.0
+    encoder.feature_array(1.0)
+    with pytest.raises(BudgetError):
+        encoder.feature_array(True)
+
+
 def test_extreme_budgets_stay_within_the_range_of_the_features(encoder: BudgetEncoder) -> None:
     features = encoder.features([1e-300, 1e300])
     assert features.abs().max() <= 4.0
