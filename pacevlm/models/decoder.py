@@ -301,10 +301,10 @@ class _Generation:
             part = x if rows is None else x[rows]
             part_rope = rope if rows is None else (rope[0][rows], rope[1][rows])
             q, k, v = self.adapter.project(block, part, part_rope)
-            cache.keys[:, :, end - 1 : end] = k
-            cache.values[:, :, end - 1 : end] = v
+            cache.keys.narrow(2, end - 1, 1).copy_(k)
+            cache.values.narrow(2, end - 1, 1).copy_(v)
             part_mask = mask if mask is None or rows is None else mask[rows]
-            keys, values = cache.keys[:, :, :end], cache.values[:, :, :end]
+            keys, values = cache.keys.narrow(2, 0, end), cache.values.narrow(2, 0, end)
             part = part + self.adapter.attend(block, q, keys, values, part_mask, is_causal=False)
             top_k = self.adapter.trained_top_k if block < self.decoder.stage2_after else self._row_top_k(rows)
             part = part + self.adapter.mix_experts(block, part, top_k)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,10 +55,19 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _run_one_token(x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    # A decode step of a single request on a CPU: a grouped product walks over all experts, which takes as long with one
-    # active expert as with eight; products with the active ones alone make a smaller top_k cheaper in proportion.
-    # Everything between the products is done for all of them at once, because such a step is bound by calls.
+def run_one_token(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up_proj: Tensor | Sequence[Tensor],
+    down_proj: Tensor | Sequence[Tensor],
+) -> Tensor:
+    """`run_experts` of a single token on a CPU; the experts' weights may come one by one.
+
+    A grouped product walks over all experts, which takes as long with one active expert as with eight; products with
+    the active ones alone make a smaller top_k cheaper in proportion. Everything between the products is done for all
+    of them at once, because a decode step is bound by calls.
+    """
     token, active = x[0], experts[0].tolist()
     inner = _swiglu(torch.stack([torch.mv(gate_up_proj[expert], token) for expert in active])) * weights[0, :, None]
     out = x.new_zeros(x.shape[1])
@@ -94,7 +105,7 @@ def run_experts(
     """
     if x.shape[0] == 1 and keep is None:
         if x.device.type == "cpu":
-            return _run_one_token(x, weights, experts, gate_up_proj, down_proj)
+            return run_one_token(x, weights, experts, gate_up_proj, down_proj)
         if not _supports_grouped_mm(x, gate_up_proj, down_proj):
             return _run_one_token_gathered(x, weights, experts, gate_up_proj, down_proj)
     num_experts = gate_up_proj.shape[0]
