@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
+
 from pacevlm.controller.policy import Controller
 from pacevlm.data.splits import Splits, load_splits
 from pacevlm.errors import DataError
@@ -22,6 +24,7 @@ from pacevlm.pipeline.artefacts import (
     GUARDRAIL_NAME,
     MEMORY_NAME,
     OUTPUT_LENGTH_NAME,
+    PROFILE_GUARDRAIL_NAME,
 )
 from pacevlm.pipeline.loading import load_elastic_model
 from pacevlm.pipeline.run_config import RunConfig
@@ -29,6 +32,9 @@ from pacevlm.pipeline.step_log import StepLog
 from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.rollout.memory import OutcomeMemory
 from pacevlm.rollout.request import Pacing
+
+# Training questions whose bounds say how large budgets are.
+NUM_BOUNDED = 256
 
 
 class Reporter(Protocol):
@@ -128,6 +134,17 @@ class RunContext:
         if step is None:
             raise DataError(f"{self.run_dir} holds no finished profile; run `pacevlm profile` first")
         return float(step.facts["full_p50_ms"][self.config.train.budget_kind])
+
+    @cached_property
+    def full_bound_ms(self) -> float:
+        """The profile's bound on the full configuration, median over training questions.
+
+        Budgets of training are fractions of it. A profile from a noisy hour has wide bounds, and fractions of the
+        median latency would then admit little or nothing most of the time.
+        """
+        pacing, full = self.pacing(PROFILE_GUARDRAIL_NAME), (-1, -1, -1)
+        views = [self.engine.view(example) for example in self.splits.train[:NUM_BOUNDED]]
+        return float(np.median([pacing.upper_bounds_ms(view)[full] for view in views]))
 
     @contextmanager
     def remembering(self) -> Iterator[None]:

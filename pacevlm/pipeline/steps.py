@@ -175,7 +175,7 @@ def train_step(run: RunContext) -> dict[str, Any]:
         pacing.output_length,
         run.splits.train,
         config,
-        run.full_p50_ms,
+        run.full_bound_ms,
     )
 
     def on_step(step: int, metrics: Mapping[str, float], seconds_left: float) -> None:
@@ -226,7 +226,7 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
     rng = np.random.default_rng([config.seed, 1])
     order = rng.permutation(len(run.splits.val))
     train = run.config.train
-    budgets_ms = run.full_p50_ms * rng.uniform(train.min_budget, train.max_budget, config.num_requests)
+    budgets_ms = run.full_bound_ms * rng.uniform(train.min_budget, train.max_budget, config.num_requests)
     runs: list[PacedResult] = []
 
     def run_one(number: int) -> PacedResult:

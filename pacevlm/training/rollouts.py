@@ -89,7 +89,7 @@ def draw_examples(num_examples: int, config: TrainConfig, step: int) -> list[int
     return indices
 
 
-def draw_budgets_ms(full_p50_ms: float, config: TrainConfig, step: int) -> NDArray[np.float64]:
+def draw_budgets_ms(reference_ms: float, config: TrainConfig, step: int) -> NDArray[np.float64]:
     """A step's budgets, `(examples, budgets_per_example)`, milliseconds.
 
     The range is cut into equal parts and each example gets one budget from every part, so that it always meets tight
@@ -99,7 +99,7 @@ def draw_budgets_ms(full_p50_ms: float, config: TrainConfig, step: int) -> NDArr
     place = (np.arange(parts) + stream(config.seed, _BUDGETS, step).random((count, parts))) / parts
     low, high = config.min_budget, config.max_budget
     fraction = low + (high - low) * place if config.budget_scale == "uniform" else low * (high / low) ** place
-    return np.asarray(full_p50_ms * fraction)
+    return np.asarray(reference_ms * fraction)
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,7 +43,8 @@ class TrainConfig:
         ema_decay: the controller that training gives is an exponential moving average of the weights with this decay
             per step (Polyak and Juditsky 1992); 0 gives the last weights. Rollouts always use the last ones.
         max_grad_norm: gradients are scaled down to this norm.
-        min_budget: smallest budget, as a fraction of the full configuration's median latency.
+        min_budget: smallest budget, as a fraction of the trainer's reference latency. In a run that is the guardrail's
+            bound on the full configuration, so that wide bounds leave as much to choose from as tight ones.
         max_budget: largest budget, as such a fraction.
         budget_scale: whether budgets are spread evenly over that range or over its logarithm.
         budget_kind: what a budget covers, the whole request (`e2e`) or the time to the first token (`ttft`).

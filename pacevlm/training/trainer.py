@@ -77,13 +77,13 @@ class Trainer:
         output_length: bounds the number of output tokens.
         dataset: examples to train on.
         config: the settings; `config.run_dir` gets checkpoint, metrics and `run.json`.
-        full_p50_ms: median latency of the full configuration, which budgets are fractions of.
+        reference_ms: latency that budgets are fractions of, for example the full configuration's bound.
         measure: measures one request, for the metric `latency/ape_p50`; None leaves it out.
 
     Raises:
         IdentityError: the parts were made for different models, knob spaces or estimators.
         DataError: the data set is empty, or two examples share an id.
-        BudgetError: `full_p50_ms` is not a positive, finite number.
+        BudgetError: `reference_ms` is not a positive, finite number.
         ConfigError: the controller has nothing to train.
     """
 
@@ -96,7 +96,7 @@ class Trainer:
         output_length: OutputLengthModel,
         dataset: Sequence[Example],
         config: TrainConfig,
-        full_p50_ms: float,
+        reference_ms: float,
         *,
         measure: Measure | None = None,
     ) -> None:
@@ -104,7 +104,7 @@ class Trainer:
         self.controller, self.engine, self.config = controller, engine, config
         self.estimator, self.guardrail, self.output_length = estimator, guardrail, output_length
         self.dataset, self.measure = dataset, measure
-        self.full_p50_ms = check_budget_ms(full_p50_ms)
+        self.reference_ms = check_budget_ms(reference_ms)
         self.num_examples = min(len(dataset), config.num_examples or len(dataset))
         examples = [dataset[index] for index in range(self.num_examples)]
         if not examples:
@@ -125,7 +125,7 @@ class Trainer:
                 "calibrations": {kind: entry.to_dict() for kind, entry in guardrail.calibrations.items()},
             },
             "output_length": output_length_identity(output_length),
-            "full_p50_ms": self.full_p50_ms,
+            "reference_ms": self.reference_ms,
             "config": config.identity(),
         }
         self.step = 0
@@ -248,7 +248,7 @@ class Trainer:
         config, step = self.config, self.step
         started = time.monotonic()
         examples = [self.dataset[index] for index in draw_examples(self.num_examples, config, step)]
-        budgets_ms = draw_budgets_ms(self.full_p50_ms, config, step)
+        budgets_ms = draw_budgets_ms(self.reference_ms, config, step)
         pairs = build_pairs(examples, budgets_ms, self.engine, self.guardrail, self.output_length, config, step)
         with torch.no_grad():
             features = self.controller.stage1_features(pairs.requests)

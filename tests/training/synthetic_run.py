@@ -143,7 +143,7 @@ def make_trainer(
         "output_length": OutputLengthModel(MODEL, (0.0,) * D_MODEL, None, float(USUAL_TOKENS), 0, 8, 0.1),
         "dataset": make_dataset() if dataset is None else dataset,
         "config": TrainConfig(**{"run_dir": run_dir, "steps": 6, "batch_size": 8, "lr": 1e-2, **settings}),
-        "full_p50_ms": full_p50_ms,
+        "reference_ms": full_p50_ms,
     }
     return Trainer(**{**arguments, **(parts or {})}, measure=measure)
 

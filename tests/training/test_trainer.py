@@ -89,7 +89,7 @@ def test_masked_knobs_are_never_sampled(synthetic: ModuleType, tmp_path: Path) -
     allowed_shares, unmet = set(), 0
     for step in range(4):
         examples = [trainer.dataset[index] for index in draw_examples(24, config, step)]
-        budgets_ms = draw_budgets_ms(trainer.full_p50_ms, config, step)
+        budgets_ms = draw_budgets_ms(trainer.reference_ms, config, step)
         pairs = build_pairs(examples, budgets_ms, engine, trainer.guardrail, trainer.output_length, config)
         features = controller.stage1_features(pairs.requests)
         actions = sample_knobs(controller, engine, pairs, features, config, step)
@@ -210,7 +210,7 @@ def test_the_policy_learns_to_answer_within_the_budget(synthetic: ModuleType, tm
     assert metrics["cost/violation_rate"] <= 0.1
 
     # Requests that it has not met in this combination: an even grid of budgets.
-    budgets_ms = np.tile(np.linspace(0.3, 1.1, 9) * trainer.full_p50_ms, (12, 1))
+    budgets_ms = np.tile(np.linspace(0.3, 1.1, 9) * trainer.reference_ms, (12, 1))
     examples = synthetic.make_dataset(12)
     pairs = build_pairs(examples, budgets_ms, trainer.engine, trainer.guardrail, trainer.output_length, trainer.config)
     policy = ControllerPolicy(trainer.controller)
@@ -394,7 +394,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_later(
         ({"grpo": SMALL}, r"config\.grpo\.group_size was 16, now 4"),
         ({"num_examples": 9}, "dataset"),
         ({"hidden_dim": 8}, r"controller\.settings\.hidden_dim"),
-        ({"parts": {"full_p50_ms": 77.0}}, "full_p50_ms"),
+        ({"parts": {"reference_ms": 77.0}}, "reference_ms"),
     ],
 )
 def test_another_run_is_not_gone_on_with(
@@ -454,7 +454,7 @@ def test_bad_data_and_budgets_are_refused(synthetic: ModuleType, tmp_path: Path)
     with pytest.raises(DataError, match="share an id"):
         synthetic.make_trainer(tmp_path, dataset=synthetic.make_dataset(2) + synthetic.make_dataset(1))
     with pytest.raises(BudgetError):
-        synthetic.make_trainer(tmp_path, parts={"full_p50_ms": 0.0})
+        synthetic.make_trainer(tmp_path, parts={"reference_ms": 0.0})
 
 
 @pytest.mark.parametrize(
