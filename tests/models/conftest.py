@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -69,3 +70,14 @@ def randomise_fixture() -> Callable[..., None]:
 def tiny_settings() -> dict[str, Any]:
     """Configuration fields of the tiny model."""
     return {**TINY, "vision_backbone": dict(TINY["vision_backbone"])}
+
+
+@pytest.fixture(scope="session")
+def random_sizes() -> Callable[..., list[tuple[int, int]]]:
+    """Draw image sizes evenly in the logarithm, so that small and elongated ones are common."""
+
+    def draw(count: int, largest: int, seed: int = 0) -> list[tuple[int, int]]:
+        rng = random.Random(seed)
+        return [tuple(int(largest ** rng.random()) for _ in range(2)) for _ in range(count)]
+
+    return draw

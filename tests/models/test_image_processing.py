@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ needs_fixtures = pytest.mark.skipif(
     not FIXTURES.is_dir(), reason=f"no reference fixtures at {FIXTURES}; set PACEVLM_FIXTURES to their folder"
 )
 
+RandomSizes = Callable[..., list[tuple[int, int]]]
 REAL = CropGeometry()
 TINY = CropGeometry(84, 14, (2, 2))
 SMALL = CropGeometry(48, 6, (2, 2))
@@ -45,12 +46,6 @@ GEOMETRIES = pytest.mark.parametrize(
 
 def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def random_sizes(count: int, largest: int, seed: int = 0) -> list[tuple[int, int]]:
-    """Sizes spread evenly in the logarithm, so that small and elongated ones are common."""
-    rng = random.Random(seed)
-    return [tuple(int(largest ** rng.random()) for _ in range(2)) for _ in range(count)]
 
 
 def preproc_cases() -> list[dict]:
@@ -104,7 +99,7 @@ def test_tiny_geometry_parity_with_the_reference(name: str) -> None:
 
 
 @GEOMETRIES
-def test_sizes_alone_tell_the_crops_and_tokens(geometry: CropGeometry) -> None:
+def test_sizes_alone_tell_the_crops_and_tokens(geometry: CropGeometry, random_sizes: RandomSizes) -> None:
     largest = geometry.crop_size * 4
     for number, (height, width) in enumerate(random_sizes(12 if geometry == REAL else 60, largest)):
         max_crops = 1 + number % 12
@@ -242,6 +237,7 @@ def test_unfit_arrays_are_refused(image: object) -> None:
         {"margins": (12, 12)},
         {"margins": (3, 4)},
         {"margins": (4,)},
+        {"margins": (4.0, 4)},
         {"margins": (-2, 2)},
         {"pool": 5},
         {"pool": True},
@@ -249,6 +245,8 @@ def test_unfit_arrays_are_refused(image: object) -> None:
     ids=str,
 )
 def test_geometries_that_do_not_divide_are_refused(settings: dict) -> None:
+    # Numbers that equal good ones are refused even after those have been used.
+    MolmoEImageProcessor()
     with pytest.raises(ConfigError):
         CropGeometry(**settings)
     with pytest.raises(ConfigError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,18 +11,13 @@ import pytest
 from pacevlm.errors import ConfigError, ImageError
 from pacevlm.models.molmoe.tiling import CropGeometry, fitted_size, select_tiling, vision_sizes
 
+RandomSizes = Callable[..., list[tuple[int, int]]]
 REAL = CropGeometry()
 GEOMETRIES = pytest.mark.parametrize(
     "geometry",
     [REAL, CropGeometry(84, 14, (2, 2)), CropGeometry(48, 6, (2, 2)), CropGeometry(60, 6, (2, 4))],
     ids=["real", "tiny", "small", "lopsided"],
 )
-
-
-def random_sizes(count: int, largest: int, seed: int = 0) -> list[tuple[int, int]]:
-    """Sizes spread evenly in the logarithm, so that small and elongated ones are common."""
-    rng = random.Random(seed)
-    return [tuple(int(largest ** rng.random()) for _ in range(2)) for _ in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +29,9 @@ def test_token_counts_of_the_real_geometry(tiling: tuple[int, int], num_tokens: 
 
 
 @GEOMETRIES
-def test_more_crops_allowed_never_gives_fewer_crops_or_tokens(geometry: CropGeometry) -> None:
+def test_more_crops_allowed_never_gives_fewer_crops_or_tokens(
+    geometry: CropGeometry, random_sizes: RandomSizes
+) -> None:
     for height, width in random_sizes(150, 4000, seed=1):
         fits = []
         for max_crops in range(1, 16):
@@ -79,7 +77,7 @@ def test_tiling_takes_the_smallest_scale_that_needs_no_shrinking() -> None:
         assert select_tiling(height, width, max_crops, REAL) == best[1]
 
 
-def test_a_lower_bound_on_crops_is_kept() -> None:
+def test_a_lower_bound_on_crops_is_kept(random_sizes: RandomSizes) -> None:
     for height, width in random_sizes(50, 3000, seed=2):
         rows, cols = select_tiling(height, width, 8, REAL, min_crops=4)
         assert 4 <= rows * cols <= 8
@@ -92,7 +90,7 @@ def test_unusable_crop_limits_are_refused(max_crops: object, min_crops: object) 
         select_tiling(300, 300, max_crops, REAL, min_crops=min_crops)
 
 
-def test_fitted_size_fills_the_target_and_keeps_the_aspect_ratio() -> None:
+def test_fitted_size_fills_the_target_and_keeps_the_aspect_ratio(random_sizes: RandomSizes) -> None:
     for height, width in random_sizes(200, 1500, seed=4):
         try:
             new_height, new_width = fitted_size(height, width, 300, 200)

@@ -16,8 +16,8 @@ from pacevlm.models.molmoe.experts import route, run_experts, run_one_token, spr
 class FrozenBlock:
     """What `MolmoEBlock` computes, for weights that are neither trained nor moved any more.
 
-    A decode step of one request is bound by calls on a CPU. Of a small model's step a third went into calling modules
-    and looking up their parameters; here weights are plain attributes. They share memory with the module's.
+    A decode step of one request is bound by calls on a CPU, and calling modules and looking up their parameters is a
+    good part of a small model's step (docs/log.md). Here weights are plain attributes; they share the modules' memory.
 
     Attributes:
         attn_norm, q_norm, k_norm, ff_norm: weights of the norms.

@@ -208,10 +208,6 @@ def prepare_image(
     )
 
 
-# Checked once, not at every request.
-_geometry = functools.lru_cache(maxsize=64)(CropGeometry)
-
-
 class MolmoEImageProcessor(BaseImageProcessor):
     """MolmoE's image processor: the crop geometry, the most crops and the normalisation, with save and load.
 
@@ -226,6 +222,9 @@ class MolmoEImageProcessor(BaseImageProcessor):
         max_crops: most high-resolution crops, unless a call says otherwise.
         image_mean: mean of each channel, in the range 0 to 1.
         image_std: standard deviation of each channel, in the range 0 to 1.
+
+    Attributes:
+        geometry: how crops are divided.
 
     Raises:
         ConfigError: a value is out of range.
@@ -267,13 +266,8 @@ class MolmoEImageProcessor(BaseImageProcessor):
         self.max_crops = max_crops
         self.image_mean: list[float] = [float(value) for value in image_mean]
         self.image_std: list[float] = [float(value) for value in image_std]
-        _ = self.geometry  # refuses sizes that do not fit together
-
-    @property
-    def geometry(self) -> CropGeometry:
-        """How crops are divided."""
-        before, behind = self.margins
-        return _geometry(self.crop_size, self.patch_size, (before, behind), self.pool)
+        # Refuses sizes that do not fit together; made once, because every request asks for it.
+        self.geometry = CropGeometry(self.crop_size, self.patch_size, (overlap[0], overlap[1]), self.pool)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings, ready for JSON."""
