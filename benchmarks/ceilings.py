@@ -42,10 +42,10 @@ def measure_flops(model: ElasticModel, size: int = 0) -> float:
 
 def _block_sizes(model: ElasticModel) -> tuple[int, int, int]:
     """Weights of a block outside its experts, of one expert, and key-value numbers per token and block."""
-    block = model.adapter.blocks[0]
-    expert = block.gate_up_proj[0].numel() + block.down_proj[0].numel()
-    others = (block.attn_norm, block.att_proj, block.q_norm, block.k_norm, block.attn_out, block.ff_norm, block.gate)
-    return sum(weight.numel() for weight in others), expert, sum(block.widths[1:])
+    block = model.adapter.model.model.transformer.blocks[0]
+    experts = sum(weight.numel() for weight in block.mlp.experts.parameters())
+    everything = sum(weight.numel() for weight in block.parameters())
+    return everything - experts, experts // model.adapter.num_experts, sum(block.attn.splits[1:])
 
 
 def _passes(model: ElasticModel, knobs: Knobs) -> int:

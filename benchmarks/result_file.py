@@ -20,7 +20,11 @@ def provenance(device: DeviceFacts) -> dict[str, Any]:
         "device": {"type": device.device_type, "name": device.device_name, "num_threads": device.num_threads},
         "commit": source_commit() or "unknown",
         "dtype": device.dtype,
-        "versions": {"torch": device.torch_version, "transformers": device.transformers_version},
+        "versions": {
+            "torch": device.torch_version,
+            "transformers": device.transformers_version,
+            "numba": device.numba_version,
+        },
     }
 
 

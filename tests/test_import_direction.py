@@ -44,6 +44,9 @@ OPTIONAL: dict[str, frozenset[str]] = {
     "jinja2": frozenset({"pacevlm.evaluation.report"}),
     "tensorboard": frozenset(),
     "torch.utils.tensorboard": frozenset(),
+    "numba": frozenset(
+        f"pacevlm.models.molmoe.{module}" for module in ("cpu_kernels", "compiled_block", "compiled_adapter")
+    ),
     "sklearn": frozenset(),
     "trl": frozenset(),
 }

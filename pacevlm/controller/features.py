@@ -53,7 +53,8 @@ def size_features(request: PolicyInput) -> list[float]:
 
 def feasible_fractions(request: PolicyInput) -> list[float]:
     """Fraction of each tier's (top_k, num_blocks) pairs that the guardrail admits, `(tiers,)` numbers from 0 to 1."""
-    fractions: list[float] = request.feasible.mean(axis=(1, 2)).tolist()
+    per_tier = request.feasible.reshape(len(request.feasible), -1)
+    fractions: list[float] = (np.add.reduce(per_tier, axis=1, dtype=np.float64) / per_tier.shape[1]).tolist()
     return fractions
 
 

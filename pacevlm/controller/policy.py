@@ -326,7 +326,7 @@ class ControllerPolicy:
     def choose_tier(self, request: PolicyInput) -> str:
         """Stage 1: the best tier in which the guardrail admits anything; raises as `Controller.stage1_features`."""
         logits = self._stage1(self.controller.stage1_feature_array(request))
-        mask = np.asarray(request.feasible.any(axis=(1, 2)))
+        mask = np.logical_or.reduce(request.feasible.reshape(len(logits), -1), axis=1)
         return self.controller.knob_space.tiers[int(best_action(logits[None], mask[None])[0])]
 
     def latency_token(self, budget_ms: float) -> Tensor:

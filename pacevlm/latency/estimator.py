@@ -19,7 +19,7 @@ from pacevlm.latency.profile import DeviceFacts, Profile, Sample, check_identity
 from pacevlm.latency.stage_fit import StageFit, fit_stage
 from pacevlm.types import BudgetKind, RequestSizes
 
-ESTIMATOR_SCHEMA_VERSION = 3
+ESTIMATOR_SCHEMA_VERSION = 4
 
 Array = NDArray[np.float64]
 

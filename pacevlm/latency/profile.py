@@ -21,7 +21,7 @@ from pacevlm.types import StageTimes
 if TYPE_CHECKING:
     import torch
 
-PROFILE_SCHEMA_VERSION = 2
+PROFILE_SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class DeviceFacts:
         device_name: the processor's or accelerator's own name.
         num_threads: threads that one CPU operation may use.
         dtype: number format of the model's weights, for example `float32`.
+        numba_version: the compiler of the loops that run a model on a CPU, where it is installed.
         load_average: the machine's mean number of runnable processes over 1, 5 and 15 minutes, where it tells.
         clock_mhz: the processor's or accelerator's clock rate when the profile began, where it tells.
         clock: the timer that measured, and its resolution.
@@ -44,6 +45,7 @@ class DeviceFacts:
     dtype: str
     torch_version: str
     transformers_version: str
+    numba_version: str | None
     python_version: str
     platform: str
     load_average: tuple[float, float, float] | None
@@ -57,9 +59,11 @@ class DeviceFacts:
             raise ProfileError(f"num_threads is {self.num_threads!r}; it must be a whole number from 1")
 
     @property
-    def identity(self) -> tuple[str, str, int, str]:
-        """The facts that must agree before latencies carry over: device type, name, threads and dtype."""
-        return self.device_type, self.device_name, self.num_threads, self.dtype
+    def identity(self) -> tuple[str, str, int, str, str]:
+        """The facts that must agree before latencies carry over: device type, name, threads, dtype, kind of loops."""
+        compiled = self.device_type == "cpu" and self.dtype == "float32" and self.numba_version is not None
+        loops = "compiled" if compiled else "not compiled"
+        return self.device_type, self.device_name, self.num_threads, self.dtype, loops
 
     def to_dict(self) -> dict[str, Any]:
         """All facts, ready for JSON."""
@@ -72,7 +76,8 @@ class DeviceFacts:
         wrong = [
             name
             for name, value in values.items()
-            if name not in ("num_threads", "load_average", "clock_mhz") and not isinstance(value, str)
+            if name not in ("num_threads", "load_average", "clock_mhz")
+            and not (isinstance(value, str) or (name == "numba_version" and value is None))
         ]
         if wrong:
             raise ProfileError(f"the device facts {wrong} must be text")
@@ -111,12 +116,20 @@ def collect_device_facts(device: str | torch.device, dtype: str | torch.dtype) -
         dtype=str(dtype).removeprefix("torch."),
         torch_version=str(torch.__version__),
         transformers_version=metadata.version("transformers"),
+        numba_version=_installed_version("numba"),
         python_version=platform.python_version(),
         platform=platform.platform(),
         load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
         clock_mhz=_clock_mhz(resolved),
         clock=f"{clock.implementation}, resolution {clock.resolution:g} s",
     )
+
+
+def _installed_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:
@@ -332,7 +345,8 @@ def check_identity(
 ) -> None:
     """Refuse an artefact that was made for something else; what is None is not compared.
 
-    Devices agree when their type, name, thread count and dtype do; library versions may differ.
+    Devices agree when their type, name, thread count and dtype do, and compiled loops are there or are not; library
+    versions may differ.
 
     Raises:
         IdentityError: the model, the knob space or the device differs.
@@ -344,7 +358,7 @@ def check_identity(
         raise IdentityError(f"this {name} was made for {artefact.knob_space}, not {knob_space}")
     if device is not None and artefact.device.identity != device.identity:
         raise IdentityError(
-            f"this {name} was made on {artefact.device.identity} (type, name, threads, dtype), "
+            f"this {name} was made on {artefact.device.identity} (type, name, threads, dtype, loops), "
             f"not {device.identity}; profile this device"
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -36,6 +36,22 @@ class Prepared(Protocol):
     @property
     def num_text_tokens(self) -> int:
         """Prompt tokens that are not image tokens, BOS included."""
+
+
+class RowDecode(Protocol):
+    """Steps of a single row, one token each, apart from the loop over blocks."""
+
+    def load(self, block: int, keys: Tensor, values: Tensor) -> None:
+        """Take over the prompt's keys and values of a block, each `(1, heads, tokens, head_dim)`."""
+
+    def run(self, x: Tensor, position: int, top_k_of: Mapping[int, int]) -> Tensor:
+        """Run blocks on one new token, `(1, d_model)` to the same shape.
+
+        Args:
+            x: the residual stream before the blocks.
+            position: place of the token, counted from 0.
+            top_k_of: experts per token of every block that runs, in order; each has been loaded.
+        """
 
 
 PromptT = TypeVar("PromptT", bound=Prompt)
@@ -124,6 +140,9 @@ class Adapter(Protocol[PromptT, PreparedT]):
 
     def mix_experts(self, block: int, x: Tensor, top_k: int | Tensor) -> Tensor:
         """Experts' output for the residual stream; `top_k` is one number or one per row."""
+
+    def row_decode(self, num_tokens: int) -> RowDecode | None:
+        """Steps of a row of at most so many tokens that are quicker than the loop's; None if there are none."""
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and output head: `(rows, d_model)` to `(rows, vocabulary)`."""

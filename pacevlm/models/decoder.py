@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pacevlm.models.adapter import Adapter
+from pacevlm.models.adapter import Adapter, RowDecode
 from pacevlm.models.block_order import BlockOrder
 from pacevlm.models.static_decode import StaticDecode
 
@@ -122,6 +122,13 @@ class ElasticDecoder:
 
     def _one_latency_token(self, prefix: Prefix, token: Tensor) -> Tensor:
         """The same for one token behind one prompt, where it is the next position of an ordinary decode step."""
+        row = None if token.requires_grad else self.adapter.row_decode(prefix.num_tokens + 1)
+        if row is not None:
+            for block in range(self.stage2_after):
+                row.load(block, prefix.keys[block][None], prefix.values[block][None])
+            return row.run(
+                token, prefix.num_tokens, dict.fromkeys(range(self.stage2_after), self.adapter.trained_top_k)
+            )
         x = token[None]
         rope = self.adapter.rope(torch.tensor([[prefix.num_tokens]], device=x.device))
         for block in range(self.stage2_after):
@@ -188,14 +195,17 @@ class _Generation:
         self.decoder, self.adapter = decoder, decoder.adapter
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
         self.prefixes = prefixes
-        self.static = decoder.static if len(prefixes) == 1 else None
+        one_row = len(prefixes) == 1
+        self.static = decoder.static if one_row else None
         device = prefixes[0].hidden.device
         lengths = [p.num_tokens for p in prefixes]
         self.same_length = len(set(lengths)) == 1
         self.padded_length = max(lengths)
         self.lengths = torch.tensor(lengths, device=device)
-        # Static steps have a cache of their own.
-        self.capacity = self.padded_length + (max_new_tokens if self.static is None else 0)
+        most = self.padded_length + max_new_tokens
+        self.row_decode = self.adapter.row_decode(most) if one_row and self.static is None else None
+        # Steps of a single row have a cache of their own.
+        self.capacity = most if self.static is None and self.row_decode is None else self.padded_length
         self.num_blocks = list(num_blocks)
         self.top_k = torch.tensor(list(top_k), device=device)
         self.only_top_k = top_k[0] if len(set(top_k)) == 1 else None
@@ -270,6 +280,8 @@ class _Generation:
         return self.adapter.logits(x[:, 0] if last >= first else _ends(x, self.lengths)[:, 0])
 
     def _cache(self, rows: Tensor | None, keys: Tensor, values: Tensor) -> _BlockCache:
+        if self.capacity == keys.shape[2]:
+            return _BlockCache(rows, keys, values)
         room = (0, 0, 0, self.capacity - keys.shape[2])
         return _BlockCache(rows, F.pad(keys, room), F.pad(values, room))
 
@@ -282,9 +294,21 @@ class _Generation:
         most = self.padded_length + self.max_new_tokens
         return static.step(self.last, position, self.only_top_k, self.num_blocks[0], most)
 
+    def _decode_row(self, row: RowDecode) -> Tensor:
+        if self.num_steps == 1:
+            for block, cache in self.caches.items():
+                row.load(block, cache.keys, cache.values)
+        assert self.only_top_k is not None
+        first, trained = self.decoder.stage2_after, self.adapter.trained_top_k
+        top_k_of = {block: trained if block < first else self.only_top_k for block in sorted(self.caches)}
+        x = self.adapter.embed_tokens(self.last)
+        return self.adapter.logits(row.run(x, self.padded_length + self.num_steps - 1, top_k_of))
+
     def _decode(self) -> Tensor:
         if self.static is not None:
             return self._decode_static(self.static)
+        if self.row_decode is not None:
+            return self._decode_row(self.row_decode)
         x = self.adapter.embed_tokens(self.last)[:, None]
         end = self.padded_length + self.num_steps  # columns in use after this step
         rope = self.adapter.rope((self.lengths + self.num_steps - 1)[:, None])

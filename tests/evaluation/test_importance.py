@@ -39,9 +39,11 @@ def model(save_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
     model = ElasticModel.from_pretrained(save_checkpoint(tmp_path_factory.mktemp("useless"), seed=3))
     adapter: Any = model.adapter
     with torch.no_grad():
-        for block in USELESS:
-            adapter.blocks[block].attn_out.zero_()
-            adapter.blocks[block].down_proj.zero_()
+        for index in USELESS:
+            # The adapter's blocks share the memory of the modules' weights.
+            block = adapter.model.model.transformer.blocks[index]
+            block.attn.attn_out.weight.zero_()
+            block.mlp.experts.down_proj.zero_()
     return model
 
 

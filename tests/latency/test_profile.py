@@ -98,6 +98,8 @@ def damage(values: Any, *route: str | int, to: Any) -> None:
         (("device", "device_type"), "tpu"),
         (("device", "num_threads"), "1"),
         (("device", "dtype"), 32),
+        (("device", "torch_version"), None),
+        (("device", "numba_version"), 0.6),
         (("noise_floor", "repeats_ms"), [1.0]),
         (("model_identity",), ""),
         (("extra",), 1),
@@ -162,3 +164,11 @@ def test_identity(make_profile: Any, device_facts: DeviceFacts, space: KnobSpace
     for change in ({"num_threads": 2}, {"dtype": "float16"}, {"device_name": "other"}, {"device_type": "cuda"}):
         with pytest.raises(IdentityError, match="profile this device"):
             check_identity(profile, device=dataclasses.replace(device_facts, **change))
+
+
+def test_compiled_loops_count_where_they_run(device_facts: DeviceFacts) -> None:
+    for change, differs in (({}, True), ({"dtype": "bfloat16"}, False), ({"device_type": "cuda"}, False)):
+        without = dataclasses.replace(device_facts, numba_version=None, **change)
+        one, other = (dataclasses.replace(without, numba_version=version).identity for version in ("1", "2"))
+        assert one == other
+        assert (one != without.identity) == differs

@@ -13,7 +13,7 @@ from pacevlm.knobs import Knobs
 from pacevlm.models import static_decode
 from pacevlm.models.decoder import ElasticDecoder, Prefix
 from pacevlm.models.elastic import ElasticModel
-from pacevlm.models.molmoe.experts import _run_one_token_gathered, run_one_token
+from pacevlm.models.molmoe.experts import _run_one_token, _run_one_token_gathered
 from pacevlm.models.static_decode import StaticDecode
 from pacevlm.types import Example
 
@@ -104,7 +104,7 @@ def test_gathered_experts_are_the_active_ones() -> None:
         experts = torch.randperm(9, generator=generator)[None, :num_active]
         torch.testing.assert_close(
             _run_one_token_gathered(x, weights, experts, gate_up, down),
-            run_one_token(x, weights, experts, gate_up, down),
+            _run_one_token(x, weights, experts, gate_up, down),
         )
 
 

@@ -29,7 +29,7 @@ from pacevlm.types import Example, Outcome, RequestSizes, VisionSizes
 MODEL = "synthetic"
 SPACE = KnobSpace()
 D_MODEL = 16
-FACTS = DeviceFacts("cpu", "counted", 1, "float32", "0", "0", "3", "none", None, None, "counted")
+FACTS = DeviceFacts("cpu", "counted", 1, "float32", "0", "0", None, "3", "none", None, None, "counted")
 USUAL_TOKENS, LONG_TOKENS = 3, 5
 
 # Milliseconds per unit: tier and compute cost about the same, so that a budget makes them compete.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from pacevlm.models.adapter import RowDecode
 from pacevlm.models.molmoe.blocks import MolmoEBlock, Rope, rope_tables
 from pacevlm.models.molmoe.frozen_block import FrozenBlock
+from pacevlm.models.molmoe.frozen_tower import FrozenTower
 from pacevlm.models.molmoe.modeling_molmoe import MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.processing import MolmoEProcessor, PreparedRequest, assemble_request
 from pacevlm.types import VisionSizes
@@ -33,7 +35,13 @@ class MolmoEPrompt:
 
 
 class MolmoEAdapter:
-    """Adapter of a MolmoE model and its processor; see `pacevlm.models.adapter.Adapter` for the methods."""
+    """Adapter of a MolmoE model and its processor; see `pacevlm.models.adapter.Adapter` for the methods.
+
+    Attributes:
+        blocks: what runs the decoder's blocks.
+        tower: what runs the vision tower.
+        cos, sin: rotary tables of all positions, each `(positions, head_dim)`.
+    """
 
     renormalises_top_k = False
 
@@ -49,9 +57,16 @@ class MolmoEAdapter:
         self.head_dim: int = self.config.head_dim_
         self.eos_token_id: int = processor.special_token_ids.bos
         self.max_positions: int = self.config.max_position_embeddings
-        self.blocks = [FrozenBlock.from_module(cast(MolmoEBlock, block)) for block in model.model.transformer.blocks]
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
+        self.blocks: Sequence[Any] = [
+            FrozenBlock.from_module(cast(MolmoEBlock, block)) for block in model.model.transformer.blocks
+        ]
+        self.tower = FrozenTower(model.model.vision_backbone.image_vit)
+        positions = torch.arange(self.max_positions, device=self.device)
+        self.cos, self.sin = (
+            table[0, 0] for table in rope_tables(positions[None], self.head_dim, self.config.rope_theta)
+        )
 
     def encode_question(self, question: str) -> MolmoEPrompt:
         """See `Adapter`; raises QuestionError."""
@@ -76,7 +91,7 @@ class MolmoEAdapter:
         """See `Adapter`."""
         images = torch.cat([cast(Tensor, r.images) for r in requests]).to(self.device)
         masks = torch.cat([cast(Tensor, r.image_masks) for r in requests]).to(self.device)
-        features: Tensor = self.model.model.vision_backbone(images, masks)
+        features: Tensor = self.model.model.vision_backbone(images, masks, self.tower)
         return list(features.split([r.vision_sizes.num_crops for r in requests]))
 
     def embed(self, request: PreparedRequest, features: Tensor) -> Tensor:
@@ -92,23 +107,31 @@ class MolmoEAdapter:
 
     def rope(self, position_ids: Tensor) -> Rope:
         """See `Adapter`."""
-        return rope_tables(position_ids, self.head_dim, self.config.rope_theta)
+        return F.embedding(position_ids, self.cos)[:, None], F.embedding(position_ids, self.sin)[:, None]
 
     def project(self, block: int, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """See `Adapter`."""
-        return self.blocks[block].project(x, rope)
+        q, k, v = self.blocks[block].project(x, rope)
+        return q, k, v
 
     def attend(self, block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """See `Adapter`."""
-        return self.blocks[block].attend(q, k, v, mask, is_causal)
+        out: Tensor = self.blocks[block].attend(q, k, v, mask, is_causal)
+        return out
 
     def project_out(self, block: int, mixed: Tensor) -> Tensor:
         """See `Adapter`."""
-        return self.blocks[block].project_out(mixed)
+        out: Tensor = self.blocks[block].project_out(mixed)
+        return out
 
     def mix_experts(self, block: int, x: Tensor, top_k: int | Tensor) -> Tensor:
         """See `Adapter`."""
-        return self.blocks[block].mix_experts(x, top_k)
+        out: Tensor = self.blocks[block].mix_experts(x, top_k)
+        return out
+
+    def row_decode(self, num_tokens: int) -> RowDecode | None:
+        """See `Adapter`."""
+        return None
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Adapter`."""

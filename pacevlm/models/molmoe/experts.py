@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,33 +41,25 @@ def spread_top_k(top_k: int | Tensor, num_tokens: int) -> tuple[int, Tensor | No
     return widest, torch.arange(widest, device=top_k.device) < per_token[:, None]
 
 
-def _supports_grouped_mm(x: Tensor, *weights: Tensor) -> bool:
+def _supports_grouped_mm(x: Tensor, weight: Tensor) -> bool:
     # The grouped kernel wants rows aligned to 16 bytes; on CUDA it takes bfloat16 only.
     if x.device.type == "cuda" and x.dtype != torch.bfloat16:
         return False
-    return all(w.shape[-1] * w.element_size() % 16 == 0 and w.shape[-2] * w.element_size() % 16 == 0 for w in weights)
+    return all(width * weight.element_size() % 16 == 0 for width in weight.shape[1:])
 
 
-def _swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Gate and value side by side, `(..., 2 * width)`, to `(..., width)` (Shazeer 2020)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def run_one_token(
-    x: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    gate_up_proj: Tensor | Sequence[Tensor],
-    down_proj: Tensor | Sequence[Tensor],
-) -> Tensor:
-    """`run_experts` of a single token on a CPU; the experts' weights may come one by one.
-
-    A grouped product walks over all experts, which takes as long with one active expert as with eight; products with
-    the active ones alone make a smaller top_k cheaper in proportion. Everything between the products is done for all
-    of them at once, because a decode step is bound by calls.
-    """
+def _run_one_token(x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    # A grouped product walks over all experts, which takes as long with one active expert as with eight; products with
+    # the active ones alone make a smaller top_k cheaper in proportion. Everything between the products is done for all
+    # of them at once, because a decode step is bound by calls.
     token, active = x[0], experts[0].tolist()
-    inner = _swiglu(torch.stack([torch.mv(gate_up_proj[expert], token) for expert in active])) * weights[0, :, None]
+    inner = swiglu(torch.stack([torch.mv(gate_up_proj[expert], token) for expert in active])) * weights[0, :, None]
     out = x.new_zeros(x.shape[1])
     for expert, row in zip(active, inner.unbind(), strict=True):
         out = torch.addmv(out, down_proj[expert], row)
@@ -82,9 +72,26 @@ def _run_one_token_gathered(
     # On a CUDA device without a grouped product for this dtype: nothing that depends on which experts are active has to
     # come back to the host, so that a CUDA graph can hold it.
     active = experts[0]
-    inner = _swiglu(torch.matmul(gate_up_proj[active], x[0]))
+    inner = swiglu(torch.matmul(gate_up_proj[active], x[0]))
     out = torch.matmul(down_proj[active], inner.unsqueeze(-1)).squeeze(-1)
     return torch.matmul(weights, out)
+
+
+def grouped_product(rows: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
+    """Multiply rows that are sorted by expert, each with its own expert's matrix.
+
+    Args:
+        rows: `(rows, width)`.
+        ends: `(experts,)` int32, where the rows of each expert end.
+        weight: `(experts, out_width, width)`.
+
+    Returns:
+        `(rows, out_width)`.
+    """
+    if _supports_grouped_mm(rows, weight):
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([chunk @ weight[expert].T for expert, chunk in enumerate(rows.split(counts))])
 
 
 def run_experts(
@@ -105,8 +112,8 @@ def run_experts(
     """
     if x.shape[0] == 1 and keep is None:
         if x.device.type == "cpu":
-            return run_one_token(x, weights, experts, gate_up_proj, down_proj)
-        if not _supports_grouped_mm(x, gate_up_proj, down_proj):
+            return _run_one_token(x, weights, experts, gate_up_proj, down_proj)
+        if not (_supports_grouped_mm(x, gate_up_proj) and _supports_grouped_mm(x, down_proj)):
             return _run_one_token_gathered(x, weights, experts, gate_up_proj, down_proj)
     num_experts = gate_up_proj.shape[0]
     pair_expert = experts.reshape(-1)
@@ -118,15 +125,6 @@ def run_experts(
     pair_weight = pair_weight.index_select(0, pair)
     # Unlike counting, which asks the device for the highest number, this can be part of a CUDA graph.
     ends = torch.searchsorted(pair_expert, torch.arange(num_experts, device=x.device), right=True, out_int32=True)
-    rows = x.index_select(0, pair_token)
-    if _supports_grouped_mm(x, gate_up_proj, down_proj):
-        inner = _swiglu(F.grouped_mm(rows, gate_up_proj.transpose(1, 2), offs=ends))
-        out = F.grouped_mm(inner, down_proj.transpose(1, 2), offs=ends)
-    else:
-        pieces = []
-        counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-        for expert, chunk in enumerate(rows.split(counts)):
-            if chunk.shape[0]:
-                pieces.append(_swiglu(chunk @ gate_up_proj[expert].T) @ down_proj[expert].T)
-        out = torch.cat(pieces) if pieces else rows
+    inner = swiglu(grouped_product(x.index_select(0, pair_token), ends, gate_up_proj))
+    out = grouped_product(inner, ends, down_proj)
     return torch.zeros_like(x).index_add_(0, pair_token, out * pair_weight.unsqueeze(-1))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pacevlm.models.molmoe.blocks import MolmoEBlock, Rope, rms_norm, rotate
-from pacevlm.models.molmoe.experts import route, run_experts, run_one_token, spread_top_k
+from pacevlm.models.molmoe.experts import route, run_experts, spread_top_k
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,6 @@ class FrozenBlock:
         att_proj, attn_out: weights of the attention's projections.
         gate: weights of the router.
         gate_up_proj, down_proj: weights of the experts; see `run_experts`.
-        gate_up_of, down_of: the same of each expert.
         eps: of the norms.
         widths: of queries, keys and values.
         head_dim: width of a head.
@@ -39,8 +38,6 @@ class FrozenBlock:
     gate: Tensor
     gate_up_proj: Tensor
     down_proj: Tensor
-    gate_up_of: tuple[Tensor, ...]
-    down_of: tuple[Tensor, ...]
     eps: float
     widths: tuple[int, int, int]
     head_dim: int
@@ -60,8 +57,6 @@ class FrozenBlock:
             gate=mlp.gate.weight.detach(),
             gate_up_proj=mlp.experts.gate_up_proj.detach(),
             down_proj=mlp.experts.down_proj.detach(),
-            gate_up_of=mlp.experts.gate_up_proj.detach().unbind(),
-            down_of=mlp.experts.down_proj.detach().unbind(),
             eps=attn.attn_norm.eps,
             widths=(query, key, value),
             head_dim=attn.head_dim,
@@ -103,6 +98,4 @@ class FrozenBlock:
         flat = rms_norm(x, self.ff_norm, self.eps).flatten(0, 1)
         widest, keep = spread_top_k(top_k, x.shape[1])
         weights, experts = route(F.linear(flat, self.gate), widest, x.dtype)
-        if flat.shape[0] == 1 and x.device.type == "cpu":
-            return run_one_token(flat, weights, experts, self.gate_up_of, self.down_of).view_as(x)
         return run_experts(flat, weights, experts, self.gate_up_proj, self.down_proj, keep).view_as(x)

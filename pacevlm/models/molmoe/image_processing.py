@@ -96,6 +96,14 @@ def _token_layout(geometry: CropGeometry, rows: int, cols: int) -> tuple[torch.T
     return pattern, torch.cat([global_positions.reshape(1, -1), positions])
 
 
+@functools.lru_cache(maxsize=16)
+def _normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, deviation, and what black is normalised to, each `(3, 1, 1)`; shared, so never write to them."""
+    with torch.inference_mode(False):
+        means, stds = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
+        return means, stds, -means / stds
+
+
 def resize_and_pad(
     pixels: torch.Tensor,
     target_height: int,
@@ -120,11 +128,9 @@ def resize_and_pad(
         pixels = F.interpolate(
             pixels[None], size=(new_height, new_width), mode="bilinear", align_corners=False, antialias=True
         )[0].clamp_(0.0, 1.0)
-    mean = torch.tensor(image_mean, dtype=torch.float32)[:, None, None]
-    std = torch.tensor(image_std, dtype=torch.float32)[:, None, None]
+    mean, std, black = _normalisation(tuple(image_mean), tuple(image_std))
     top, left = (target_height - new_height) // 2, (target_width - new_width) // 2
-    # Padding is black before normalisation, hence (0 - mean) / std after it.
-    canvas = (-mean / std).expand(3, target_height, target_width).contiguous()
+    canvas = black.expand(3, target_height, target_width).contiguous()
     canvas[:, top : top + new_height, left : left + new_width] = (pixels - mean) / std
     return canvas, (top, left, new_height, new_width)
 
@@ -140,6 +146,23 @@ def _patch_coverage(start: int, length: int, num_patches: int, patch_size: int) 
     """Picture pixels within each patch along one side, where the picture covers [start, start + length)."""
     edges = torch.arange(num_patches) * patch_size
     return ((edges + patch_size).clamp(max=start + length) - edges.clamp(min=start)).clamp(min=0)
+
+
+@functools.lru_cache(maxsize=256)
+def _crop_masks(geometry: CropGeometry, rows: int, cols: int, place: tuple[int, int, int, int]) -> torch.Tensor:
+    """How much of each patch is picture, `(crops, patches)`, with the row that is shifted; never write to it.
+
+    `place` is the picture's (top, left, height, width) on the canvas.
+    """
+    with torch.inference_mode(False):
+        top, left, height, width = place
+        size = geometry.patch_size
+        row_coverage = _patch_coverage(top, height, geometry.canvas_px(rows) // size, size)
+        col_coverage = _patch_coverage(left, width, geometry.canvas_px(cols) // size, size)
+        coverage = (row_coverage[:, None] * col_coverage[None, :]).to(torch.float32) / float(size**2)
+        masks = _overlapping_crops(coverage[..., None], geometry)[..., 0]
+        # The extra row belongs in front, with the global crop, but the weights were trained with it at the end.
+        return torch.cat([masks, torch.full((1, geometry.patches_per_crop), MASK_ROW_FILL)])
 
 
 def _overlapping_crops(grid: torch.Tensor, geometry: CropGeometry) -> torch.Tensor:
@@ -175,15 +198,9 @@ def prepare_image(
     rows, cols = select_tiling(height, width, max_crops, geometry, min_crops)
     vision_sizes(height, width, max_crops, geometry, min_crops)  # refuses what cannot be resized, before any work
 
-    if not image.flags.writeable:
-        image = image.copy()  # torch does not share read-only memory
-    pixels = (
-        torch.from_numpy(image).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
-    )
+    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32)).div_(255.0)
 
-    canvas, (top, left, new_height, new_width) = resize_and_pad(
-        pixels, geometry.canvas_px(rows), geometry.canvas_px(cols), image_mean, image_std
-    )
+    canvas, place = resize_and_pad(pixels, geometry.canvas_px(rows), geometry.canvas_px(cols), image_mean, image_std)
     patches = _to_patches(canvas, geometry.patch_size)
     crops = _overlapping_crops(patches, geometry)
     if (rows, cols) == (1, 1):
@@ -192,16 +209,10 @@ def prepare_image(
         canvas, _ = resize_and_pad(pixels, geometry.crop_size, geometry.crop_size, image_mean, image_std)
         global_crop = _to_patches(canvas, geometry.patch_size).reshape(1, geometry.patches_per_crop, -1)
 
-    row_coverage = _patch_coverage(top, new_height, patches.shape[0], geometry.patch_size)
-    col_coverage = _patch_coverage(left, new_width, patches.shape[1], geometry.patch_size)
-    coverage = (row_coverage[:, None] * col_coverage[None, :]).to(torch.float32) / float(geometry.patch_size**2)
-    masks = _overlapping_crops(coverage[..., None], geometry)[..., 0]
-
     pattern, positions = _token_layout(geometry, rows, cols)
     return PreparedImage(
         images=torch.cat([global_crop, crops]),
-        # The extra row belongs in front, with the global crop, but the weights were trained with it at the end.
-        image_masks=torch.cat([masks, torch.full((1, geometry.patches_per_crop), MASK_ROW_FILL)]),
+        image_masks=_crop_masks(geometry, rows, cols, place).clone(),
         image_input_idx=positions.clone(),
         token_pattern=pattern.clone(),
         tiling=(rows, cols),
@@ -287,7 +298,7 @@ class MolmoEImageProcessor(BaseImageProcessor):
             ConfigError: `max_crops` is below 1 or not a whole number.
         """
         return prepare_image(
-            np.array(load_image(image)),
+            np.asarray(load_image(image)),
             self.max_crops if max_crops is None else max_crops,
             self.geometry,
             image_mean=self.image_mean,

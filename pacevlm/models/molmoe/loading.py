@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,6 +61,10 @@ def load_molmoe(folder: Path, device: str | torch.device, dtype: torch.dtype) ->
         raise CheckpointError(f"the processor in {folder} cannot be used: {error}") from error
     _check_processor(folder, processor, cast(MolmoEConfig, model.config))
     torch.nn.Module.to(model, device)  # transformers' own `to` is not typed
+    if torch.device(device).type == "cpu" and dtype == torch.float32 and find_spec("numba") is not None:
+        from pacevlm.models.molmoe.compiled_adapter import CompiledMolmoEAdapter
+
+        return CompiledMolmoEAdapter(model, processor)
     return MolmoEAdapter(model, processor)
 
 

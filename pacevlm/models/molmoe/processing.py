@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pacevlm.models.molmoe.image_processing import (
     check_tensor_call,
     pad_stack,
 )
-from pacevlm.models.molmoe.tiling import CropGeometry, check_max_crops
+from pacevlm.models.molmoe.tiling import check_max_crops, most_image_tokens
 from pacevlm.models.molmoe.tokenization import (
     EOS_TOKEN,
     IM_COL_TOKEN,
@@ -49,7 +50,13 @@ class SpecialTokenIds:
 
     def image_token_ids(self, token_pattern: torch.Tensor) -> torch.Tensor:
         """Ids of the image tokens of a pattern of kinds, same shape."""
-        return torch.tensor([self.im_start, self.im_end, self.im_patch, self.im_col])[token_pattern]
+        return _kinds(self)[token_pattern]
+
+
+@functools.lru_cache(maxsize=16)
+def _kinds(special: SpecialTokenIds) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([special.im_start, special.im_end, special.im_patch, special.im_col])
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +175,6 @@ class MolmoEProcessor(ProcessorMixin):
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return list(encoded["input_ids"])
 
-    def _most_image_tokens(self, max_crops: int) -> int:
-        """Image tokens of the largest tiling."""
-        geometry: CropGeometry = self.image_processor.geometry
-        return max(geometry.num_image_tokens(rows, max_crops // rows) for rows in range(1, max_crops + 1))
-
     def max_question_tokens(self, max_crops: int | None = None) -> int:
         """Most tokens that a question may have, whatever its image.
 
@@ -183,7 +185,7 @@ class MolmoEProcessor(ProcessorMixin):
             ConfigError: `max_length` leaves no room for a question.
         """
         most_crops = max(self.image_processor.max_crops, max_crops or 0)
-        num_image_tokens = self._most_image_tokens(most_crops)
+        num_image_tokens = most_image_tokens(self.image_processor.geometry, most_crops)
         num_left = self.max_length - 1 - self._num_wrapper_tokens - num_image_tokens
         if num_left < 1:
             raise ConfigError(

@@ -206,3 +206,9 @@ def _vision_sizes(height: int, width: int, max_crops: int, geometry: CropGeometr
     fitted_size(height, width, geometry.crop_size, geometry.crop_size)
     fitted_size(height, width, geometry.canvas_px(rows), geometry.canvas_px(cols))
     return VisionSizes(num_crops=1 + rows * cols, num_image_tokens=geometry.num_image_tokens(rows, cols))
+
+
+@functools.lru_cache(maxsize=64)
+def most_image_tokens(geometry: CropGeometry, max_crops: int) -> int:
+    """Image tokens of the largest tiling of at most so many crops."""
+    return max(geometry.num_image_tokens(rows, max_crops // rows) for rows in range(1, max_crops + 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,11 @@ def _attend_float32(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
     out = F.scaled_dot_product_attention(heads(q), heads(k), heads(v))
     return out.transpose(1, 2).flatten(2).to(q.dtype)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's approximation of GELU (Hendrycks and Gimpel 2016)."""
+    return x * torch.sigmoid(1.702 * x)
 
 
 class VisionAttention(nn.Module):
@@ -51,8 +58,7 @@ class _FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.w1(x)
-        out: Tensor = self.w2(h * torch.sigmoid(1.702 * h))
+        out: Tensor = self.w2(quick_gelu(self.w1(x)))
         return out
 
 
@@ -143,24 +149,28 @@ class VisionBackbone(nn.Module):
         self.pool = (config.image_pooling_h, config.image_pooling_w)
         self.padding_crop_rule = config.padding_crop_rule
 
-    def vit_features(self, images: Tensor) -> Tensor:
-        """Tower features with padding crops set to zero: `(crops, patches, pixels)` to `(crops, patches, features)`."""
+    def vit_features(self, images: Tensor, tower: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Tower features with padding crops set to zero: `(crops, patches, pixels)` to `(crops, patches, features)`.
+
+        Another tower of the same weights may take the place of its own.
+        """
         minus_one = images == -1
         padding = minus_one.all(dim=(1, 2)) if self.padding_crop_rule == "all" else minus_one.any(dim=2).any(dim=1)
-        features: Tensor = self.image_vit(images.to(self.pad_embed.dtype))
+        features: Tensor = (tower or self.image_vit)(images.to(self.pad_embed.dtype))
         return features * (~padding).to(features.dtype)[:, None, None]
 
-    def forward(self, images: Tensor, image_masks: Tensor) -> Tensor:
+    def forward(self, images: Tensor, image_masks: Tensor, tower: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """One feature vector per pooled cell.
 
         Args:
             images: `(crops, patches, patch_px * patch_px * 3)`; a crop of -1 only is padding.
             image_masks: `(crops, patches)`, share of each patch that shows the image; -1 counts as partial.
+            tower: takes the place of `image_vit`, see `vit_features`.
 
         Returns:
             `(crops, cells, d_model)`, cells row by row.
         """
-        features = self.vit_features(images)
+        features = self.vit_features(images, tower)
         none = (image_masks == 0).to(features.dtype).unsqueeze(-1)
         partial = ((image_masks < 1) & (image_masks != 0)).to(features.dtype).unsqueeze(-1)
         features = features + none * self.pad_embed[0] + partial * self.pad_embed[1]

@@ -1,0 +1,247 @@
+"""Compiled loops compute what torch computes, but for rounding, and stay out of the way where they cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pacevlm.knobs import Knobs
+from pacevlm.models.decoder import Prefix
+from pacevlm.models.elastic import ElasticModel
+from pacevlm.models.molmoe import MolmoEForConditionalGeneration, compiled_block, cpu_kernels, loading
+from pacevlm.models.molmoe.adapter import MolmoEAdapter
+from pacevlm.models.molmoe.blocks import rope_tables
+from pacevlm.models.molmoe.compiled_adapter import CompiledMolmoEAdapter
+from pacevlm.models.molmoe.compiled_block import CompiledBlock
+from pacevlm.models.molmoe.experts import grouped_product, route
+from pacevlm.models.molmoe.frozen_block import FrozenBlock
+from pacevlm.types import Example
+
+MakeModel = Callable[..., MolmoEForConditionalGeneration]
+STEPS = 6
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["small block", "large block"])
+def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that one core runs alone, and such that leave their products to torch."""
+    if request.param == "large block":
+        monkeypatch.setattr(compiled_block, "ONE_CORE_WEIGHTS", 0)
+
+
+@pytest.mark.usefixtures("sizes")
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 7), (2, 40)], ids=str)
+@pytest.mark.parametrize("top_k", [3, 1, (1, 4)], ids=str)
+@pytest.mark.parametrize("few_rows", [1000, 0])
+@torch.no_grad()
+def test_compiled_and_frozen_blocks_agree(
+    make_model: MakeModel,
+    monkeypatch: pytest.MonkeyPatch,
+    num_kv_heads: int,
+    shape: tuple[int, int],
+    top_k: int | tuple[int, int],
+    few_rows: int,
+) -> None:
+    monkeypatch.setattr(compiled_block, "FEW_ROWS", few_rows)
+    # 32 outputs of 13 numbers: the compiled products take 3 and, vectorised, 8 at a time.
+    model = make_model(seed=1, n_kv_heads=num_kv_heads, mlp_hidden_size=26)
+    frozen = FrozenBlock.from_module(model.model.transformer.blocks[1])  # type: ignore[arg-type]
+    compiled = CompiledBlock(frozen)
+    batch, num_tokens = shape
+    per_row = top_k if isinstance(top_k, int) else torch.tensor(top_k[:batch])
+    # Every second token: what a block is given need not lie in one piece.
+    x = random(batch, 2 * num_tokens, model.config.d_model)[:, ::2]
+    positions = 3 + torch.arange(num_tokens)[None] + (torch.arange(batch)[:, None] if num_tokens == 1 else 0)
+    rope = rope_tables(positions, model.config.head_dim_, model.config.rope_theta)
+    q, k, v = compiled.project(x, rope)
+    for found, expected in zip((q, k, v), frozen.project(x, rope), strict=True):
+        close(found, expected)
+    x = x + compiled.attend(q, k, v, None, True)
+    close(compiled.mix_experts(x, per_row), frozen.mix_experts(x, per_row))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 300.0])
+@torch.no_grad()
+def test_tokens_of_any_size(make_model: MakeModel, size: float) -> None:
+    frozen = FrozenBlock.from_module(make_model(seed=2).model.transformer.blocks[1])  # type: ignore[arg-type]
+    for num_tokens in (1, 5):
+        x = size * random(1, num_tokens, 32)
+        # The router's logits grow with the norm's weight, far beyond what an exponential can take.
+        frozen.ff_norm.fill_(size)
+        found = CompiledBlock(frozen).mix_experts(x, 2)
+        assert torch.isfinite(found).all()
+        close(found, frozen.mix_experts(x, 2))
+
+
+def test_gradients_are_the_frozen_blocks(make_model: MakeModel) -> None:
+    model = make_model(seed=3).requires_grad_(False)
+    frozen = FrozenBlock.from_module(model.model.transformer.blocks[0])  # type: ignore[arg-type]
+    rope = rope_tables(torch.arange(4)[None], model.config.head_dim_, model.config.rope_theta)
+    gradients = []
+    for block in (frozen, CompiledBlock(frozen)):
+        x = random(1, 4, 32).requires_grad_()
+        q, k, v = block.project(x, rope)
+        (block.attend(q, k, v, None, True) + block.mix_experts(x, 2)).square().sum().backward()  # type: ignore[no-untyped-call]
+        gradients.append(x.grad)
+    assert gradients[0] is not None
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)  # type: ignore[arg-type]
+
+
+def test_weights_are_the_modules_own(make_model: MakeModel) -> None:
+    block: Any = make_model().model.transformer.blocks[0]
+    compiled = CompiledBlock(FrozenBlock.from_module(block))
+    pointers = {value.ctypes.data for value in vars(compiled).values() if isinstance(value, np.ndarray)}
+    assert pointers == {parameter.data_ptr() for parameter in block.parameters()}
+
+
+def test_grouping_is_routing_sorted_by_expert() -> None:
+    logits = random(50, 9)
+    counts = torch.randint(1, 6, (50,), generator=torch.Generator().manual_seed(1))
+    for top_k in (4, counts):
+        token, weight, ends = cpu_kernels.group_by_expert(logits, top_k)
+        weights, experts = route(logits, 5, torch.float32)
+        keep = torch.arange(5) < (torch.full((50,), top_k) if isinstance(top_k, int) else top_k)[:, None]
+        start = 0
+        for expert, end in enumerate(ends.tolist()):
+            chosen = (experts == expert) & keep
+            assert token[start:end].tolist() == chosen.any(1).nonzero().flatten().tolist()
+            close(weight[start:end], (weights * chosen).sum(1)[chosen.any(1)])
+            start = end
+        assert start == len(token) == int(keep.sum())
+
+
+def test_experts_with_equal_logits_are_taken_once_each() -> None:
+    token, weight, ends = cpu_kernels.group_by_expert(torch.zeros(3, 6), 4)
+    assert ends.tolist() == [3, 6, 9, 12, 12, 12]
+    assert token.tolist() == [0, 1, 2] * 4
+    close(weight, torch.full((12,), 1 / 6))
+
+
+@pytest.mark.parametrize("width", [5, 8])
+@pytest.mark.parametrize("num_outputs", [1, 3, 8])
+def test_products_of_few_rows(width: int, num_outputs: int) -> None:
+    ends = torch.tensor([0, 1, 5, 5, 14], dtype=torch.int32)
+    rows, weight = random(14, width), random(5, num_outputs, width, seed=1)
+    token = torch.randint(0, 6, (14,), generator=torch.Generator().manual_seed(2))
+    share = torch.rand(14, generator=torch.Generator().manual_seed(3))
+    found = cpu_kernels.multiply_few_rows(rows, ends, weight.numpy(), token, share, 6)
+    products = grouped_product(rows, ends, weight)
+    close(found, torch.zeros(6, num_outputs).index_add_(0, token, products * share[:, None]))
+    close(found, cpu_kernels.weighted_sum(products, token, share, 6))
+
+
+def prefixes_of(model: ElasticModel, examples: list[Example]) -> list[Prefix]:
+    prefixes = []
+    for example in examples:
+        prompt = model.adapter.encode_question(example.question)
+        prepared = model.adapter.prepare(example.image, prompt, model.max_crops["high"])
+        embeddings = model.adapter.embed(prepared, model.adapter.encode_vision([prepared])[0])
+        prefixes += model.decoder.prefix([embeddings])
+    return prefixes
+
+
+def generate(model: ElasticModel, prefix: Prefix, knobs: Knobs) -> tuple[list[int], Tensor]:
+    tokens, logits = model.decoder.generate([prefix], [knobs.top_k], [knobs.num_blocks], STEPS, keep_logits=True)
+    return tokens[0], torch.cat(logits)
+
+
+@torch.inference_mode()
+def test_steps_of_one_row_are_the_loops_steps(
+    law_model: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = law_model.adapter
+    assert isinstance(adapter, CompiledMolmoEAdapter)
+    assert adapter.row_decode(10) is not None
+    monkeypatch.setattr(adapter, "eos_token_id", -1)
+    prefixes = prefixes_of(law_model, law_examples)
+    token = 0.1 * random(1, law_model.d_model)
+    for prefix in prefixes:
+        for knobs in list(law_model.knob_space)[::7]:
+            tokens, logits = generate(law_model, prefix, knobs)
+            output = law_model.decoder.latency_token([prefix], [token])
+            with monkeypatch.context() as loop:
+                loop.setattr(adapter, "row_decode", lambda _: None)
+                expected_tokens, expected = generate(law_model, prefix, knobs)
+                close(output, law_model.decoder.latency_token([prefix], [token]))
+            assert tokens == expected_tokens
+            close(logits, expected)
+
+
+@torch.no_grad()
+def test_large_blocks_have_no_steps_of_one_row(
+    tiny_elastic_dir: Path, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ElasticModel.from_pretrained(tiny_elastic_dir)
+    monkeypatch.setattr(compiled_block, "ONE_CORE_WEIGHTS", 0)
+    large = ElasticModel.from_pretrained(tiny_elastic_dir)
+    assert large.adapter.row_decode(10) is None
+    full, example = small.knob_space.full, law_examples[1]
+    answers = [model.run_static(example.image, example.question, full).token_ids for model in (small, large)]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_without_numba_the_answers_are_the_same(
+    tiny_elastic_dir: Path, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    compiled = ElasticModel.from_pretrained(tiny_elastic_dir, dtype=dtype)
+    monkeypatch.setattr(loading, "find_spec", lambda _: None)
+    plain = ElasticModel.from_pretrained(tiny_elastic_dir, dtype=dtype)
+    assert type(plain.adapter) is MolmoEAdapter
+    assert isinstance(compiled.adapter, CompiledMolmoEAdapter) == (dtype == torch.float32)
+    assert plain.identity == compiled.identity
+    for example in law_examples:
+        for knobs in list(plain.knob_space)[::11]:
+            one, other = (model.run_static(example.image, example.question, knobs) for model in (plain, compiled))
+            assert one.token_ids == other.token_ids
+
+
+@torch.no_grad()
+def test_embeddings_and_their_places(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+    adapter: Any = tiny_elastic.adapter
+    prepared = adapter.prepare(law_examples[3].image, adapter.encode_question("How many?"), 4)
+    features = adapter.encode_vision([prepared])[0]
+    close(adapter.embed(prepared, features), MolmoEAdapter.embed(adapter, prepared, features))
+    weights = (adapter._embedding, adapter._new_embedding, features)
+    ids, places = prepared.input_ids, prepared.image_input_idx
+    num_ids = len(adapter._embedding) + len(adapter._new_embedding)
+    for wrong in (-1, num_ids):
+        with pytest.raises(ValueError, match=f"outside 0..{num_ids - 1}"):
+            cpu_kernels.embed(torch.where(ids == ids[-1], wrong, ids), *weights, places)
+    with pytest.raises(ValueError, match=f"beyond the {len(ids)} tokens"):
+        cpu_kernels.embed(ids, *weights, torch.where(places == places.max(), len(ids), places))
+
+
+def test_where_nothing_can_be_cached_it_compiles_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    njit = cpu_kernels.numba.njit
+
+    def without_cache(*arguments: Any, cache: bool = False, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(*arguments, **options)
+
+    monkeypatch.setattr(cpu_kernels.numba, "njit", without_cache)
+
+    def double(x: Any) -> None:
+        for i in range(x.shape[0]):
+            x[i] *= np.float32(2)
+
+    values = np.ones(3, np.float32)
+    cpu_kernels._compiled(cpu_kernels.void(cpu_kernels._vector))(double)(values)
+    assert values.tolist() == [2.0, 2.0, 2.0]
