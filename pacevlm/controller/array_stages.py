@@ -62,18 +62,25 @@ class ArrayStage2:
         self._budget_weight = np.ascontiguousarray(weight[:, :num_budget_features])
         self._tier_bias = np.ascontiguousarray(weight[:, num_budget_features:].T) + _array(stage.scalars.bias)
         self._hidden = _layers(stage.hidden)
-        self._top_k, self._num_blocks = _linear(stage.top_k_head), _linear(stage.num_blocks_head)
-        self._pair = None if stage.pair_head is None else _linear(stage.pair_head)
+        # A logit is the sum of its top_k's, its num_blocks' and its pair's, so one product gives them all.
+        self._logits = _sum_of_heads(stage)
+        self._shape = stage.top_k_head.out_features, stage.num_blocks_head.out_features
 
     def __call__(self, latency_token_output: Array, budget_features: Array, tier_index: int) -> Array:
         """Pair logits `(top_ks, num_blocks)` of an output `(d_model,)` and budget features `(num_features,)`."""
         combined = self._output(latency_token_output)
         combined += self._budget_weight @ budget_features + self._tier_bias[tier_index]
-        hidden = _run(self._hidden, combined)
-        logits: Array = self._top_k(hidden)[:, None] + self._num_blocks(hidden)
-        if self._pair is not None:
-            logits += self._pair(hidden).reshape(logits.shape)
-        return logits
+        return self._logits(_run(self._hidden, combined)).reshape(self._shape)
+
+
+def _sum_of_heads(stage: Stage2) -> Layer:
+    parts = []
+    for kind in ("weight", "bias"):
+        top_k, num_blocks = (_array(getattr(head, kind)) for head in (stage.top_k_head, stage.num_blocks_head))
+        total = (top_k[:, None] + num_blocks).reshape(-1, *top_k.shape[1:])
+        parts.append(total if stage.pair_head is None else total + _array(getattr(stage.pair_head, kind)))
+    weight, bias = parts
+    return lambda x: weight @ x + bias
 
 
 def _array(weight: Tensor) -> Array:

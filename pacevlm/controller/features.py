@@ -53,9 +53,7 @@ def size_features(request: PolicyInput) -> list[float]:
 
 def feasible_fractions(request: PolicyInput) -> list[float]:
     """Fraction of each tier's (top_k, num_blocks) pairs that the guardrail admits, `(tiers,)` numbers from 0 to 1."""
-    per_tier = request.feasible.reshape(len(request.feasible), -1)
-    fractions: list[float] = (np.add.reduce(per_tier, axis=1, dtype=np.float64) / per_tier.shape[1]).tolist()
-    return fractions
+    return [np.count_nonzero(tier) / tier.size for tier in request.feasible]
 
 
 def thumbnail_features(request: PolicyInput) -> NDArray[np.float32]:

@@ -326,8 +326,8 @@ class ControllerPolicy:
     def choose_tier(self, request: PolicyInput) -> str:
         """Stage 1: the best tier in which the guardrail admits anything; raises as `Controller.stage1_features`."""
         logits = self._stage1(self.controller.stage1_feature_array(request))
-        mask = np.logical_or.reduce(request.feasible.reshape(len(logits), -1), axis=1)
-        return self.controller.knob_space.tiers[int(best_action(logits[None], mask[None])[0])]
+        mask = np.array([tier.any() for tier in request.feasible])
+        return self.controller.knob_space.tiers[best_action(logits, mask)]
 
     def latency_token(self, budget_ms: float) -> Tensor:
         """The budget as one token, `(d_model,)`, single precision on the CPU; raises BudgetError."""
@@ -354,7 +354,7 @@ class ControllerPolicy:
                 "build the mask for the controller's own knob space"
             )
         tier_index = space.tiers.index(tier)
-        mask = request.feasible[tier_index].reshape(1, -1)
+        mask = request.feasible[tier_index].reshape(-1)
         if not mask.any():
             raise KnobError(
                 f"the guardrail admits nothing at tier {tier!r} for example {request.example_id!r}; run stage 2 with "
@@ -367,4 +367,4 @@ class ControllerPolicy:
             )
         output = latency_token_output.detach().float().cpu().numpy()
         logits = self._stage2(output, self.controller.budget_encoder.feature_array(request.budget_ms), tier_index)
-        return space.pair(int(best_action(logits.reshape(1, -1), mask)[0]))
+        return space.pair(best_action(logits.reshape(-1), mask))

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from pacevlm.errors import DataError, KnobError
 
-_LOWEST = np.finfo(np.float32).min
-
 
 def tier_masks(masks: Tensor) -> Tensor:
     """Tiers in which some pair is admitted: `(batch, tiers, top_ks, num_blocks)` gives `(batch, tiers)`, boolean."""
@@ -34,23 +32,24 @@ def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
     return logits.masked_fill(~mask, -torch.inf)
 
 
-def best_action(logits: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """The allowed action with the highest logit, the first of equal ones: `(batch, actions)` gives `(batch,)`.
+def best_action(logits: NDArray[np.float32], mask: NDArray[np.bool_]) -> int:
+    """The allowed action with the highest logit, the first of equal ones, of one request `(actions,)`.
 
-    On arrays: this is one request's decision more often than not, and torch takes longer to be called than to compare.
+    On arrays: torch takes longer to be called than to compare.
 
     Raises:
         DataError: the mask is not boolean or has another shape.
-        KnobError: a row allows no action.
+        KnobError: no action is allowed.
     """
     if mask.dtype != np.bool_ or mask.shape != logits.shape:
         _refuse_mask(mask, logits)
-    allowed = mask.any(axis=1)
-    if not allowed.all():
-        _refuse_rows(int((~allowed).sum()))
-    # An allowed logit of -inf must still win over what the mask rules out.
-    scores = np.where(mask, np.maximum(logits, _LOWEST), -np.inf)
-    return np.asarray(scores.argmax(axis=1))
+    best = int(np.where(mask, logits, -np.inf).argmax())
+    if mask[best]:
+        return best
+    # Nothing is allowed, or nothing but logits of -inf, which still win over what the mask rules out.
+    if not mask.any():
+        _refuse_rows(1)
+    return int(mask.argmax())
 
 
 def _check_mask(logits: Tensor, mask: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pacevlm.models.adapter import Adapter, RowDecode
 from pacevlm.models.block_order import BlockOrder
+from pacevlm.models.prefix_tree import PrefixTree
 from pacevlm.models.static_decode import StaticDecode
 
 
@@ -235,55 +236,55 @@ class _Generation:
             self._leave(stay)
         return not stay
 
-    def _row_top_k(self, rows: Tensor | None) -> int | Tensor:
+    def _row_top_k(self, rows: Tensor | list[int] | None) -> int | Tensor:
         if self.only_top_k is not None:
             return self.only_top_k
         top_k = self.top_k if rows is None else self.top_k[rows]
         first = int(top_k[0])
         return first if bool((top_k == first).all()) else top_k
 
-    def _members(self, block: int) -> tuple[Tensor | None, bool]:
-        """Rows that keep a block (None: all), and whether there are any."""
-        places = [i for i, row in enumerate(self.alive) if block in self.kept_blocks[row]]
-        if len(places) == len(self.alive):
-            return None, True
-        return torch.tensor(places, device=self.lengths.device, dtype=torch.long), bool(places)
-
     def _prefill(self) -> Tensor:
+        starts = [(id(prefix), top_k) for prefix, top_k in zip(self.prefixes, self.top_k.tolist(), strict=True)]
+        tree = PrefixTree(starts, self.kept_blocks)
+        prefixes = [self.prefixes[row] for row in tree.some_row()]
         # Padding stands behind every real token, so causal attention already hides it from them.
-        x, _ = _pad([p.hidden for p in self.prefixes])
+        x, _ = _pad([prefix.hidden for prefix in prefixes])
         rope = self.adapter.rope(torch.arange(x.shape[1], device=x.device)[None])
         first = self.decoder.stage2_after
         for block in range(first):
-            keys = _pad_heads([p.keys[block] for p in self.prefixes])
-            values = _pad_heads([p.values[block] for p in self.prefixes])
-            self.caches[block] = self._cache(None, keys, values)
+            keys = _pad_heads([prefix.keys[block] for prefix in prefixes])
+            values = _pad_heads([prefix.values[block] for prefix in prefixes])
+            self.caches[block] = self._cache(tree, None, keys, values)
         last = max(max(kept) for kept in self.kept_blocks)
         for block in range(first, last + 1):
-            rows, anyone = self._members(block)
-            if not anyone:
+            x, members = tree.split(block, x)
+            if members == []:
                 continue
-            part = x if rows is None else x[rows]
+            index = None if members is None else torch.tensor(members, device=x.device)
+            part = x if index is None else x[index]
             q, k, v = self.adapter.project(block, part, rope)
-            self.caches[block] = self._cache(rows, k, v)
-            mask = None
+            self.caches[block] = self._cache(tree, members, k, v)
+            lengths, mask = self.lengths[tree.some_row()], None
             if block == last:
                 # Behind the last block only the last token of each prompt is read: the others need keys and values.
-                lengths = self.lengths if rows is None else self.lengths[rows]
-                part, q = _ends(part, lengths), _ends(q.transpose(1, 2), lengths).transpose(1, 2)
+                own = lengths if index is None else lengths[index]
+                part, q = _ends(part, own), _ends(q.transpose(1, 2), own).transpose(1, 2)
                 if not self.same_length:
-                    mask = (torch.arange(k.shape[2], device=x.device) < lengths[:, None])[:, None, None]
-                x = _ends(x, self.lengths)
+                    mask = (torch.arange(k.shape[2], device=x.device) < own[:, None])[:, None, None]
+                x = _ends(x, lengths)
             part = part + self.adapter.attend(block, q, k, v, mask, is_causal=block < last)
-            part = part + self.adapter.mix_experts(block, part, self._row_top_k(rows))
-            x = part if rows is None else x.index_copy(0, rows, part)
-        return self.adapter.logits(x[:, 0] if last >= first else _ends(x, self.lengths)[:, 0])
+            part = part + self.adapter.mix_experts(block, part, self._row_top_k(tree.some_row(members)))
+            x = part if index is None else x.index_copy(0, index, part)
+        x = x[:, 0] if last >= first else _ends(x, self.lengths[tree.some_row()])[:, 0]
+        return tree.spread(None, self.adapter.logits(x))[1]
 
-    def _cache(self, rows: Tensor | None, keys: Tensor, values: Tensor) -> _BlockCache:
-        if self.capacity == keys.shape[2]:
-            return _BlockCache(rows, keys, values)
+    def _cache(self, tree: PrefixTree, members: list[int] | None, keys: Tensor, values: Tensor) -> _BlockCache:
+        rows, keys = tree.spread(members, keys)
+        rows, values = tree.spread(members, values)
         room = (0, 0, 0, self.capacity - keys.shape[2])
-        return _BlockCache(rows, F.pad(keys, room), F.pad(values, room))
+        if room[3]:
+            keys, values = F.pad(keys, room), F.pad(values, room)
+        return _BlockCache(rows, keys, values)
 
     def _decode_static(self, static: StaticDecode) -> Tensor:
         if self.num_steps == 1:

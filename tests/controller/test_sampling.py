@@ -18,12 +18,11 @@ def all_masks(num_actions: int) -> torch.Tensor:
 @pytest.mark.parametrize("fill", HOSTILE)
 def test_no_masked_action_whatever_the_logits(fill: float) -> None:
     masks = all_masks(8)
-    rows = torch.arange(len(masks))
     preferring_masked = torch.where(masks, fill, 1e30)
     random = torch.randn(masks.shape, generator=torch.Generator().manual_seed(0))
     random[torch.rand(masks.shape, generator=torch.Generator().manual_seed(1)) < 0.3] = fill
     for logits in (preferring_masked, random):
-        assert masks[rows, best_action(logits.numpy(), masks.numpy())].all()
+        assert all(mask[best_action(row, mask)] for row, mask in zip(logits.numpy(), masks.numpy(), strict=True))
 
 
 def test_a_tier_is_allowed_if_any_of_its_pairs_is() -> None:
@@ -35,7 +34,13 @@ def test_a_tier_is_allowed_if_any_of_its_pairs_is() -> None:
 def test_the_best_action_is_the_first_of_equal_ones() -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, 9.0], [0.0, 0.0, 0.0, 0.0]])
     mask = torch.tensor([[True, True, True, False], [False, True, True, True]])
-    assert best_action(logits.numpy(), mask.numpy()).tolist() == [1, 1]
+    assert [best_action(*row) for row in zip(logits.numpy(), mask.numpy(), strict=True)] == [1, 1]
+
+
+def test_an_allowed_logit_that_is_not_finite_beats_what_is_masked() -> None:
+    for fill in (-torch.inf, -1e30):
+        logits = torch.tensor([9.0, fill, fill])
+        assert best_action(logits.numpy(), torch.tensor([False, True, True]).numpy()) == 1
 
 
 def test_masked_logits_get_no_gradient() -> None:
@@ -48,7 +53,7 @@ def test_masked_logits_get_no_gradient() -> None:
 
 
 def best_of_tensors(logits: torch.Tensor, mask: torch.Tensor) -> object:
-    return best_action(logits.numpy(), mask.numpy())
+    return [best_action(*row) for row in zip(logits.numpy(), mask.numpy(), strict=True)]
 
 
 @pytest.mark.parametrize("draw", [mask_logits, best_of_tensors])

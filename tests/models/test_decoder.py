@@ -135,6 +135,43 @@ def test_mixed_batch_gives_every_row_what_it_gets_alone(
         assert_same(logits[i], one_logits[0])
 
 
+def test_rows_share_every_block_up_to_the_first_they_disagree_on(
+    law_model: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(law_model.adapter, "eos_token_id", -1)
+    space, order, after = law_model.knob_space, law_model.order, law_model.stage2_after
+    prefixes = [prefix_of(law_model, example, space.full.tier) for example in law_examples[:2]]
+    jobs = [(prefix, Knobs(space.full.tier, *space.pair(i))) for prefix in prefixes for i in range(space.num_stage2)]
+    # In no order at all: what is shared must be found, not come side by side.
+    jobs = [jobs[i] for i in torch.randperm(len(jobs), generator=torch.Generator().manual_seed(0)).tolist()]
+    expected = 0
+    for block in range(after, law_model.adapter.num_blocks):
+        histories = {
+            (id(prefix), knobs.top_k, tuple(b for b in order.kept(knobs.num_blocks) if b < block))
+            for prefix, knobs in jobs
+            if block in order.kept(knobs.num_blocks)
+        }
+        expected += len(histories)
+    num_rows, mix_experts = 0, law_model.adapter.mix_experts
+
+    def count(block: int, x: Tensor, top_k: int | Tensor) -> Tensor:
+        nonlocal num_rows
+        num_rows += x.shape[0]
+        return mix_experts(block, x, top_k)
+
+    with monkeypatch.context() as counting:
+        counting.setattr(law_model.adapter, "mix_experts", count)
+        law_model.decoder.generate(
+            [prefix for prefix, _ in jobs], [k.top_k for _, k in jobs], [k.num_blocks for _, k in jobs], 1
+        )
+    assert num_rows == expected < len(jobs) * (law_model.adapter.num_blocks - after)
+    generated, logits = generate(law_model.decoder, [prefix for prefix, _ in jobs], [knobs for _, knobs in jobs])
+    for i in range(0, len(jobs), 7):
+        one, one_logits = generate(law_model.decoder, [jobs[i][0]], [jobs[i][1]])
+        assert generated[i] == one[0]
+        assert_same(logits[i], one_logits[0])
+
+
 def test_rows_that_leave_do_not_disturb_the_others(
     tiny_elastic: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
