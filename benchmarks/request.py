@@ -28,6 +28,7 @@ from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.measuring import use_num_threads
 from pacevlm.latency.profile import collect_device_facts
 from pacevlm.models.elastic import ElasticModel
+from pacevlm.models.molmoe.adapter import MolmoEAdapter
 from pacevlm.pacer import Pacer
 from pacevlm.rollout.request import policy_input
 from pacevlm.types import Example
@@ -53,10 +54,30 @@ def one_at_a_time(space: KnobSpace) -> list[Knobs]:
     chosen = [Knobs(tier, full.top_k, full.num_blocks) for tier in space.tiers]
     chosen += [Knobs(full.tier, top_k, full.num_blocks) for top_k in space.top_ks]
     chosen += [Knobs(full.tier, full.top_k, num_blocks) for num_blocks in space.num_blocks]
-    chosen += [space.cheapest]
-    if DEFAULT_CHEAPEST in space:
-        chosen.append(DEFAULT_CHEAPEST)
+    chosen += [space.cheapest, cheapest_of(space)]
     return list(dict.fromkeys(chosen))
+
+
+def cheapest_of(space: KnobSpace) -> Knobs:
+    """The cheapest of MolmoE-1B's default knobs, or of these where they are not among them."""
+    return DEFAULT_CHEAPEST if DEFAULT_CHEAPEST in space else space.cheapest
+
+
+def without_compiled_loops(model: ElasticModel) -> ElasticModel | None:
+    """The same model and weights with torch alone between the matrix products; None where nothing is compiled."""
+    adapter = model.adapter
+    if type(adapter) is MolmoEAdapter:
+        return None
+    plain = MolmoEAdapter(adapter.model, adapter.processor)
+    return ElasticModel(
+        plain,
+        model.knob_space,
+        model.max_crops,
+        model.order,
+        model.identity,
+        stage2_after=model.stage2_after,
+        max_new_tokens=model.max_new_tokens,
+    )
 
 
 def run_requests(
@@ -67,10 +88,21 @@ def run_requests(
     ways: dict[str, Callable[[Example], Any]] = {"transformers": lambda e: generate_with_transformers(model, e)}
     for knobs in one_at_a_time(space):
         ways[str(knobs)] = lambda e, knobs=knobs: model.run_static(e.image, e.question, knobs)  # type: ignore[misc]
+    plain = without_compiled_loops(model)
+    if plain is not None:
+        for knobs in (space.full, cheapest_of(space)):
+            ways[f"{knobs}, not compiled"] = lambda e, knobs=knobs: plain.run_static(  # type: ignore[misc]
+                e.image, e.question, knobs
+            )
     timed = Interleaved(ways, model.synchronise)
     timed.run(examples, repeats, progress, "requests")
     results = timed.last_results
     same = [results["transformers"][i] == results[str(space.full)][i].token_ids for i in range(len(examples))]
+    for name in results:
+        knobs, _, other = name.partition(", ")
+        if other:
+            pairs = zip(results[name], results[knobs], strict=True)
+            same += [one.token_ids == compiled.token_ids for one, compiled in pairs]
     return timed, {"same_tokens": bool(np.all(same)), "num_compared": len(same)}
 
 
@@ -204,7 +236,7 @@ def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> dict[str
         prefill_limit_ms = prefill_flops(model, space.full, context) / flops * 1e3
         rows = growth(model, examples[0], progress)
         controller = None if arguments.run_dir is None else controller_cost(arguments.run_dir, examples[:50], progress)
-    cheapest = str(DEFAULT_CHEAPEST if DEFAULT_CHEAPEST in space else space.cheapest)
+    cheapest = str(cheapest_of(space))
     out: dict[str, Any] = {
         **provenance(device),
         "model": arguments.model,

@@ -195,6 +195,21 @@ def test_large_blocks_have_no_steps_of_one_row(
     assert answers[0] == answers[1]
 
 
+@torch.no_grad()
+def test_a_large_block_reads_only_the_experts_of_a_single_token(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_block, "ONE_CORE_WEIGHTS", 0)
+    frozen = FrozenBlock.from_module(make_model(seed=1).model.transformer.blocks[1])  # type: ignore[arg-type]
+    compiled, x = CompiledBlock(frozen), random(1, 1, 32)
+
+    def refuse(*_: Tensor) -> Tensor:
+        raise AssertionError("a grouped product walks over all experts")
+
+    monkeypatch.setattr(compiled_block, "grouped_product", refuse)
+    close(compiled.mix_experts(x, 2), frozen.mix_experts(x, 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_without_numba_the_answers_are_the_same(

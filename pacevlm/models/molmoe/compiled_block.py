@@ -60,7 +60,9 @@ class CompiledBlock:
         batch, num_tokens, _ = x.shape
         if isinstance(top_k, Tensor):
             top_k = top_k.repeat_interleave(num_tokens)
-        elif self.is_small and batch == num_tokens == 1:
+        elif batch == num_tokens == 1:
+            if not self.is_small:
+                return self.block.mix_experts(x, top_k)
             return torch.from_numpy(self._mix_one_token(as_floats(x).reshape(-1), top_k)).view_as(x)
         flat = cpu_kernels.rms_norm(x, self.ff_norm, self.eps).flatten(0, 1)
         pair_token, pair_weight, ends = cpu_kernels.group_by_expert(F.linear(flat, self.block.gate), top_k)

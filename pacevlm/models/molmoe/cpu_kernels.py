@@ -1,8 +1,8 @@
 """Compiled loops for a CPU, float32: what a block does between its large matrix products, and all of it for one token.
 
-On a CPU a small block is bound by the calls that it is made of, not by its arithmetic: a decode step of the embedded
-model spends nine tenths of its time between the operations (docs/log.md). numba compiles each of these loops into one
-call. They run on one core; large matrix products stay with torch, which uses all of them.
+On a CPU a small block is bound by the calls that it is made of, not by arithmetic or memory: with torch alone they are
+nine tenths of a decode step of the embedded model (docs/log.md). numba compiles each of these loops into one call. They
+run on one core; large matrix products stay with torch, which uses all of them.
 
 Needs the extra `cpu`. Compiled code is kept on disk beside this file or in numba's own cache directory, so that only
 the first process waits for the compiler, some ten seconds.
