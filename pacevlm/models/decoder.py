@@ -254,7 +254,7 @@ class _Generation:
         for block in range(first):
             keys = _pad_heads([prefix.keys[block] for prefix in prefixes])
             values = _pad_heads([prefix.values[block] for prefix in prefixes])
-            self.caches[block] = self._cache(tree, None, keys, values)
+            self.caches[block] = self._cache(tree, block, None, keys, values)
         last = max(max(kept) for kept in self.kept_blocks)
         for block in range(first, last + 1):
             x, members = tree.split(block, x)
@@ -263,7 +263,7 @@ class _Generation:
             index = None if members is None else torch.tensor(members, device=x.device)
             part = x if index is None else x[index]
             q, k, v = self.adapter.project(block, part, rope)
-            self.caches[block] = self._cache(tree, members, k, v)
+            self.caches[block] = self._cache(tree, block, members, k, v)
             lengths, mask = self.lengths[tree.some_row()], None
             if block == last:
                 # Behind the last block only the last token of each prompt is read: the others need keys and values.
@@ -278,9 +278,14 @@ class _Generation:
         x = x[:, 0] if last >= first else _ends(x, self.lengths[tree.some_row()])[:, 0]
         return tree.spread(None, self.adapter.logits(x))[1]
 
-    def _cache(self, tree: PrefixTree, members: list[int] | None, keys: Tensor, values: Tensor) -> _BlockCache:
+    def _cache(
+        self, tree: PrefixTree, block: int, members: list[int] | None, keys: Tensor, values: Tensor
+    ) -> _BlockCache:
         rows, keys = tree.spread(members, keys)
         rows, values = tree.spread(members, values)
+        if self.row_decode is not None:
+            # Now rather than before the first step, which would take longer than the others.
+            self.row_decode.load(block, keys, values)
         room = (0, 0, 0, self.capacity - keys.shape[2])
         if room[3]:
             keys, values = F.pad(keys, room), F.pad(values, room)
@@ -296,9 +301,6 @@ class _Generation:
         return static.step(self.last, position, self.only_top_k, self.num_blocks[0], most)
 
     def _decode_row(self, row: RowDecode) -> Tensor:
-        if self.num_steps == 1:
-            for block, cache in self.caches.items():
-                row.load(block, cache.keys, cache.values)
         assert self.only_top_k is not None
         first, trained = self.decoder.stage2_after, self.adapter.trained_top_k
         top_k_of = {block: trained if block < first else self.only_top_k for block in sorted(self.caches)}
