@@ -264,8 +264,9 @@ class _Generation:
             part = x if index is None else x[index]
             q, k, v = self.adapter.project(block, part, rope)
             self.caches[block] = self._cache(tree, block, members, k, v)
-            lengths, mask = self.lengths[tree.some_row()], None
+            mask = None
             if block == last:
+                lengths = self.lengths[tree.some_row()]
                 # Behind the last block only the last token of each prompt is read: the others need keys and values.
                 own = lengths if index is None else lengths[index]
                 part, q = _ends(part, own), _ends(q.transpose(1, 2), own).transpose(1, 2)
