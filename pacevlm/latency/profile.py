@@ -61,6 +61,7 @@ class DeviceFacts:
     @property
     def identity(self) -> tuple[str, str, int, str, str]:
         """The facts that must agree before latencies carry over: device type, name, threads, dtype, kind of loops."""
+        # What a model's loader goes by.
         compiled = self.device_type == "cpu" and self.dtype == "float32" and self.numba_version is not None
         loops = "compiled" if compiled else "not compiled"
         return self.device_type, self.device_name, self.num_threads, self.dtype, loops
