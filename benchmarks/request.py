@@ -163,7 +163,7 @@ def controller_cost(run_dir: Path, examples: Sequence[Example], progress: Progre
         request = policy_input(view, budget_ms, pacer.pacing, example.example_id)
         token = policy.latency_token(budget_ms)
         tier = policy.choose_tier(request)
-        prepared = model.adapter.prepare(view.image, prompt, model.max_crops[tier])
+        prepared = model.adapter.prepare(example.image, prompt, model.max_crops[tier])
         prefix = model.decoder.prefix([model.adapter.embed(prepared, model.adapter.encode_vision([prepared])[0])])[0]
         output = model.decoder.latency_token([prefix], [token[None].to(prefix.hidden)])[0]
         ways: dict[str, Callable[[Any], Any]] = {
@@ -203,7 +203,7 @@ def growth(model: ElasticModel, example: Example, progress: Progress) -> list[di
         images.setdefault(tokens, image)
     ways = {
         f"{tokens}": lambda e, image=image: _run_fixed(  # type: ignore[misc]
-            model, dataclasses.replace(e, image=image), full, 2
+            model, dataclasses.replace(e, source=image), full, 2
         )
         for tokens, image in images.items()
     }

@@ -175,8 +175,8 @@ def answer(arguments: Sequence[str]) -> None:
       pacevlm answer kitchen.png "Is it on?" --budget-ms 80 --drift-state runs/mine/drift.json
     """
     options = _parse("answer", AnswerOptions, arguments)
+    from pacevlm.images import load_image
     from pacevlm.knobs import check_budget_ms
-    from pacevlm.models.images import load_image
     from pacevlm.pacer import Pacer
 
     budget_ms = check_budget_ms(options.budget_ms)
@@ -492,7 +492,7 @@ def _answer_sample(config: RunConfig) -> None:
     pacer = Pacer.from_pretrained(config.run_dir, device=config.model.device)
     budget_ms = round(0.8 * pacer.full_p50_ms, 1)
     pacer.answer(example.image, example.question, budget_ms)
-    print(f"\nsample question: {example.question} (reference answer: {example.answer})")
+    print(f"\nsample question: {example.question} (reference answer: {example.references[0]})")
     _print_answer(pacer.answer(example.image, example.question, budget_ms))
 
 

@@ -14,6 +14,7 @@ from pacevlm.controller.policy import Controller, ControllerPolicy
 from pacevlm.controller.policy_interface import Policy
 from pacevlm.errors import BudgetError, CheckpointError, ConfigError, IdentityError, KnobError
 from pacevlm.files import read_json, write_json_atomic
+from pacevlm.images import ImageSource
 from pacevlm.knobs import Knobs, KnobSpace, check_budget_ms
 from pacevlm.latency.drift import DriftCorrection, DriftSettings
 from pacevlm.latency.estimator import LatencyEstimator
@@ -23,7 +24,6 @@ from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.latency.profile import collect_device_facts
 from pacevlm.models.elastic import DEFAULT_MAX_CROPS, ElasticModel, read_elastic_settings
 from pacevlm.models.embedded import EMBEDDED_DIR
-from pacevlm.models.images import ImageSource
 from pacevlm.rollout.request import Pacing, run_with_policy
 from pacevlm.types import StageTimes
 

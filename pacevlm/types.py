@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from PIL import Image
 
+from pacevlm.images import ImageSource, Picture, PictureConfig, load_image, open_picture
 from pacevlm.knobs import Knobs
 
 BudgetKind = Literal["e2e", "ttft"]
@@ -14,16 +17,46 @@ BudgetKind = Literal["e2e", "ttft"]
 
 @dataclass(frozen=True)
 class Example:
-    """One image, question and reference answer of a data set.
+    """One picture, question and its reference answers, of a data set.
 
-    `metadata` holds what reports break accuracy down by, for example `family` and `digit_height_px`.
+    Attributes:
+        example_id: names the example in reports; what is remembered goes by `content_id`.
+        source: the picture as a request is given it: a path, or what is in memory already.
+        question: the user's text.
+        references: answers that count as right, at least one.
+        metadata: what reports break accuracy down by, for example `family` and `digit_height_px`.
+        picture_config: how the picture is read.
     """
 
     example_id: str
-    image: Image.Image
+    source: ImageSource
     question: str
-    answer: str
+    references: tuple[str, ...]
     metadata: dict[str, Any] = field(default_factory=dict)
+    picture_config: PictureConfig = field(default_factory=PictureConfig)
+
+    @property
+    def picture(self) -> Picture:
+        """The picture's header, read anew; raises ImageError."""
+        return open_picture(self.source, self.picture_config)
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture's RGB pixels, decoded anew unless they are in memory; raises ImageError."""
+        return load_image(self.source, self.picture_config)
+
+    @functools.cached_property
+    def picture_id(self) -> str:
+        """Digest of the RGB pixels, 32 hexadecimal digits, the same whatever file they came from."""
+        image = self.image
+        digest = hashlib.sha256(f"{image.width}x{image.height}".encode())
+        digest.update(image.tobytes())
+        return digest.hexdigest()[:32]
+
+    @functools.cached_property
+    def content_id(self) -> str:
+        """Digest of the pixels and the question, 32 hexadecimal digits: all that an answer depends on besides knobs."""
+        return hashlib.sha256(f"{self.picture_id} {self.question}".encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +74,16 @@ class RequestSizes:
     Attributes:
         vision: one entry per tier of the knob space, in its order.
         num_text_tokens: tokens of the prompt that are not image tokens, the first (BOS) included.
-        num_pixels: pixels of the image as given.
+        num_pixels: pixels of the picture as given.
+        picture_kind: what decoding it costs depends on; see `Picture.kind`.
+        num_bytes: of the picture's file; 0 for what is in memory.
     """
 
     vision: tuple[VisionSizes, ...]
     num_text_tokens: int
     num_pixels: int
+    picture_kind: str = "memory"
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,6 +153,6 @@ def law_examples() -> list[Example]:
     ]
     sizes = [(24, 24), (40, 56), (64, 33), (90, 70)]
     return [
-        Example(f"law-{i}", Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)), question, str(i))
+        Example(f"law-{i}", Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)), question, (str(i),))
         for i, (size, question) in enumerate(zip(sizes, questions, strict=True))
     ]

@@ -13,7 +13,8 @@ from pacevlm.types import RequestSizes
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
+
+    from pacevlm.images import Picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class PolicyInput:
         feasible: the guardrail's mask, bool `(tiers, top_ks, num_blocks)`; it always admits something, the cheapest
             configuration where nothing fits the budget.
         any_feasible: whether anything fits the budget; false where `feasible` holds only that fallback.
-        image: the image itself, for policies that look at a thumbnail.
+        picture: the picture itself, for policies that look at a thumbnail.
 
     Raises:
         KnobError: `feasible` is not a three-dimensional bool array or admits nothing.
@@ -42,7 +43,7 @@ class PolicyInput:
     sizes: RequestSizes
     feasible: NDArray[np.bool_]
     any_feasible: bool
-    image: Image.Image | None = None
+    picture: Picture | None = None
 
     def __post_init__(self) -> None:
         if self.feasible.ndim != 3 or self.feasible.dtype != np.bool_:

@@ -437,7 +437,7 @@ class DigitVQA(Sequence[Example]):
             "canvas": f"{width}x{height}",
         }
         example_id = f"digits-{self.split}-{self.seed}-{self._position(index)}"
-        return Example(example_id, Image.fromarray(scene.image), question.text, question.answer, metadata)
+        return Example(example_id, Image.fromarray(scene.image), question.text, (question.answer,), metadata)
 
     def _position(self, index: int) -> int:
         position = index + self.num_examples if index < 0 else index

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from PIL import Image, ImageOps
-
-from pacevlm.errors import DataError, ImageError
+from pacevlm.errors import DataError
 from pacevlm.types import Example
 
 
@@ -97,15 +95,8 @@ class JsonlDataset(Sequence[Example]):
     def __getitem__(self, index: slice) -> list[Example]: ...
 
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """The example at a place; raises ImageError when its image cannot be read."""
+        """The example at a place; its picture is read when it is wanted."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         line = self._lines[index]
-        try:
-            with Image.open(line.image_path) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ImageError(
-                f"{self.path}, line {line.number}: cannot read image {line.image_path}: {error}"
-            ) from error
-        return Example(line.example_id, image, line.question, line.answer, dict(line.metadata))
+        return Example(line.example_id, line.image_path, line.question, (line.answer,), dict(line.metadata))

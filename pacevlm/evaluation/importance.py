@@ -101,6 +101,7 @@ class _WithoutBlocks(RolloutEngine):
             f"{model.identity} without {','.join(map(str, removed)) or 'none'}",
             stage2_after=model.stage2_after,
             max_new_tokens=model.max_new_tokens,
+            picture_config=model.picture_config,
         )
         limits = base.limits
         super().__init__(variant, base.metric, max_rows=limits.max_rows, max_tokens=limits.max_tokens)

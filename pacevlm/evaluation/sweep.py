@@ -79,7 +79,7 @@ def build_requests(
                     sizes=view.sizes,
                     feasible=mask,
                     any_feasible=bool(any_feasible),
-                    image=view.image,
+                    picture=view.picture,
                 )
                 for example, view, budget_ms, mask, any_feasible in zip(
                     examples, views, row_ms.tolist(), feasibility.mask, feasibility.any_feasible, strict=True
@@ -294,7 +294,7 @@ def evaluate(
             run = timed.runs.get((policy_name, b, i))
             if run is not None:
                 record = _add_latency(record, run)
-                disagreements += engine.metric(run.result.answer, example.answer) != outcome.accuracy
+                disagreements += engine.metric(run.result.answer, example.references[0]) != outcome.accuracy
             records.append(record)
     return Evaluation(records, len(timed.runs), disagreements)
 

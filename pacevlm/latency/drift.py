@@ -12,9 +12,9 @@ from typing import Any, Self, get_args
 
 from scipy.special import bdtrc
 
+from pacevlm.artefact import check_keys, load_artefact, save_artefact
 from pacevlm.config import check_whole_numbers, config_from_dict, config_to_dict
 from pacevlm.errors import ConfigError, IdentityError, ProfileError
-from pacevlm.latency.artefact import check_keys, load_artefact, save_artefact
 from pacevlm.latency.conformal import check_alpha, conformal_rank
 from pacevlm.latency.guardrail import Guardrail
 from pacevlm.types import BudgetKind

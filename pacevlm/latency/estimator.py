@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pacevlm.artefact import check_keys, load_artefact, save_artefact
 from pacevlm.errors import ConfigError, KnobError, ProfileError
 from pacevlm.knobs import Knobs, KnobSpace
-from pacevlm.latency.artefact import check_keys, load_artefact, save_artefact
 from pacevlm.latency.profile import DeviceFacts, Profile, Sample, check_identity, load_knob_space
 from pacevlm.latency.stage_fit import StageFit, fit_stage
 from pacevlm.types import BudgetKind, RequestSizes

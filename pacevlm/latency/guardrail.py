@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pacevlm.artefact import check_keys, load_artefact, save_artefact
 from pacevlm.errors import ConfigError, IdentityError, KnobError, ProfileError
 from pacevlm.knobs import Knobs, check_budget_ms
-from pacevlm.latency.artefact import check_keys, load_artefact, save_artefact
 from pacevlm.latency.conformal import check_alpha, conformal_quantile, min_num_scores
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.profile import Sample, check_identity, load_knob_space

@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
+from pacevlm.artefact import check_keys, load_artefact, save_artefact
 from pacevlm.errors import IdentityError, ProfileError
-from pacevlm.latency.artefact import check_keys, load_artefact, save_artefact
 from pacevlm.latency.conformal import check_alpha, conformal_quantile, min_num_scores
 
 OUTPUT_LENGTH_SCHEMA_VERSION = 1

@@ -13,9 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pacevlm.artefact import check_keys, load_artefact, save_artefact
 from pacevlm.errors import ConfigError, IdentityError, KnobError, ProfileError
 from pacevlm.knobs import Knobs, KnobSpace
-from pacevlm.latency.artefact import check_keys, load_artefact, save_artefact
 from pacevlm.types import StageTimes
 
 if TYPE_CHECKING:

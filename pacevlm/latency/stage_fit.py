@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from pacevlm.artefact import check_keys
 from pacevlm.errors import ProfileError
-from pacevlm.latency.artefact import check_keys
 
 # Times below a microsecond are noise of the timer: the relative error is taken of at least this much.
 MIN_MS = 1e-3

@@ -7,22 +7,21 @@ import itertools
 import json
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pacevlm.errors import CheckpointError, ConfigError, KnobError, QuestionError
 from pacevlm.files import read_json, write_json_atomic
+from pacevlm.images import ImageSource, Picture, PictureConfig, open_picture
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.models.adapter import Adapter, Prompt
 from pacevlm.models.block_order import BlockOrder
 from pacevlm.models.decoder import ElasticDecoder
 from pacevlm.models.embedded import EMBEDDED_DIR
-from pacevlm.models.images import ImageSource, load_image
 from pacevlm.models.stage_clock import StageClock
 from pacevlm.models.static_decode import StaticDecode
 from pacevlm.types import RequestSizes, StageTimes
@@ -40,13 +39,13 @@ class RequestView:
         question_embedding: mean of the prompt's token embeddings, `(d_model,)`.
         sizes: crops and tokens per tier.
         image_size: `(height, width)` in pixels.
-        image: the image itself, for an optional thumbnail.
+        picture: the picture itself, for an optional thumbnail.
     """
 
     question_embedding: Tensor
     sizes: RequestSizes
     image_size: tuple[int, int]
-    image: Image.Image
+    picture: Picture
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,7 @@ class ElasticModel:
         identity: fingerprint of weights and settings; artefacts made for one identity are refused by another.
         stage2_after: blocks that always run before stage 2 decides.
         max_new_tokens: most generated tokens per answer.
+        picture_config: how pictures are read.
 
     Raises:
         KnobError: the model cannot run a value of the knob space, or a tier has no crop limit.
@@ -94,6 +94,7 @@ class ElasticModel:
         *,
         stage2_after: int = 1,
         max_new_tokens: int = 8,
+        picture_config: PictureConfig | None = None,
     ) -> None:
         if not 1 <= stage2_after < adapter.num_blocks:
             raise KnobError(f"stage2_after is {stage2_after}; it must be 1..{adapter.num_blocks - 1}")
@@ -114,6 +115,7 @@ class ElasticModel:
         self.adapter, self.knob_space, self.order = adapter, knob_space, order
         self.max_crops = {tier: max_crops[tier] for tier in knob_space.tiers}
         self.identity = identity
+        self.picture_config = picture_config or PictureConfig()
         self.stage2_after = stage2_after
         self.max_new_tokens = _whole("max_new_tokens", max_new_tokens)
         # A GPU waits for each small kernel of a decode step to be launched, unless a graph launches them together.
@@ -152,6 +154,7 @@ class ElasticModel:
         policy: str = "importance",
         max_crops: Mapping[str, int] | None = None,
         max_new_tokens: int | None = None,
+        picture_config: PictureConfig | None = None,
     ) -> ElasticModel:
         """Load a MolmoE checkpoint and the settings in its `elastic.json`, if it has one.
 
@@ -164,6 +167,7 @@ class ElasticModel:
             policy: `importance` (the measured order) or `prefix` (plain early exit).
             max_crops: crop limit of every tier.
             max_new_tokens: most generated tokens per answer.
+            picture_config: how pictures are read.
 
         Raises:
             CheckpointError: the directory or a file in it is missing, truncated, corrupt or of another model.
@@ -204,9 +208,19 @@ class ElasticModel:
             "stage2_after": stage2_after,
         }
         identity = model_fingerprint(folder, facts)
-        return cls(adapter, space, crops, order, identity, stage2_after=stage2_after, max_new_tokens=new_tokens)
+        return cls(
+            adapter,
+            space,
+            crops,
+            order,
+            identity,
+            stage2_after=stage2_after,
+            max_new_tokens=new_tokens,
+            picture_config=picture_config,
+        )
 
-    def _prompt_sizes(self, prompt: Prompt, height: int, width: int, max_new_tokens: int) -> RequestSizes:
+    def _sizes(self, picture: Picture, prompt: Prompt, max_new_tokens: int) -> RequestSizes:
+        height, width = picture.height, picture.width
         vision = tuple(self.adapter.vision_sizes(height, width, limit) for limit in self.max_crops.values())
         # The largest tier counts, so that the choice of tier never decides whether a question is accepted.
         num_image_tokens = max(sizes.num_image_tokens for sizes in vision)
@@ -216,15 +230,22 @@ class ElasticModel:
                 f"and {max_new_tokens:,} of the answer, but the model has {self.adapter.max_positions:,} positions; "
                 "shorten the question or the answer"
             )
-        return RequestSizes(vision=vision, num_text_tokens=prompt.num_text_tokens, num_pixels=height * width)
+        return RequestSizes(
+            vision=vision,
+            num_text_tokens=prompt.num_text_tokens,
+            num_pixels=height * width,
+            picture_kind=picture.kind,
+            num_bytes=picture.num_bytes,
+        )
 
-    def _view(self, image: Image.Image, prompt: Prompt, max_new_tokens: int) -> RequestView:
-        sizes = self._prompt_sizes(prompt, image.height, image.width, max_new_tokens)
-        return RequestView(self.adapter.question_embedding(prompt), sizes, (image.height, image.width), image)
+    def _view(self, picture: Picture, prompt: Prompt, max_new_tokens: int) -> RequestView:
+        sizes = self._sizes(picture, prompt, max_new_tokens)
+        return RequestView(self.adapter.question_embedding(prompt), sizes, (picture.height, picture.width), picture)
 
     def view(self, image: ImageSource, question: str) -> RequestView:
-        """What a policy may know of a request before the vision encoder; raises ImageError and QuestionError."""
-        return self._view(load_image(image), self.adapter.encode_question(question), self.max_new_tokens)
+        """What a policy may know of a request before its pixels; raises ImageError and QuestionError."""
+        picture = open_picture(image, self.picture_config)
+        return self._view(picture, self.adapter.encode_question(question), self.max_new_tokens)
 
     def capture_decode(self, num_text_tokens: int = 128) -> None:
         """Capture the CUDA graphs of all knobs now, so that no request waits for one; does nothing on a CPU.
@@ -284,10 +305,12 @@ class ElasticModel:
         if num_output_tokens is not None:
             limit = _whole("num_output_tokens", num_output_tokens)
         clock = StageClock(self.device)
-        pixels = load_image(image)
+        picture = open_picture(image, self.picture_config)
+        pixels = picture.decode()
+        picture = replace(picture, source=pixels)
         prompt = self.adapter.encode_question(question)
         clock.mark()
-        tier = choose_tier(self._view(pixels, prompt, limit))
+        tier = choose_tier(self._view(picture, prompt, limit))
         if tier not in self.max_crops:
             raise KnobError(f"tier {tier!r} was chosen, but this model has {tuple(self.max_crops)}")
         clock.mark()

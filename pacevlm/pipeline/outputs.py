@@ -95,7 +95,7 @@ def answered_questions(
             image=by_id[record.example_id].image,
             question=by_id[record.example_id].question,
             answer=str(record.metadata.get("answer", "")),
-            reference=by_id[record.example_id].answer,
+            reference=" or ".join(by_id[record.example_id].references),
             accuracy=record.accuracy,
             knobs=record.knobs,
             budget_ms=record.budget_ms,

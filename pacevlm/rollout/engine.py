@@ -102,7 +102,7 @@ class RolloutEngine:
         )
         self.num_run = 0
         self.num_remembered = 0
-        self._texts: dict[str, tuple[str, str]] = {}
+        self._texts: dict[str, tuple[str, ...]] = {}
         self._views: dict[str, RequestView] = {}
         self._prefixes: _PrefixStore[tuple[str, str]] = _PrefixStore(self.limits.max_prefix_bytes)
 
@@ -114,11 +114,11 @@ class RolloutEngine:
         """
         self._check_id(example)
         if example.example_id not in self._views:
-            self._views[example.example_id] = self.model.view(example.image, example.question)
+            self._views[example.example_id] = self.model.view(example.source, example.question)
         return self._views[example.example_id]
 
     def _check_id(self, example: Example) -> None:
-        text = (example.question, example.answer)
+        text = (example.question, *example.references)
         if self._texts.setdefault(example.example_id, text) != text:
             raise DataError(f"two examples have the id {example.example_id!r}; ids must be unique")
 
@@ -309,7 +309,7 @@ class RolloutEngine:
                     example_id=example.example_id,
                     knobs=knobs,
                     answer=answer,
-                    accuracy=float(self.metric(answer, example.answer)),
+                    accuracy=float(self.metric(answer, example.references[0])),
                     num_prompt_tokens=prefix.num_tokens,
                     num_output_tokens=len(token_ids),
                 )

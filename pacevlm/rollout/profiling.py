@@ -10,6 +10,7 @@ from torch import Tensor
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.errors import ProfileError
+from pacevlm.images import ImageSource
 from pacevlm.knobs import Knobs
 from pacevlm.latency.estimator import STAGE_TERMS, LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
@@ -17,7 +18,6 @@ from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.latency.profile import collect_device_facts
 from pacevlm.latency.stage_fit import StageFit
 from pacevlm.models.elastic import ElasticModel, RequestResult
-from pacevlm.models.images import ImageSource
 from pacevlm.rollout.request import Pacing, run_with_policy
 
 NOMINAL_MS = 1.0

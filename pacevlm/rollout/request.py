@@ -12,12 +12,12 @@ from torch import Tensor
 
 from pacevlm.controller.policy_interface import Policy, PolicyInput
 from pacevlm.errors import IdentityError
+from pacevlm.images import ImageSource
 from pacevlm.knobs import check_budget_ms
 from pacevlm.latency.drift import DriftCorrection
 from pacevlm.latency.guardrail import Guardrail
 from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.models.elastic import ElasticModel, RequestResult, RequestView
-from pacevlm.models.images import ImageSource
 from pacevlm.types import BudgetKind
 
 
@@ -94,7 +94,7 @@ def policy_input(view: RequestView, budget_ms: float, pacing: Pacing, example_id
         sizes=view.sizes,
         feasible=mask,
         any_feasible=any_feasible,
-        image=view.image,
+        picture=view.picture,
     )
 
 

@@ -165,7 +165,7 @@ def build_pairs(
             sizes=view.sizes,
             feasible=feasible,
             any_feasible=bool(any_feasible),
-            image=view.image,
+            picture=view.picture,
         )
         for example, view, budget_ms, feasible, any_feasible in zip(
             examples, views, budgets, mask, feasibility.any_feasible, strict=True

@@ -100,7 +100,7 @@ def dataset_identity(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         image = example.image
-        facts = (example.example_id, example.question, example.answer, image.mode, image.size)
+        facts = (example.example_id, example.question, example.references, image.mode, image.size)
         digest.update(repr(facts).encode())
         digest.update(image.tobytes())
     return digest.hexdigest()

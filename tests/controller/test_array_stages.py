@@ -10,6 +10,7 @@ from torch import nn
 
 from pacevlm.controller.array_stages import ArrayStage1, ArrayStage2, ArrayToken
 from pacevlm.controller.policy import Controller
+from pacevlm.images import open_picture
 
 SETTINGS = [{}, {"thumbnail": True}, {"pairwise": False, "feasible_fractions": False}, {"hidden_dim": 7}]
 
@@ -32,7 +33,7 @@ def test_they_compute_what_the_modules_compute(controller: Controller, make_requ
     generator = np.random.default_rng(0)
     for seed in range(30):
         image = Image.fromarray(generator.integers(0, 256, (20, 30, 3), dtype=np.uint8))
-        request = make_request(seed, image=image)
+        request = make_request(seed, picture=open_picture(image))
         features = controller.stage1_feature_array(request)
         budget = [request.budget_ms]
         budget_features = encoder.feature_array(request.budget_ms)

@@ -13,6 +13,7 @@ from pacevlm.controller.policy import Controller, ControllerConfig
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.controller.sampling import tier_masks
 from pacevlm.errors import BudgetError, ConfigError, DataError, IdentityError, ImageError, KnobError
+from pacevlm.images import open_picture
 from pacevlm.knobs import KnobSpace
 from pacevlm.types import RequestSizes, VisionSizes
 
@@ -25,7 +26,7 @@ SETTINGS = [
 
 def with_images(requests: list[PolicyInput]) -> list[PolicyInput]:
     return [
-        dataclasses.replace(request, image=Image.new("RGB", (40, 30), (20 * i, 90, 5)))
+        dataclasses.replace(request, picture=open_picture(Image.new("RGB", (40, 30), (20 * i, 90, 5))))
         for i, request in enumerate(requests)
     ]
 
@@ -114,7 +115,7 @@ def test_stage1_reads_everything_that_it_should(
     make_controller: Callable, make_request: Callable, change: dict
 ) -> None:
     controller = make_controller(opinionated=True, thumbnail=True)
-    request = make_request(1, image=Image.new("RGB", (8, 8)))
+    request = make_request(1, picture=open_picture(Image.new("RGB", (8, 8))))
     before, after = controller.stage1_logits(
         controller.stage1_features([request, dataclasses.replace(request, **change)])
     )
@@ -240,8 +241,8 @@ def test_a_thumbnail_needs_an_image(make_controller: Callable, make_request: Cal
     controller = make_controller(thumbnail=True)
     with pytest.raises(ImageError, match="thumbnail=False"):
         controller.stage1_features([make_request()])
-    colour = make_request(image=Image.new("RGB", (100, 10), (7, 7, 7)))
-    grey = make_request(image=Image.new("L", (100, 10), 7))
+    colour = make_request(picture=open_picture(Image.new("RGB", (100, 10), (7, 7, 7))))
+    grey = make_request(picture=open_picture(Image.new("L", (100, 10), 7)))
     assert torch.equal(*controller.stage1_features([colour, grey]))
 
 

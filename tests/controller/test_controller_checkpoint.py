@@ -11,6 +11,7 @@ import torch
 from pacevlm.controller.policy import Controller
 from pacevlm.errors import CheckpointError, IdentityError, StorageError
 from pacevlm.files import sha256_file
+from pacevlm.images import open_picture
 from pacevlm.knobs import KnobSpace
 
 JSON, WEIGHTS = "controller.json", "controller.safetensors"
@@ -38,7 +39,7 @@ def test_a_loaded_controller_answers_the_same_to_the_bit(
         dict(controller.named_parameters()), True
     )
 
-    requests = [make_request(seed, image=Image.new("RGB", (9, 9), (seed, 0, 0))) for seed in range(6)]
+    requests = [make_request(seed, picture=open_picture(Image.new("RGB", (9, 9), (seed, 0, 0)))) for seed in range(6)]
     budgets_ms = [request.budget_ms for request in requests]
     outputs = torch.randn(6, 12)
     for one, other in (

@@ -191,12 +191,12 @@ def test_every_valid_family_is_offered(scenes: list[Scene]) -> None:
 
 def test_examples_do_not_depend_on_access_order_or_length() -> None:
     forwards = [
-        (e.image.tobytes(), e.question, e.answer, e.example_id, e.metadata) for e in DigitVQA("val", 30, seed=4)
+        (e.image.tobytes(), e.question, e.references, e.example_id, e.metadata) for e in DigitVQA("val", 30, seed=4)
     ]
     other = DigitVQA("val", 50, seed=4)
     for i in reversed(range(30)):
         e = other[i]
-        assert (e.image.tobytes(), e.question, e.answer, e.example_id, e.metadata) == forwards[i]
+        assert (e.image.tobytes(), e.question, e.references, e.example_id, e.metadata) == forwards[i]
 
 
 def test_seed_split_and_index_all_change_the_example() -> None:
@@ -215,7 +215,7 @@ def test_families_are_balanced_and_metadata_is_right() -> None:
         if i < 200:
             scene, question = dataset.scene_and_question(i)
             answer, height_px = expected_answer(scene, question)
-            assert (example.question, example.answer) == (question.text, answer)
+            assert (example.question, example.references) == (question.text, (answer,))
             assert example.image.mode == "RGB"
             assert example.image.tobytes() == scene.image.tobytes()
             assert example.metadata == {

@@ -29,7 +29,7 @@ def test_fields_metadata_and_pixels_arrive(tmp_path: Path) -> None:
     dataset = JsonlDataset(path)
     assert len(dataset) == 3
     first = dataset[0]
-    assert (first.example_id, first.question, first.answer) == ("x", "What?", "7")
+    assert (first.example_id, first.question, first.references) == ("x", "What?", ("7",))
     assert first.metadata == {"family": "sum", "tags": [1, {"a": None}]}
     assert first.image.mode == "RGB"
     assert first.image.tobytes() == bytes(range(18))

@@ -52,7 +52,9 @@ def examples(model: ElasticModel, law_examples: list[Example]) -> list[Example]:
     """Questions whose reference is what the whole model answers."""
     full = Knobs("high", model.trained_top_k, model.adapter.num_blocks)
     outcomes = RolloutEngine(model).run([(example, full) for example in law_examples])
-    return [replace(example, answer=outcome.answer) for example, outcome in zip(law_examples, outcomes, strict=True)]
+    return [
+        replace(example, references=(outcome.answer,)) for example, outcome in zip(law_examples, outcomes, strict=True)
+    ]
 
 
 def test_useless_blocks_go_first(model: ElasticModel, examples: list[Example]) -> None:
@@ -76,7 +78,7 @@ def test_figures_are_what_the_model_scores(model: ElasticModel, examples: list[E
         answers = [
             variant.run_static(example.image, example.question, variant.knob_space.full).answer for example in examples
         ]
-        scores = [float(answer == example.answer) for answer, example in zip(answers, examples, strict=True)]
+        scores = [float(answer == example.references[0]) for answer, example in zip(answers, examples, strict=True)]
         assert figure.accuracy.mean == pytest.approx(np.mean(scores))
         assert figure.accuracy_lost.mean == pytest.approx(1 - np.mean(scores))
         assert figure.accuracy.low <= figure.accuracy.mean <= figure.accuracy.high

@@ -75,7 +75,7 @@ def make_examples(engine: RolloutEngine, count: int, seed: int) -> list[Example]
         question = ("How many red digits are there?", "Which number is the largest?")[i % 2]
         knobs = engine.model.knob_space[int(rng.integers(len(engine.model.knob_space)))]
         answer = engine.model.run_static(image, question, knobs).answer
-        examples.append(Example(f"{seed}-{i}", image, question, answer, {"family": "ab"[i % 2], "size": height}))
+        examples.append(Example(f"{seed}-{i}", image, question, (answer,), {"family": "ab"[i % 2], "size": height}))
     return examples
 
 
@@ -227,7 +227,7 @@ def test_an_exhaustive_sweep_is_remembered(tiny_elastic: ElasticModel, test: lis
     for i, example in enumerate(test[:2]):
         for knobs in (space.cheapest, space.full, Knobs("medium", 3, 5)):
             alone = tiny_elastic.run_static(example.image, example.question, knobs).answer
-            assert accuracy[i, space.index(knobs)] == engine.metric(alone, example.answer)
+            assert accuracy[i, space.index(knobs)] == engine.metric(alone, example.references[0])
     assert np.array_equal(exhaustive_sweep(engine, test[:2]), accuracy)
     assert engine.num_run == 2 * len(space)
 

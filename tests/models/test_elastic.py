@@ -213,7 +213,7 @@ def test_unusable_questions_are_refused(tiny_elastic: ElasticModel, question: An
 def test_unusual_questions_are_answered(tiny_elastic: ElasticModel, question: str) -> None:
     image = picture(40, 40)
     result = tiny_elastic.run_static(image, question, TINY_SPACE.full)
-    outcome = RolloutEngine(tiny_elastic).run([(Example("q", image, question, ""), TINY_SPACE.full)])[0]
+    outcome = RolloutEngine(tiny_elastic).run([(Example("q", image, question, ("",)), TINY_SPACE.full)])[0]
     assert (result.answer, result.num_output_tokens) == (outcome.answer, outcome.num_output_tokens)
 
 

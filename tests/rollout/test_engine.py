@@ -51,7 +51,7 @@ def naive(model: ElasticModel, job: Job) -> Outcome:
     example, knobs = job
     result = model.run_static(example.image, example.question, knobs)
     num_prompt_tokens = result.num_image_tokens + result.num_text_tokens
-    accuracy = first_letter(result.answer, example.answer)
+    accuracy = first_letter(result.answer, example.references[0])
     return Outcome(example.example_id, knobs, result.answer, accuracy, num_prompt_tokens, result.num_output_tokens)
 
 
@@ -358,4 +358,4 @@ def test_unusable_examples_are_refused(tiny_elastic: ElasticModel, law_examples:
         RolloutEngine(tiny_elastic).run([(dataclasses.replace(law_examples[0], question=" "), knobs)])
     elongated = Image.fromarray(np.zeros((1, 4000, 3), np.uint8))
     with pytest.raises(ImageError, match="elongated"):
-        RolloutEngine(tiny_elastic).run([(dataclasses.replace(law_examples[0], image=elongated), knobs)])
+        RolloutEngine(tiny_elastic).run([(dataclasses.replace(law_examples[0], source=elongated), knobs)])

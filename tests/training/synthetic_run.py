@@ -53,7 +53,7 @@ def make_dataset(num_examples: int = 24) -> list[Example]:
     """Kinds take turns: fine print needs the high tier, reasoning needs compute, the rest needs nothing."""
     kinds = ("print", "reasoning", "easy")
     images = [Image.new("RGB", (40, 30), (index % 256, 0, 0)) for index in range(num_examples)]
-    return [Example(f"e{i}", image, f"{kinds[i % 3]} {i}?", "yes") for i, image in enumerate(images)]
+    return [Example(f"e{i}", image, f"{kinds[i % 3]} {i}?", ("yes",)) for i, image in enumerate(images)]
 
 
 def accuracy_of(example: Example, knobs: Knobs) -> float:
@@ -91,7 +91,7 @@ class SyntheticEngine:
 
     def view(self, example: Example) -> RequestView:
         sizes = RequestSizes((VisionSizes(1, 20), VisionSizes(3, 60), VisionSizes(6, 120)), 12, 1200)
-        return RequestView(self.kinds[int(example.example_id[1:]) % 3], sizes, (30, 40), example.image)
+        return RequestView(self.kinds[int(example.example_id[1:]) % 3], sizes, (30, 40), example.picture)
 
     def latency_token_outputs(self, examples: Sequence[Example], tiers: Sequence[str], tokens: Tensor) -> Tensor:
         kinds = torch.stack([self.kinds[int(example.example_id[1:]) % 3] for example in examples])

@@ -18,7 +18,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from pacevlm.errors import ConfigError, ImageError
-from pacevlm.models.images import ImageSource, load_image
+from pacevlm.images import ImageSource, load_image
 from pacevlm.models.molmoe.tiling import CropGeometry, check_max_crops, fitted_size, select_tiling, vision_sizes
 from pacevlm.types import VisionSizes
 

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from pacevlm.errors import CheckpointError, ImageError, PacevlmError
 from pacevlm.files import load_safetensors, read_json
-from pacevlm.models.images import load_image
+from pacevlm.images import load_image
 from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.greedy import decode_greedily, last_positions
 from pacevlm.models.molmoe.image_processing import prepare_image

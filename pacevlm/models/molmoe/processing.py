@@ -13,7 +13,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokeni
 from transformers.processing_utils import ProcessorMixin
 
 from pacevlm.errors import CheckpointError, ConfigError, QuestionError
-from pacevlm.models.images import ImageSource
+from pacevlm.images import ImageSource
 from pacevlm.models.molmoe.image_processing import (
     MolmoEImageProcessor,
     PreparedImage,

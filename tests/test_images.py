@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pacevlm.errors import ImageError
-from pacevlm.models.images import load_image
+from pacevlm.images import PictureConfig, load_image
 
 
 def pixels(height: int = 6, width: int = 9, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -192,9 +192,9 @@ def test_the_pixel_limit_counts_for_every_source() -> None:
     array = pixels(10, 10)
     image = Image.fromarray(array)
     for source in (array, image, encoded(image)):
-        assert load_image(source, max_pixels=100).size == (10, 10)
+        assert load_image(source, PictureConfig(max_pixels=100)).size == (10, 10)
         with pytest.raises(ImageError, match="10x10 pixels, more than the 99"):
-            load_image(source, max_pixels=99)
+            load_image(source, PictureConfig(max_pixels=99))
 
 
 @pytest.mark.parametrize(

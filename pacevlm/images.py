@@ -1,10 +1,11 @@
-"""Loading images from files, bytes, PIL images or arrays, with clear errors for everything that is not one."""
+"""The one way to read a picture: its header first, which is checked, and its pixels when they are wanted."""
 
 from __future__ import annotations
 
 import io
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,7 +22,59 @@ MAX_PIXELS = 100_000_000
 _EXIF_ORIENTATION = 0x0112
 
 
-def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
+@dataclass(frozen=True)
+class PictureConfig:
+    """How pictures are read; the same for training, evaluation, profiles and answers.
+
+    Attributes:
+        background: colour that transparent pictures are composed on, as `#rrggbb` or a name that CSS knows.
+        max_pixels: largest accepted number of pixels.
+    """
+
+    background: str = "#ffffff"
+    max_pixels: int = MAX_PIXELS
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture whose header was read and checked, and whose pixels were not decoded yet.
+
+    Attributes:
+        source: where the pixels are; an RGB image in memory once they are decoded.
+        width: pixels, turned upright as its EXIF orientation says.
+        height: pixels, turned upright.
+        kind: what decoding costs depends on: `memory` for what is decoded already, otherwise the file's format in
+            lower case, for example `jpeg`.
+        num_bytes: of the file; 0 for what is in memory.
+        config: how it is read.
+    """
+
+    source: ImageSource
+    width: int
+    height: int
+    kind: str
+    num_bytes: int
+    config: PictureConfig
+
+    def decode(self) -> Image.Image:
+        """The pixels as 8-bit RGB, upright; raises ImageError. They are not kept."""
+        return _load(self.source, self.config)
+
+
+def open_picture(source: ImageSource, config: PictureConfig | None = None) -> Picture:
+    """Read and check a picture's header; raises ImageError as `load_image` does, without decoding any pixel."""
+    config = config or PictureConfig()
+    # TODO(header only): sizes come of the decoded pixels.
+    image = _load(source, config)
+    return Picture(image, image.width, image.height, "memory", 0, config)
+
+
+def load_image(source: ImageSource, config: PictureConfig | None = None) -> Image.Image:
+    """Read a picture as 8-bit RGB; see `open_picture` and `Picture.decode`."""
+    return open_picture(source, config).decode()
+
+
+def _load(source: ImageSource, config: PictureConfig) -> Image.Image:
     """Load an image as 8-bit RGB, turned upright as its EXIF orientation says.
 
     Transparency is dropped (the colours below it show), grey is replicated, 16-bit grey is scaled to 8 bits, and the
@@ -30,12 +83,12 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
 
     Args:
         source: a path, the bytes of an image file, a PIL image or an array.
-        max_pixels: largest accepted number of pixels.
 
     Raises:
         ImageError: the source is missing, not a file, empty, truncated, corrupt, not an image, of an unsupported
             kind, or too large.
     """
+    max_pixels = config.max_pixels
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the image", max_pixels)
     if isinstance(source, np.ndarray):
