@@ -25,7 +25,9 @@ Floats = NDArray[np.float32]
 Rope = tuple[Tensor, Tensor]
 _Function = TypeVar("_Function", bound=Callable[..., None])
 
-# Sums may be taken in any order, which lets them be vectorised; infinities and NaN keep their meaning.
+# Sums may be taken in any order, which lets them be vectorised; infinities and NaN keep their meaning. A loop that sums
+# must write to no array: where one it reads might overlap with one it writes, the compiler vectorises behind a check of
+# their addresses, and the order of the sum, and with it the last bit, would depend on where memory happens to lie.
 _FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
 
 _vector, _matrix, _matrices = float32[::1], float32[:, ::1], float32[:, :, ::1]
@@ -121,6 +123,8 @@ def _choose(logits: Floats, experts: NDArray[np.int64], weights: Floats) -> None
     total = np.float32(0)
     for expert in range(logits.shape[0]):
         shares[expert] = math.exp(logits[expert] - highest)
+    # Apart from the loop that writes: see _FAST_MATH.
+    for expert in range(logits.shape[0]):
         total += shares[expert]
     for place in range(experts.shape[0]):
         best = 0
@@ -302,6 +306,7 @@ def _attend_one_token(
         total = np.float32(0)
         for place in range(position + 1):
             scores[place] = math.exp(scale * (scores[place] - highest))
+        for place in range(position + 1):
             total += scores[place]
         start = head * head_dim
         for place in range(position + 1):
