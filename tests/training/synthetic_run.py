@@ -149,7 +149,6 @@ def make_trainer(
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     make_trainer(Path(sys.argv[1]), steps=int(sys.argv[2])).run(
         on_step=lambda step, metrics, seconds_left: print(step, flush=True)
     )
