@@ -1,4 +1,4 @@
-"""Damage done to files, seeded: bytes as they come, JSON values by other values, and safetensors headers and numbers."""
+"""Damage done to files, seeded: of bytes as they come, of JSON values, and of safetensors headers and numbers."""
 
 from __future__ import annotations
 

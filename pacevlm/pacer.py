@@ -216,7 +216,7 @@ class Pacer:
         )
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write everything but the model's weights into a directory.
+        """Write everything but the model's weights into a directory; a model that lies inside it may move with it.
 
         Raises:
             StorageError: a file could not be written.
@@ -230,9 +230,12 @@ class Pacer:
             self.pacing.output_length.save(folder / OUTPUT_LENGTH_NAME)
             listed.append(OUTPUT_LENGTH_NAME)
         source = self.model_path
+        if source != "embedded":
+            inside = Path(source).resolve().is_relative_to(folder.resolve())
+            source = os.path.relpath(source, folder) if inside else os.path.abspath(source)
         content = {
             "model": {
-                "path": source if source == "embedded" else os.path.abspath(source),
+                "path": source,
                 "identity": model.identity,
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "stage2_after": model.stage2_after,
