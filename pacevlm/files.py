@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pacevlm.errors import CheckpointError, PacevlmError, StorageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# What no number in a file of ours comes near, and what 64 bits hold.
+MAX_WHOLE = 2**63 - 1
 
 
 @contextmanager
@@ -66,19 +71,62 @@ def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str], what: str, error: type[PacevlmError]) -> Any:
-    """Read a JSON file.
+    """Read a JSON file, as strictly as `parse_json` does.
 
     Args:
         what: what the file is meant to be, for the message: "latency profile".
         error: the class of error to raise.
 
     Raises:
-        error: the file is missing, unreadable or not JSON.
+        error: the file is missing, unreadable, no regular file or not JSON.
     """
     try:
-        return json.loads(_read_bytes(path, what, error))
+        return parse_json(read_bytes(path, what, error))
     except ValueError as cause:
         raise error(f"{what} {os.fspath(path)} is not valid JSON ({cause}); it is damaged or another file") from cause
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Read JSON, and no more than JSON: UTF-8, finite numbers, whole ones of 64 bits, each key once, whole characters.
+
+    Raises:
+        ValueError: it is anything else, or nested too deeply.
+    """
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite, parse_int=_whole
+        )
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no character, and fails
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("an object holds a key twice")
+    return values
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _finite(token: str) -> float:
+    number = float(token)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {token[:40]} is too large")
+    return number
+
+
+def _whole(token: str) -> int:
+    # Before int(), whose time grows with the square of the digits.
+    if len(token) > len(str(MAX_WHOLE)) + 1 or abs(int(token)) > MAX_WHOLE:
+        raise ValueError(f"the number {token[:40]} is too large")
+    return int(token)
 
 
 def append_jsonl(path: str | os.PathLike[str], *records: Mapping[str, Any]) -> None:
@@ -123,12 +171,19 @@ def read_jsonl(path: str | os.PathLike[str], what: str, error: type[PacevlmError
     Raises:
         error: the file is missing or unreadable, or a line that is not torn holds no JSON object.
     """
-    lines = _read_bytes(path, what, error).split(b"\n")
-    records: list[dict[str, Any]] = []
+    return [record for _, record in read_numbered_jsonl(path, what, error)]
+
+
+def read_numbered_jsonl(
+    path: str | os.PathLike[str], what: str, error: type[PacevlmError]
+) -> list[tuple[int, dict[str, Any]]]:
+    """`read_jsonl` with the number of each record's line, counted from 1, for messages."""
+    lines = read_bytes(path, what, error).split(b"\n")
+    records: list[tuple[int, dict[str, Any]]] = []
     for number, line in enumerate(lines, start=1):
         record = _parse_record(line)
         if record is not None:
-            records.append(record)
+            records.append((number, record))
         elif line.strip() and number < len(lines):
             raise error(f"{what} {os.fspath(path)} is damaged: line {number} is no JSON object")
     return records
@@ -182,6 +237,7 @@ def load_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 def sha256_file(path: str | os.PathLike[str], error: type[PacevlmError] = CheckpointError) -> str:
     """SHA-256 of a file's content, 64 lower-case hexadecimal digits; raises `error` if it cannot be read."""
+    _check_regular(path, "file", error)
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -193,30 +249,44 @@ def sha256_file(path: str | os.PathLike[str], error: type[PacevlmError] = Checkp
 def _reading_safetensors(path: str | os.PathLike[str]) -> Iterator[None]:
     from safetensors import SafetensorError
 
-    if not Path(path).is_file():
-        raise CheckpointError(f"there is no checkpoint file {os.fspath(path)}; check the path")
+    _check_regular(path, "checkpoint file", CheckpointError)
     try:
         yield
-    except (SafetensorError, OSError, ValueError) as error:
+    # A header of a known form but with unknown contents fails in the library's own tables.
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(
             f"{os.fspath(path)} cannot be read as safetensors ({error}); it is truncated, damaged or another format: "
             "copy or create it again"
         ) from error
 
 
-def _read_bytes(path: str | os.PathLike[str], what: str, error: type[PacevlmError]) -> bytes:
+def read_bytes(path: str | os.PathLike[str], what: str, error: type[PacevlmError]) -> bytes:
+    """A file's content; raises `error` if it is missing, unreadable or no regular file, and never waits for one."""
+    _check_regular(path, what, error)
     try:
         return Path(path).read_bytes()
-    except FileNotFoundError as cause:
-        raise error(f"there is no {what} at {os.fspath(path)}; check the path") from cause
     except OSError as cause:
         raise error(f"{what} {os.fspath(path)} cannot be read: {cause.strerror or cause}") from cause
+
+
+def _check_regular(path: str | os.PathLike[str], what: str, error: type[PacevlmError]) -> None:
+    """Refuse folders, pipes and devices; opening a pipe would wait until somebody writes."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as cause:
+        raise error(f"there is no {what} at {os.fspath(path)}; check the path") from cause
+    except (OSError, ValueError) as cause:  # ValueError: a null character in the path
+        raise error(
+            f"{what} {os.fspath(path)!r} cannot be read: {getattr(cause, 'strerror', None) or cause}"
+        ) from cause
+    if not stat.S_ISREG(mode):
+        raise error(f"{what} {os.fspath(path)} cannot be read: it is a folder or no regular file; check the path")
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
     """The JSON object on a line, or None if it holds no whole one."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
     return record if isinstance(record, dict) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from pacevlm.errors import BudgetError, KnobError
 
 TIERS = ("low", "medium", "high")
+# More values of a knob, or larger ones, than any model has.
+MAX_VALUES, MAX_VALUE = 64, 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +29,15 @@ class Knobs:
     @classmethod
     def parse(cls, text: str) -> Knobs:
         """Read `tier/top_k/num_blocks`, for example `high/8/16`; raises KnobError on anything else."""
-        parts = text.split("/")
         try:
-            tier, top_k, num_blocks = parts[0], int(parts[1]), int(parts[2])
-        except (IndexError, ValueError):
-            parts = []
-        if len(parts) != 3:
+            tier, top_k, num_blocks = text.split("/")
+            knobs = cls(tier, int(top_k), int(num_blocks))
+        except (AttributeError, TypeError, ValueError):
+            knobs = None
+        # What int() takes besides plain digits would be the same knobs under another name.
+        if knobs is None or str(knobs) != text:
             raise KnobError(f"knobs {text!r} are not of the form tier/top_k/num_blocks, for example high/8/16")
-        return cls(tier, top_k, num_blocks)
+        return knobs
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class KnobSpace:
     so that an array over the space reshapes to `(tiers, top_ks, num_blocks)`.
 
     Raises:
-        KnobError: a list is empty, unsorted, repeats a value or holds a value below 1.
+        KnobError: a list is empty, unsorted, repeats a value or holds more than 64, a number is not whole or outside
+            1..10000, or a tier is no printable name without a slash.
     """
 
     tiers: tuple[str, ...] = TIERS
@@ -54,13 +59,22 @@ class KnobSpace:
     def __post_init__(self) -> None:
         # JSON and command lines give lists: fix the types once, here.
         object.__setattr__(self, "tiers", tuple(self.tiers))
-        object.__setattr__(self, "top_ks", tuple(int(k) for k in self.top_ks))
-        object.__setattr__(self, "num_blocks", tuple(int(n) for n in self.num_blocks))
-        if not self.tiers or len(set(self.tiers)) != len(self.tiers):
-            raise KnobError(f"tiers {self.tiers} must be a non-empty list without repetition, cheapest first")
+        for name in ("top_ks", "num_blocks"):
+            object.__setattr__(self, name, tuple(_whole_number(name, value) for value in getattr(self, name)))
+        for tier in self.tiers:
+            if not isinstance(tier, str) or not 0 < len(tier) <= 64 or not tier.isprintable() or "/" in tier:
+                raise KnobError(f"tier {str(tier)[:80]!r} must be a printable name of up to 64 characters without '/'")
+        if not self.tiers or len(set(self.tiers)) != len(self.tiers) or len(self.tiers) > MAX_VALUES:
+            raise KnobError(
+                f"tiers {self.tiers} must be a non-empty list of up to {MAX_VALUES} without repetition, cheapest first"
+            )
         for name, values in (("top_ks", self.top_ks), ("num_blocks", self.num_blocks)):
-            if not values or list(values) != sorted(set(values)) or values[0] < 1:
-                raise KnobError(f"{name} {values} must be a non-empty, strictly increasing list of numbers from 1")
+            ordered = bool(values) and list(values) == sorted(set(values))
+            if not ordered or len(values) > MAX_VALUES or values[0] < 1 or values[-1] > MAX_VALUE:
+                raise KnobError(
+                    f"{name} {values} must be a non-empty, strictly increasing list of up to {MAX_VALUES} numbers in "
+                    f"1..{MAX_VALUE}"
+                )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -148,10 +162,23 @@ class KnobSpace:
 
     @classmethod
     def from_dict(cls, values: dict[str, Sequence[Any]]) -> KnobSpace:
-        """Inverse of `to_dict`; raises KnobError on unknown or missing keys."""
-        if set(values) != {"tiers", "top_ks", "num_blocks"}:
-            raise KnobError(f"a knob space has the keys tiers, top_ks and num_blocks, not {sorted(values)}")
+        """Inverse of `to_dict`; raises KnobError on unknown or missing keys and on anything that is no list."""
+        names = ("tiers", "top_ks", "num_blocks")
+        if not isinstance(values, dict) or set(values) != set(names):
+            raise KnobError(f"a knob space has the keys tiers, top_ks and num_blocks, not {str(values)[:200]}")
+        for name in names:
+            if not isinstance(values[name], (list, tuple)):
+                raise KnobError(f"{name} is {values[name]!r}; it must be a list")
         return cls(tuple(values["tiers"]), tuple(values["top_ks"]), tuple(values["num_blocks"]))
+
+
+def _whole_number(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # a library's whole numbers are whole numbers, 8.0 is none
+    except TypeError:
+        pass
+    raise KnobError(f"{name} holds {str(value)[:80]!r}; it must hold whole numbers")
 
 
 def check_budget_ms(budget_ms: object) -> float:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self, TypedDict
 
 import numpy as np
 import torch
 
+from pacevlm.artefact import Ms, Range, Sha256, Text, load_artefact, save_artefact, typed
+from pacevlm.controller.checkpoint import JSON_NAME as CONTROLLER_JSON
+from pacevlm.controller.checkpoint import WEIGHTS_NAME as CONTROLLER_WEIGHTS
 from pacevlm.controller.policy import Controller, ControllerPolicy
 from pacevlm.controller.policy_interface import Policy
-from pacevlm.errors import BudgetError, CheckpointError, ConfigError, IdentityError, KnobError
-from pacevlm.files import read_json, write_json_atomic
+from pacevlm.errors import CheckpointError, ConfigError, IdentityError
+from pacevlm.files import sha256_file
 from pacevlm.images import ImageSource
 from pacevlm.knobs import Knobs, KnobSpace, check_budget_ms
 from pacevlm.latency.drift import DriftCorrection, DriftSettings
@@ -21,16 +24,28 @@ from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Guardrail
 from pacevlm.latency.measuring import use_num_threads
 from pacevlm.latency.output_length import OutputLengthModel
-from pacevlm.latency.profile import collect_device_facts
-from pacevlm.models.elastic import DEFAULT_MAX_CROPS, ElasticModel, read_elastic_settings
+from pacevlm.latency.profile import MAX_NUM_THREADS, collect_device_facts
+from pacevlm.models.elastic import DEFAULT_MAX_CROPS, ElasticModel, MaxCrops, NewTokens, read_elastic_settings
 from pacevlm.models.embedded import EMBEDDED_DIR
 from pacevlm.rollout.request import Pacing, run_with_policy
-from pacevlm.types import StageTimes
+from pacevlm.types import BudgetKind, RequestSizes, StageTimes
 
 BUNDLE_NAME = "bundle.json"
 BUNDLE_FOLDER = "bundle"
-FORMAT = "pacevlm-bundle"
-VERSION = 1
+KIND = "bundle"
+SCHEMA_VERSION = 2
+ESTIMATOR_NAME, GUARDRAIL_NAME, OUTPUT_LENGTH_NAME = "estimator.json", "guardrail.json", "output_length.json"
+CONTROLLER_FOLDER = "controller"
+# Files that every bundle lists; a model without bounds on its answers has no OUTPUT_LENGTH_NAME.
+_LISTED = (
+    ESTIMATOR_NAME,
+    GUARDRAIL_NAME,
+    f"{CONTROLLER_FOLDER}/{CONTROLLER_JSON}",
+    f"{CONTROLLER_FOLDER}/{CONTROLLER_WEIGHTS}",
+)
+# How many times the full configuration's bound may be the measured median, or the median the bound: a bound is at most
+# ten times the median on a busy machine, and pictures and answers differ as much.
+MAX_BOUND_RATIO = 100.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -143,13 +158,14 @@ class Pacer:
             any_device: accept latencies that were profiled on another device; budgets then mean little.
 
         Raises:
-            CheckpointError: a file is missing, malformed or of another version.
+            CheckpointError: a file is missing, was changed since the bundle was written, is malformed or of another
+                version, or bounds and measured latency of the full configuration have nothing to do with each other.
             IdentityError: the parts were made for different models, knob spaces or devices.
-            ProfileError: a latency file is missing or malformed.
+            ProfileError: a latency file is malformed.
             KnobError: the model cannot run the knob space.
         """
         folder = _bundle_folder(path)
-        values = _read_bundle(folder / BUNDLE_NAME)
+        values = _read_bundle(folder)
         settings = values["model"]
         source = _model_folder(os.fspath(model_path or settings["path"]), folder)
         model = ElasticModel.from_pretrained(
@@ -172,19 +188,19 @@ class Pacer:
         with use_num_threads(values["num_threads"]):
             facts = None if any_device else collect_device_facts(device, model.dtype)
         estimator = LatencyEstimator.load(
-            folder / "estimator.json", model_identity=model.identity, knob_space=model.knob_space, device=facts
+            folder / ESTIMATOR_NAME, model_identity=model.identity, knob_space=model.knob_space, device=facts
         )
-        lengths_file = folder / "output_length.json"
         pacing = Pacing(
-            guardrail=Guardrail.load(folder / "guardrail.json", estimator),
-            output_length=OutputLengthModel.load(lengths_file, model_identity=model.identity)
-            if values["output_length"]
+            guardrail=Guardrail.load(folder / GUARDRAIL_NAME, estimator),
+            output_length=OutputLengthModel.load(folder / OUTPUT_LENGTH_NAME, model_identity=model.identity)
+            if OUTPUT_LENGTH_NAME in values["files"]
             else None,
             max_new_tokens=model.max_new_tokens,
             kind=values["budget_kind"],
         )
+        _check_scale(folder, model, pacing, values["full_p50_ms"])
         controller = Controller.from_pretrained(
-            folder / "controller",
+            folder / CONTROLLER_FOLDER,
             model_identity=model.identity,
             knob_space=model.knob_space,
             estimator_fingerprint=estimator.fingerprint,
@@ -200,23 +216,26 @@ class Pacer:
         )
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write everything but the model's weights into a directory.
+        """Write everything but the model's weights into a directory; a model that lies inside it may move with it.
 
         Raises:
             StorageError: a file could not be written.
         """
         folder, model = Path(path), self.model
-        self.controller.save_pretrained(folder / "controller")
-        self.pacing.guardrail.estimator.save(folder / "estimator.json")
-        self.pacing.guardrail.save(folder / "guardrail.json")
+        self.controller.save_pretrained(folder / CONTROLLER_FOLDER)
+        self.pacing.guardrail.estimator.save(folder / ESTIMATOR_NAME)
+        self.pacing.guardrail.save(folder / GUARDRAIL_NAME)
+        listed = list(_LISTED)
         if self.pacing.output_length is not None:
-            self.pacing.output_length.save(folder / "output_length.json")
+            self.pacing.output_length.save(folder / OUTPUT_LENGTH_NAME)
+            listed.append(OUTPUT_LENGTH_NAME)
         source = self.model_path
+        if source != "embedded":
+            inside = Path(source).resolve().is_relative_to(folder.resolve())
+            source = os.path.relpath(source, folder) if inside else os.path.abspath(source)
         content = {
-            "format": FORMAT,
-            "version": VERSION,
             "model": {
-                "path": source if source == "embedded" else os.path.abspath(source),
+                "path": source,
                 "identity": model.identity,
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "stage2_after": model.stage2_after,
@@ -228,10 +247,10 @@ class Pacer:
             "full_p50_ms": self.full_p50_ms,
             "budget_kind": self.pacing.kind,
             "num_threads": self.num_threads,
-            "output_length": self.pacing.output_length is not None,
+            "files": {name: sha256_file(folder / name) for name in listed},
         }
-        # Last, so that a bundle that can be opened is whole.
-        write_json_atomic(folder / BUNDLE_NAME, content)
+        # Last, so that a bundle that can be opened is whole: until then it lists what the files were before.
+        save_artefact(folder / BUNDLE_NAME, KIND, SCHEMA_VERSION, content, CheckpointError)
 
     def answer(
         self, image: ImageSource, question: str, budget_ms: float = 80.0, policy: Policy | None = None
@@ -341,50 +360,57 @@ def _bundle_folder(path: str | os.PathLike[str]) -> Path:
     )
 
 
-def _read_bundle(path: Path) -> dict[str, Any]:
-    """The values of a bundle file, `knob_space` as a KnobSpace; raises CheckpointError if it is malformed."""
-    values = read_json(path, "bundle", CheckpointError)
-    found = (values.get("format"), values.get("version")) if isinstance(values, dict) else None
-    if found != (FORMAT, VERSION):
-        raise CheckpointError(f"{path} holds {found}, not {(FORMAT, VERSION)}; save the bundle again")
-    kinds: dict[str, Any] = {
-        "model": dict,
-        "knob_space": dict,
-        "full_p50_ms": (int, float),
-        "budget_kind": str,
-        "num_threads": (int, type(None)),
-        "output_length": bool,
-    }
-    model_kinds: dict[str, Any] = {
-        "path": str,
-        "identity": str,
-        "dtype": str,
-        "stage2_after": int,
-        "block_policy": str,
-        "max_crops": dict,
-        "max_new_tokens": int,
-    }
-    for what, entries, expected in (
-        (str(path), values, kinds),
-        (f"'model' in {path}", values.get("model"), model_kinds),
-    ):
-        wrong = [
-            key
-            for key, kind in expected.items()
-            if not isinstance(entries, dict) or key not in entries or not isinstance(entries[key], kind)
-        ]
-        if wrong:
-            raise CheckpointError(f"{what} lacks or garbles the entries {wrong}; save the bundle again")
-    if values["model"]["dtype"] not in DTYPES or values["budget_kind"] not in ("e2e", "ttft"):
+class _Model(TypedDict):
+    path: Text
+    identity: Text
+    dtype: Literal["float32", "bfloat16", "float16"]
+    stage2_after: Annotated[int, Range(1, 10_000)]
+    block_policy: Literal["importance", "prefix"]
+    max_crops: MaxCrops
+    max_new_tokens: NewTokens
+
+
+class _Bundle(TypedDict):
+    """What `bundle.json` holds."""
+
+    model: _Model
+    knob_space: KnobSpace
+    full_p50_ms: Ms
+    budget_kind: BudgetKind
+    num_threads: Annotated[int, Range(1, MAX_NUM_THREADS)] | None
+    files: dict[Text, Sha256]
+
+
+def _read_bundle(folder: Path) -> dict[str, Any]:
+    """The values of a bundle, whose files are whole; raises CheckpointError."""
+    path = folder / BUNDLE_NAME
+    values: dict[str, Any] = load_artefact(path, KIND, SCHEMA_VERSION, CheckpointError)
+    values = typed(_Bundle, values, str(path), CheckpointError)
+    listed = set(values["files"])
+    if not set(_LISTED) <= listed <= {*_LISTED, OUTPUT_LENGTH_NAME}:
+        raise CheckpointError(f"{path} lists the files {sorted(listed)}, not {sorted(_LISTED)}; save the bundle again")
+    for name, digest in values["files"].items():
+        if not (folder / name).exists():
+            raise CheckpointError(f"the bundle {folder} lacks the file {name}; copy the whole folder again")
+        if sha256_file(folder / name) != digest:
+            raise CheckpointError(
+                f"{folder / name} is not the file that the bundle was written with: it was damaged or replaced; copy "
+                "the whole folder again, or save the bundle again"
+            )
+    return values
+
+
+def _check_scale(folder: Path, model: ElasticModel, pacing: Pacing, full_p50_ms: float) -> None:
+    """Refuse bounds on the full configuration that the measured median has nothing to do with."""
+    height = width = 336
+    vision = tuple(model.adapter.vision_sizes(height, width, limit) for limit in model.max_crops.values())
+    sizes = RequestSizes(vision, num_text_tokens=32, num_pixels=height * width)
+    bound_ms = float(pacing.guardrail.upper_bounds_ms(sizes, pacing.max_new_tokens, pacing.kind)[-1, -1, -1])
+    if not 1 / MAX_BOUND_RATIO <= bound_ms / full_p50_ms <= MAX_BOUND_RATIO:
         raise CheckpointError(
-            f"{path} asks for dtype {values['model']['dtype']!r} and budget kind {values['budget_kind']!r}; known are "
-            f"{sorted(DTYPES)} and ['e2e', 'ttft']"
+            f"the bundle {folder} bounds a small request of the full configuration by {bound_ms:.3g} ms, but says that "
+            f"it takes {full_p50_ms:.3g} ms (full_p50_ms); train and calibrate again"
         )
-    try:
-        check_budget_ms(values["full_p50_ms"])
-        return {**values, "knob_space": KnobSpace.from_dict(values["knob_space"])}
-    except (BudgetError, KnobError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is malformed: {error}; save the bundle again") from error
 
 
 def _model_folder(path: str, bundle: Path) -> Path:

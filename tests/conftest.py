@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -111,6 +112,24 @@ def tiny_elastic(tiny_elastic_dir: Path) -> ElasticModel:
 def checkpoint(tiny_elastic_dir: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint, to damage."""
     return Path(shutil.copytree(tiny_elastic_dir, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def reseal() -> Callable[[Path, Any], None]:
+    """Writes JSON values as an artefact with the digest that belongs to them, as somebody would who knows how.
+
+    Beside a `bundle.json`, which lists its files by their digests, that list is made anew as well.
+    """
+    from pacevlm.artefact import content_sha256
+    from pacevlm.files import sha256_file
+
+    def write(path: Path, values: Any) -> None:
+        if isinstance(values, dict) and isinstance(values.get("files"), dict):
+            names = [name for name in values["files"] if (path.parent / name).is_file()]
+            values = {**values, "files": values["files"] | {name: sha256_file(path.parent / name) for name in names}}
+        path.write_text(json.dumps({**values, "sha256": content_sha256(values)}))
+
+    return write
 
 
 @pytest.fixture(scope="session")

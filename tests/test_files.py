@@ -167,6 +167,36 @@ def test_missing_file_and_folder_raise_the_class_asked_for(tmp_path: Path, read:
         read(tmp_path, "data set", DataError)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}', '{"a": 1' + "0" * 400 + "}", '{"a": 9223372036854775808}'),
+        *('{"a": 1, "a": 2}', '{"a": "\\ud800"}', "[" * 100_000 + "]" * 100_000, "\ufeff{}", '{"a": "\x00"}', ""),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_what_is_no_json_is_refused_in_files_and_lines(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DataError, match=r"x\.json is not valid JSON"):
+        read_json(tmp_path / "x.json", "file", DataError)
+    (tmp_path / "x.jsonl").write_text(f'{{"a": 1}}\n{text or "x"}\n')
+    with pytest.raises(DataError, match="line 2"):
+        read_jsonl(tmp_path / "x.jsonl", "log", DataError)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for read in (read_json, read_jsonl):
+        with pytest.raises(DataError, match="no regular file"):
+            read(tmp_path / "pipe", "log", DataError)
+    for load in (load_safetensors, load_safetensors_metadata, sha256_file):
+        with pytest.raises(CheckpointError, match="no regular file"):
+            load(tmp_path / "pipe")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_json("null\x00character", "log", DataError)
+
+
 def test_jsonl_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "run" / "log.jsonl"
     append_jsonl(path, RECORDS[0])
@@ -283,7 +313,7 @@ def test_safetensors_missing_folder_or_other_format_is_a_checkpoint_error(tmp_pa
     for load in (load_safetensors, load_safetensors_metadata):
         with pytest.raises(CheckpointError, match="there is no checkpoint file"):
             load(tmp_path / "none.safetensors")
-        with pytest.raises(CheckpointError, match="there is no checkpoint file"):
+        with pytest.raises(CheckpointError, match="is a folder"):
             load(tmp_path)
         with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
             load(tmp_path / "x.json")
@@ -293,7 +323,7 @@ def test_sha256(tmp_path: Path) -> None:
     content = b"x" * 300_000
     (tmp_path / "x").write_bytes(content)
     assert sha256_file(tmp_path / "x") == hashlib.sha256(content).hexdigest()
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="there is no file"):
         sha256_file(tmp_path / "none")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="there is no file"):
         sha256_file(tmp_path / "none", DataError)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -94,7 +96,7 @@ def image() -> Image.Image:
 
 
 @pytest.fixture
-def changed(bundle: Path, tmp_path: Path) -> Callable[..., Path]:
+def changed(bundle: Path, tmp_path: Path, reseal: Callable[[Path, Any], None]) -> Callable[..., Path]:
     """A copy of the bundle whose bundle.json differs in some entries, dotted names for nested ones."""
 
     def change(**changes: Any) -> Path:
@@ -110,7 +112,7 @@ def changed(bundle: Path, tmp_path: Path) -> Callable[..., Path]:
                 del entries[last]
             else:
                 entries[last] = value
-        (folder / "bundle.json").write_text(json.dumps(values))
+        reseal(folder / "bundle.json", values)
         return folder
 
     return change
@@ -312,7 +314,10 @@ def test_another_device_is_refused(bundle: Path, changed: Callable[..., Path]) -
 
 
 def test_parts_that_do_not_belong_together_are_refused(
-    tiny_elastic: ElasticModel, tiny_elastic_dir: Path, changed: Callable[..., Path]
+    tiny_elastic: ElasticModel,
+    tiny_elastic_dir: Path,
+    changed: Callable[..., Path],
+    reseal: Callable[[Path, Any], None],
 ) -> None:
     with pytest.raises(IdentityError, match="another latency estimator"):
         make_pacer(tiny_elastic, tiny_elastic_dir, fingerprint="of-another")
@@ -321,11 +326,15 @@ def test_parts_that_do_not_belong_together_are_refused(
         make_pacer(tiny_elastic, tiny_elastic_dir, lengths=False, estimator=other)
     folder = changed()
     make_estimator(tiny_elastic, 2e-4).save(folder / "estimator.json")
+    with pytest.raises(CheckpointError, match=r"estimator\.json is not the file"):
+        Pacer.from_pretrained(folder)
+    reseal(folder / "bundle.json", json.loads((folder / "bundle.json").read_text()))
     with pytest.raises(IdentityError, match="calibrate anew"):
         Pacer.from_pretrained(folder)
     # A guardrail of that estimator does not make the controller belong to it.
     swapped = make_pacer(tiny_elastic, tiny_elastic_dir, estimator=make_estimator(tiny_elastic, 2e-4))
     swapped.pacing.guardrail.save(folder / "guardrail.json")
+    reseal(folder / "bundle.json", json.loads((folder / "bundle.json").read_text()))
     with pytest.raises(IdentityError, match="latency estimator"):
         Pacer.from_pretrained(folder)
 
@@ -334,11 +343,16 @@ def test_missing_and_malformed_files_are_named(bundle: Path, changed: Callable[.
     with pytest.raises(CheckpointError, match=r"no bundle\.json"):
         Pacer.from_pretrained(tmp_path / "nothing")
     for changes, message in (
-        ({"version": 99}, "99"),
+        ({"schema_version": 99}, "99"),
+        ({"kind": "controller"}, "controller"),
+        ({"files": {}}, "lists the files"),
+        ({"files": {"../../elsewhere": "0" * 64}}, "lists the files"),
+        ({"full_p50_ms": 1e7}, "nothing|full_p50_ms"),
+        ({"num_threads": 1.5}, "num_threads"),
         ({"model": None}, "model"),
         ({"model__dtype": "int8"}, "int8"),
         ({"budget_kind": "ttlt"}, "ttlt"),
-        ({"full_p50_ms": -1.0}, "malformed"),
+        ({"full_p50_ms": -1.0}, "full_p50_ms"),
         ({"full_p50_ms": "fast"}, "full_p50_ms"),
         ({"knob_space": {"tiers": ["low"]}}, "knob space"),
         ({"model__max_crops": None}, "max_crops"),
@@ -346,17 +360,60 @@ def test_missing_and_malformed_files_are_named(bundle: Path, changed: Callable[.
         with pytest.raises(CheckpointError, match=message):
             Pacer.from_pretrained(changed(**changes))
         shutil.copy(bundle / "bundle.json", changed() / "bundle.json")
-    for name, error in (
-        ("estimator.json", ProfileError),
-        ("guardrail.json", ProfileError),
-        ("output_length.json", ProfileError),
-        ("controller/controller.safetensors", CheckpointError),
-    ):
-        folder = changed()
+    folder = changed()
+    for name in json.loads((folder / "bundle.json").read_text())["files"]:
         (folder / name).unlink()
-        with pytest.raises(error, match=Path(name).stem):
+        with pytest.raises(CheckpointError, match=f"lacks the file {name}"):
             Pacer.from_pretrained(folder)
         shutil.copy(bundle / name, folder / name)
+
+
+def test_a_flipped_bit_anywhere_in_a_bundle_names_the_file(bundle: Path, tmp_path: Path) -> None:
+    folder, rng = Path(shutil.copytree(bundle, tmp_path / "bundle")), np.random.default_rng(0)
+    (folder / "notes.txt").write_text("mine")  # other files are nobody's business
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "notes.txt"]
+    assert len(paths) == 6
+    for path in paths:
+        content = path.read_bytes()
+        for place in rng.integers(len(content), size=40).tolist():
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << int(rng.integers(8))
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=re.escape(str(path.relative_to(folder)))):
+                Pacer.from_pretrained(folder)
+        path.write_bytes(content)
+    assert Pacer.from_pretrained(folder).num_threads == NUM_THREADS
+
+
+def test_a_stop_while_a_bundle_is_written_never_mixes_two(
+    pacer: Pacer, tiny_elastic: ElasticModel, tiny_elastic_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make_pacer(tiny_elastic, tiny_elastic_dir, estimator=make_estimator(tiny_elastic, 2e-4))
+    replace = os.replace
+    loaded, refused = [], []
+    for number in range(6):
+        folder = tmp_path / str(number)
+        pacer.save_pretrained(folder)
+        left = number
+
+        def stop_late(source: Any, target: Any) -> None:
+            nonlocal left
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", stop_late)
+        with pytest.raises(KeyboardInterrupt):
+            other.save_pretrained(folder)
+        monkeypatch.setattr(os, "replace", replace)
+        try:
+            loaded.append(Pacer.from_pretrained(folder).pacing.guardrail.estimator)
+        except CheckpointError as error:
+            refused.append(str(error))
+    assert {estimator == pacer.pacing.guardrail.estimator for estimator in loaded} == {True}  # the old one, whole
+    assert refused
+    assert all("is not the file that the bundle was written with" in message for message in refused)
 
 
 # The package ---------------------------------------------------------------------------------------------------------

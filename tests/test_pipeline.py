@@ -31,6 +31,7 @@ from pacevlm.latency.profile import Profile, Sample
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.pacer import Pacer
 from pacevlm.pipeline import STEPS, RunConfig, load_elastic_model, run_pipeline
+from pacevlm.pipeline.step_log import StepLog
 from pacevlm.pipeline.steps import recalibrate
 from pacevlm.training.grpo import GRPOConfig
 from pacevlm.training.train_config import TrainConfig
@@ -201,8 +202,7 @@ def test_settings_that_would_orphan_later_steps_are_refused(copied: RunConfig, t
 
 def test_an_interrupted_run_goes_on_to_the_same_end(config: RunConfig, first: Recorder, copied: RunConfig) -> None:
     # Interrupt the training of a copy that has the same profile, so that both runs learn under the same masks.
-    steps = json.loads((copied.run_dir / "steps.json").read_text())
-    (copied.run_dir / "steps.json").write_text(json.dumps({"profile": steps["profile"], "lookup": steps["lookup"]}))
+    StepLog(copied.run_dir).remove("train", "calibrate", "evaluate")
     for name in ("train", "controller", "bundle"):
         shutil.rmtree(copied.run_dir / name)
     interrupted = Recorder(interrupt=("training steps", 2))

@@ -5,19 +5,28 @@ from __future__ import annotations
 import bisect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Self, TypedDict
 
 import numpy as np
 
+from pacevlm.artefact import Ms
 from pacevlm.baselines.one_choice import OneChoicePolicy
 from pacevlm.baselines.ranking import BoolArray, FloatArray, IntArray, check_table, promote_better, rank_by_mean
-from pacevlm.baselines.stored import check_order, read_fitted, space_entry
+from pacevlm.baselines.stored import check_order, load_fitted, save_fitted
 from pacevlm.controller.policy_interface import PolicyInput
-from pacevlm.errors import DataError
-from pacevlm.files import write_json_atomic
+from pacevlm.errors import CheckpointError, DataError, KnobError
 from pacevlm.knobs import Knobs, KnobSpace
 
-FORMAT = "pacevlm-lookup-table"
+KIND = "lookup table"
+
+
+class _Row(TypedDict):
+    budget_ms: Ms
+    order: tuple[Knobs, ...]
+
+
+class _Stored(TypedDict):
+    budgets: tuple[_Row, ...]
 
 
 class LookupTable(OneChoicePolicy):
@@ -96,16 +105,13 @@ class LookupTable(OneChoicePolicy):
             {"budget_ms": budget_ms, "order": [str(self.space[int(i)]) for i in order]}
             for budget_ms, order in zip(self.budgets_ms, self.orders, strict=True)
         ]
-        content = {"format": FORMAT, **space_entry(self.space), "budgets": rows}
-        write_json_atomic(path, content)
+        save_fitted(path, KIND, self.space, {"budgets": rows})
 
     @classmethod
     def load(cls, path: str | Path, space: KnobSpace) -> Self:
         """Read a saved table; raises CheckpointError if malformed, IdentityError if made for another knob space."""
-        content = read_fitted(path, FORMAT, space)
-        with content.guarded():
-            orders = {
-                float(row["budget_ms"]): [space.index(Knobs.parse(text)) for text in row["order"]]
-                for row in content.values["budgets"]
-            }
-            return cls(space, orders)
+        rows = load_fitted(path, KIND, space, _Stored)["budgets"]
+        try:
+            return cls(space, {row["budget_ms"]: [space.index(knobs) for knobs in row["order"]] for row in rows})
+        except (DataError, KnobError) as error:
+            raise CheckpointError(f"{path} is malformed: {error}; fit the policy again") from error

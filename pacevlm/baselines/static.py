@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Self, TypedDict
 
 import numpy as np
 
@@ -18,12 +18,17 @@ from pacevlm.baselines.ranking import (
     rank_by_mean,
     served_accuracy,
 )
-from pacevlm.baselines.stored import check_order, read_fitted, space_entry
+from pacevlm.baselines.stored import check_order, load_fitted, save_fitted
 from pacevlm.controller.policy_interface import PolicyInput
-from pacevlm.files import write_json_atomic
+from pacevlm.errors import CheckpointError, DataError, KnobError
 from pacevlm.knobs import Knobs, KnobSpace
 
-FORMAT = "pacevlm-static-policy"
+KIND = "static policy"
+
+
+class _Stored(TypedDict):
+    knobs: Knobs
+    order: tuple[Knobs, ...]
 
 
 class StaticPolicy(OneChoicePolicy):
@@ -83,21 +88,17 @@ class StaticPolicy(OneChoicePolicy):
 
     def save(self, path: str | Path) -> None:
         """Write the policy as JSON; raises StorageError."""
-        content = {
-            "format": FORMAT,
-            **space_entry(self.space),
-            "knobs": str(self.knobs),
-            "order": [str(self.space[int(i)]) for i in self.order],
-        }
-        write_json_atomic(path, content)
+        content = {"knobs": str(self.knobs), "order": [str(self.space[int(i)]) for i in self.order]}
+        save_fitted(path, KIND, self.space, content)
 
     @classmethod
     def load(cls, path: str | Path, space: KnobSpace) -> Self:
         """Read a saved policy; raises CheckpointError if malformed, IdentityError if made for another knob space."""
-        content = read_fitted(path, FORMAT, space)
-        with content.guarded():
-            order = [space.index(Knobs.parse(text)) for text in content.values["order"]]
-            return cls(Knobs.parse(content.values["knobs"]), space, order)
+        content = load_fitted(path, KIND, space, _Stored)
+        try:
+            return cls(content["knobs"], space, [space.index(knobs) for knobs in content["order"]])
+        except (DataError, KnobError) as error:
+            raise CheckpointError(f"{path} is malformed: {error}; fit the policy again") from error
 
 
 def _by_distance(wanted: int, space: KnobSpace) -> IntArray:

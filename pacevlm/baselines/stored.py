@@ -1,66 +1,44 @@
-"""Reading fitted baselines back from JSON."""
+"""Writing fitted baselines as JSON and reading them back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pacevlm.artefact import load_artefact, save_artefact, typed
 from pacevlm.baselines.ranking import IntArray
 from pacevlm.errors import CheckpointError, DataError, IdentityError
-from pacevlm.files import read_json
 from pacevlm.knobs import KnobSpace
 
-VERSION = 1
+SCHEMA_VERSION = 2
 
 
-@dataclass(frozen=True)
-class StoredPolicy:
-    """The JSON object of a fitted policy, with the path it came from for error messages."""
-
-    path: Path
-    values: dict[str, Any]
-
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Turn whatever goes wrong while the object is taken apart into a CheckpointError that names the file."""
-        try:
-            yield
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{self.path} is malformed ({error!r}); fit the policy again") from error
+def save_fitted(path: str | Path, kind: str, space: KnobSpace, content: Mapping[str, Any]) -> None:
+    """Write a fitted policy with the knob space it was fitted for; raises StorageError."""
+    save_artefact(path, kind, SCHEMA_VERSION, {"knob_space": space.to_dict(), **content}, CheckpointError)
 
 
-def space_entry(space: KnobSpace) -> dict[str, Any]:
-    """The keys that identify a fitted policy's file."""
-    return {"version": VERSION, "space": space.to_dict()}
+def load_fitted(path: str | Path, kind: str, space: KnobSpace, content: Any) -> dict[str, Any]:
+    """Read what `save_fitted` wrote.
 
-
-def read_fitted(path: str | Path, kind: str, space: KnobSpace) -> StoredPolicy:
-    """Read the JSON object of a fitted policy and check what it was made for.
+    Args:
+        content: the TypedDict that the content is.
 
     Raises:
-        CheckpointError: the file is missing, not JSON, or of another kind or version.
+        CheckpointError: the file is missing, damaged, malformed, or of another kind or version.
         IdentityError: it was fitted for another knob space.
     """
-    source = Path(path)
-    values = read_json(source, "fitted policy", CheckpointError)
-    found = (values.get("format"), values.get("version")) if isinstance(values, dict) else None
-    if found != (kind, VERSION):
-        raise CheckpointError(
-            f"{source} holds {found}, not {(kind, VERSION)}; give the file that save wrote, or fit again"
-        )
-    stored = StoredPolicy(source, values)
-    with stored.guarded():
-        stored_space = KnobSpace.from_dict(values["space"])
+    values = load_artefact(path, kind, SCHEMA_VERSION, CheckpointError)
+    stored_space = typed(KnobSpace, values.pop("knob_space", None), f"the knob space of {path}", CheckpointError)
     if stored_space != space:
         raise IdentityError(
-            f"{source} was fitted for the knob space {stored_space.to_dict()}, not {space.to_dict()}; "
+            f"{path} was fitted for the knob space {stored_space.to_dict()}, not {space.to_dict()}; "
             "use that space or fit again"
         )
+    stored: dict[str, Any] = typed(content, values, f"the {kind} {path}", CheckpointError)
     return stored
 
 

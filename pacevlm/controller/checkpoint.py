@@ -9,13 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
+from pacevlm.artefact import load_artefact, save_artefact
 from pacevlm.errors import CheckpointError
-from pacevlm.files import load_safetensors, read_json, save_safetensors_atomic, sha256_file, write_json_atomic
+from pacevlm.files import load_safetensors, save_safetensors_atomic, sha256_file
 
 JSON_NAME = "controller.json"
 WEIGHTS_NAME = "controller.safetensors"
-FORMAT = "pacevlm-controller"
-VERSION = 1
+KIND = "controller"
+SCHEMA_VERSION = 2
+# Far beyond what training gives a weight, and small enough for sums of products of them.
+MAX_WEIGHT = 1e6
 
 _RETRY = "copy the whole folder again, or train the controller again"
 
@@ -31,54 +34,38 @@ def write_checkpoint(folder: str | os.PathLike[str], content: Mapping[str, Any],
     """
     folder = Path(folder)
     save_safetensors_atomic(tensors, folder / WEIGHTS_NAME)
-    header = {"format": FORMAT, "version": VERSION, "weights_sha256": sha256_file(folder / WEIGHTS_NAME)}
-    write_json_atomic(folder / JSON_NAME, {**header, **content})
+    content = {**content, "weights_sha256": sha256_file(folder / WEIGHTS_NAME)}
+    save_artefact(folder / JSON_NAME, KIND, SCHEMA_VERSION, content, CheckpointError)
 
 
-def read_content(folder: str | os.PathLike[str], keys: set[str]) -> dict[str, Any]:
+def read_content(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the JSON file: the content that was written, and `weights_sha256`.
 
-    Args:
-        keys: what the content must consist of.
-
     Raises:
-        CheckpointError: the file is missing, damaged, or of another format or version.
+        CheckpointError: the file is missing, damaged, or of another kind or version.
     """
-    path = Path(folder) / JSON_NAME
-    values = read_json(path, "controller", CheckpointError)
-    found = (values.get("format"), values.get("version")) if isinstance(values, dict) else None
-    if found != (FORMAT, VERSION):
-        raise CheckpointError(
-            f"{path} holds {found}, not {(FORMAT, VERSION)}; give the folder that save_pretrained wrote, or train the "
-            "controller again"
-        )
-    content = {key: value for key, value in values.items() if key not in ("format", "version")}
-    if set(content) != keys | {"weights_sha256"}:
-        raise CheckpointError(
-            f"{path} has the keys {sorted(content)}, not {sorted(keys | {'weights_sha256'})}; {_RETRY}"
-        )
-    return content
+    return load_artefact(Path(folder) / JSON_NAME, KIND, SCHEMA_VERSION, CheckpointError)
 
 
 def read_weights(
-    folder: str | os.PathLike[str], weights_sha256: object, expected: Mapping[str, Tensor]
+    folder: str | os.PathLike[str], weights_sha256: str, expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Read the weights, onto the CPU.
 
     Args:
         weights_sha256: what the JSON file says of them.
-        expected: tensors of the names and shapes that the weights must have.
+        expected: tensors of the names, shapes and dtypes that the weights must have.
 
     Raises:
-        CheckpointError: the file is missing, truncated or corrupt, belongs to another JSON file, or does not hold
-            the weights that the JSON file describes.
+        CheckpointError: the file is missing, truncated or corrupt, belongs to another JSON file, does not hold the
+            weights that the JSON file describes, or one is not finite or larger than any that training gives.
     """
     path = Path(folder) / WEIGHTS_NAME
-    tensors = load_safetensors(path)
     if sha256_file(path) != weights_sha256:
         raise CheckpointError(f"{path} does not belong to the {JSON_NAME} beside it, or is damaged; {_RETRY}")
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected_shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    tensors = load_safetensors(path)
+    shapes = {name: (*tensor.shape, str(tensor.dtype)) for name, tensor in tensors.items()}
+    expected_shapes = {name: (*tensor.shape, str(tensor.dtype)) for name, tensor in expected.items()}
     wrong = sorted(
         name for name in shapes.keys() | expected_shapes.keys() if shapes.get(name) != expected_shapes.get(name)
     )
@@ -88,4 +75,14 @@ def read_weights(
             f"{path} does not hold the weights that {JSON_NAME} describes: {len(wrong)} differ, the first is {name} "
             f"with shape {shapes.get(name)} instead of {expected_shapes.get(name)}; {_RETRY}"
         )
+    check_tensors(tensors, path)
     return tensors
+
+
+def check_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError if a tensor holds NaN, infinity or a number beyond ±`MAX_WEIGHT`."""
+    for name, tensor in tensors.items():
+        if tensor.numel() and not bool((tensor.double().abs() <= MAX_WEIGHT).all()):
+            raise CheckpointError(
+                f"{os.fspath(path)} holds numbers in {name} that are not finite or beyond ±{MAX_WEIGHT:g}; {_RETRY}"
+            )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Self, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pacevlm.artefact import Range, Sha256, Text, typed
 from pacevlm.controller.array_stages import ArrayStage1, ArrayStage2, ArrayToken
 from pacevlm.controller.budget import BudgetEncoder
 from pacevlm.controller.checkpoint import JSON_NAME, read_content, read_weights, write_checkpoint
@@ -27,8 +27,11 @@ from pacevlm.controller.features import (
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.controller.sampling import best_action, mask_logits
 from pacevlm.controller.stages import Stage1, Stage2
-from pacevlm.errors import BudgetError, CheckpointError, ConfigError, DataError, IdentityError, KnobError
+from pacevlm.errors import CheckpointError, ConfigError, DataError, IdentityError, KnobError
 from pacevlm.knobs import KnobSpace, check_budget_ms
+
+# Wider hidden layers than this would not be small beside any model.
+MAX_WIDTH = 4096
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,14 @@ class ControllerConfig:
     def __post_init__(self) -> None:
         check_budget_ms(self.reference_ms)
         scale = self.embedding_scale
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale <= 0:
-            raise ConfigError(f"embedding_scale is {scale!r}; it must be a positive, finite number, for example 0.02")
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 1e-9 <= scale <= 1e9:
+            raise ConfigError(
+                f"embedding_scale is {scale!r}; it must be a positive, finite number in 1e-9..1e9, for example 0.02"
+            )
         for name in ("hidden_dim", "num_frequencies"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number from 1")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_WIDTH:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number in 1..{MAX_WIDTH}")
         for name in ("feasible_fractions", "thumbnail", "pairwise"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
@@ -81,6 +86,17 @@ class ControllerConfig:
         if not isinstance(values, Mapping) or set(values) != names:
             raise ConfigError(f"a controller has the settings {sorted(names)}, not {values!r}")
         return cls(**values)
+
+
+class _Stored(TypedDict):
+    """What `controller.json` holds."""
+
+    model_identity: Text
+    knob_space: KnobSpace
+    estimator_fingerprint: Text
+    d_model: Annotated[int, Range(1, 1_000_000)]
+    config: ControllerConfig
+    weights_sha256: Sha256
 
 
 class Controller(nn.Module):
@@ -258,18 +274,12 @@ class Controller(nn.Module):
             CheckpointError: a file is missing, truncated or corrupt, or the two do not belong together.
             IdentityError: it was trained for another model, knob space or estimator; the message names which.
         """
-        keys = {"model_identity", "knob_space", "estimator_fingerprint", "d_model", "config"}
-        content = read_content(folder, keys)
-        try:
-            stored_space = KnobSpace.from_dict(content["knob_space"])
-            config = ControllerConfig.from_dict(content["config"])
-        except (BudgetError, ConfigError, KnobError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{os.path.join(folder, JSON_NAME)} is malformed: {error}; train again") from error
+        content = typed(_Stored, read_content(folder), os.path.join(folder, JSON_NAME), CheckpointError)
         retrain = "train a controller for this one"
         for what, stored, given, remedy in (
             ("model", content["model_identity"], model_identity, f"load that model or {retrain}"),
             ("model width", content["d_model"], d_model, f"load the model it was trained for or {retrain}"),
-            ("knob space", stored_space.to_dict(), knob_space.to_dict(), f"use that knob space or {retrain}"),
+            ("knob space", content["knob_space"].to_dict(), knob_space.to_dict(), f"use that knob space or {retrain}"),
             (
                 "latency estimator",
                 content["estimator_fingerprint"],
@@ -284,7 +294,7 @@ class Controller(nn.Module):
                 )
         with torch.random.fork_rng(devices=[]):
             controller = cls(
-                config,
+                content["config"],
                 model_identity=model_identity,
                 knob_space=knob_space,
                 estimator_fingerprint=estimator_fingerprint,

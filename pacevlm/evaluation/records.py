@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pacevlm.artefact import MAX_MS, typed
 from pacevlm.errors import DataError
-from pacevlm.files import read_jsonl, write_text_atomic
+from pacevlm.files import read_numbered_jsonl, write_text_atomic
 from pacevlm.knobs import Knobs
 
 
@@ -56,7 +56,7 @@ class EvaluationRecord:
         if self.latency_ms is not None:
             positive["latency_ms"] = self.latency_ms
         for name, value in positive.items():
-            if not _is_number(value) or not math.isfinite(value) or value <= 0:
+            if not _is_number(value) or not 0 < value <= MAX_MS:
                 raise DataError(
                     f"{name} of {self.policy} on {self.example_id!r} is {value!r}; it must be positive and finite"
                 )
@@ -76,15 +76,16 @@ class EvaluationRecord:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EvaluationRecord:
-        """Inverse of `to_dict`; raises DataError on unknown or missing keys and KnobError on malformed knobs."""
+        """Inverse of `to_dict`; raises DataError on unknown, missing or malformed values."""
         known = {item.name for item in fields(cls)}
         required = known - {"family", "metadata"}
-        if not required <= set(values) <= known:
+        if not isinstance(values, dict) or not required <= set(values) <= known:
             raise DataError(
                 f"a record has the keys {sorted(known)}; missing: {sorted(required - set(values))}, "
                 f"unknown: {sorted(set(values) - known)}"
             )
-        return cls(**{**values, "knobs": Knobs.parse(values["knobs"])})
+        record: EvaluationRecord = typed(cls, {"family": None, "metadata": {}, **values}, "a record", DataError)
+        return record
 
 
 def _is_number(value: object) -> bool:
@@ -111,11 +112,11 @@ def write_records(path: str | Path, records: Iterable[EvaluationRecord]) -> None
 
 
 def read_records(path: str | Path) -> list[EvaluationRecord]:
-    """Read records in the order of the file; raises DataError if it is missing or says which record is malformed."""
+    """Read records in the order of the file; raises DataError if it is missing or says which line is malformed."""
     records = []
-    for number, values in enumerate(read_jsonl(path, "file of evaluation records", DataError), start=1):
+    for number, values in read_numbered_jsonl(path, "file of evaluation records", DataError):
         try:
             records.append(EvaluationRecord.from_dict(values))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}, record {number}: {error}") from error
+        except DataError as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
     return records

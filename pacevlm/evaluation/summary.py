@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pacevlm.artefact import MAX_COUNT, Count, Ms, Range, Share, Text, load_artefact, save_artefact, typed
 from pacevlm.errors import DataError
 from pacevlm.evaluation.records import EvaluationRecord
 from pacevlm.evaluation.statistics import (
@@ -24,7 +26,11 @@ from pacevlm.evaluation.statistics import (
     resampled_means,
     violation_proportion,
 )
-from pacevlm.files import read_json, write_json_atomic
+
+RESULTS_KIND = "evaluation result"
+RESULTS_SCHEMA_VERSION = 1
+# Shares, and ratios of differences of shares.
+_Finite = Annotated[float, Range(-1e9, 1e9)]
 
 POLICY_ORDER = ("controller", "lookup_table", "static", "full", "cheapest", "random", "oracle")
 
@@ -52,6 +58,75 @@ class RunFacts:
     dtype: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     seeds: Mapping[str, int] = field(default_factory=dict)
+
+
+class _IntervalEntry(TypedDict):
+    mean: _Finite
+    low: _Finite
+    high: _Finite
+
+
+class _LatencyEntry(TypedDict):
+    mean: Ms | None
+    p50: Ms | None
+    p95: Ms | None
+    p99: Ms | None
+
+
+class _ViolationEntry(TypedDict):
+    rate: Share | None
+    low: Share | None
+    high: Share | None
+    n: Count
+
+
+class _PolicyEntry(TypedDict):
+    accuracy: _IntervalEntry
+    vs_lookup_table: _IntervalEntry | None
+    latency_ms: _LatencyEntry
+    violation_rate: Share | None
+    infeasible_rate: Share
+    knobs: Annotated[dict[str, Annotated[int, Range(1, MAX_COUNT)]], Range(1, MAX_COUNT)]
+    violation: _ViolationEntry
+
+
+class _BudgetEntry(TypedDict):
+    fraction: Ms
+    budget_ms: Ms
+    policies: Annotated[dict[Text, _PolicyEntry], Range(1, 1000)]
+
+
+class _DatasetEntry(TypedDict):
+    name: str
+    split: str
+    n: Count
+
+
+class _FullLatencyEntry(TypedDict):
+    p50: Ms | None
+    p95: Ms | None
+
+
+class _FullEntry(TypedDict):
+    accuracy: Share | None
+    latency_ms: _FullLatencyEntry
+
+
+class _Results(TypedDict):
+    """What `results.json` holds."""
+
+    commit: str
+    device: str
+    model: str
+    dataset: _DatasetEntry
+    full: _FullEntry
+    budgets: Annotated[list[_BudgetEntry], Range(1, 10_000)]
+    average: dict[Text, _IntervalEntry | None]
+    gap_closed: _IntervalEntry | None
+    dtype: str
+    versions: dict[str, str]
+    seeds: dict[str, Count]
+    num_timed: Count
 
 
 @dataclass(frozen=True)
@@ -218,14 +293,21 @@ def _without_nan(value: Any) -> Any:
 
 def write_results(path: str | Path, results: Mapping[str, Any]) -> None:
     """Write `results.json`; raises StorageError."""
-    write_json_atomic(path, results)
+    save_artefact(path, RESULTS_KIND, RESULTS_SCHEMA_VERSION, results, DataError)
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """Read `results.json`; raises DataError if it is missing, malformed or holds no budgets."""
-    results = read_json(path, "results.json", DataError)
-    if not isinstance(results, dict) or not results.get("budgets"):
-        raise DataError(f"{path} holds no budgets; give the results.json of an evaluation")
+    """Read `results.json`; raises DataError if it is missing, damaged, malformed or holds no budgets."""
+    values = load_artefact(path, RESULTS_KIND, RESULTS_SCHEMA_VERSION, DataError)
+    results: dict[str, Any] = typed(_Results, values, os.fspath(path), DataError)
+    for budget in results["budgets"]:
+        if budget["policies"].keys() != results["budgets"][0]["policies"].keys():
+            raise DataError(f"{path} does not hold the same policies at every budget; evaluate again")
+        for name, row in budget["policies"].items():
+            rates = (row["violation_rate"], *(row["violation"][key] for key in ("rate", "low", "high")))
+            latencies = tuple(row["latency_ms"].values())
+            if (None in rates) is not (row["violation"]["n"] == 0) or len({value is None for value in latencies}) > 1:
+                raise DataError(f"{path} holds only some of the numbers of timed requests of {name}; evaluate again")
     return results
 
 

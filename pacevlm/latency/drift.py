@@ -12,7 +12,7 @@ from typing import Any, Self, get_args
 
 from scipy.special import bdtrc
 
-from pacevlm.artefact import check_keys, load_artefact, save_artefact
+from pacevlm.artefact import MAX_MS, Text, check_keys, load_artefact, save_artefact, typed
 from pacevlm.config import check_whole_numbers, config_from_dict, config_to_dict
 from pacevlm.errors import ConfigError, IdentityError, ProfileError
 from pacevlm.latency.conformal import check_alpha, conformal_rank
@@ -20,7 +20,9 @@ from pacevlm.latency.guardrail import Guardrail
 from pacevlm.types import BudgetKind
 
 DRIFT_KIND = "drift correction"
-DRIFT_SCHEMA_VERSION = 1
+DRIFT_SCHEMA_VERSION = 2
+# Ratios and requests beyond these say nothing, and make arithmetic overflow.
+MAX_SETTING = 1e6
 # A few requests are believed to show a slower machine when the profiled one would miss that often this rarely.
 SLOWER_P_VALUE = 0.001
 
@@ -60,8 +62,10 @@ class DriftSettings:
         check_whole_numbers(self, {"window": 2, "min_observations": 2})
         for name in ("half_life", "step_size", "outlier_ratio", "min_factor", "max_factor"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ConfigError(f"{name} is {value!r}; it must be a finite number")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_SETTING:
+                raise ConfigError(f"{name} is {value!r}; it must be a finite number from 0 to {MAX_SETTING:g}")
+        if self.window > MAX_SETTING:
+            raise ConfigError(f"window is {self.window}; it must hold at most {MAX_SETTING:g} requests")
         if self.half_life <= 0:
             raise ConfigError(f"half_life is {self.half_life}; it must be above 0 requests, for example 5")
         if not 0 <= self.step_size <= 1:
@@ -267,8 +271,10 @@ class DriftCorrection:
         check_keys(f"a {DRIFT_KIND}", values, {"estimator_fingerprint", "budget_kind", "settings", "state"})
         try:
             settings = config_from_dict(DriftSettings, values["settings"])
-            correction = cls(values["estimator_fingerprint"], values["budget_kind"], settings)
-        except (ConfigError, TypeError) as error:
+            correction = cls(
+                typed(Text, values["estimator_fingerprint"], "the fingerprint"), values["budget_kind"], settings
+            )
+        except ConfigError as error:
             raise ProfileError(f"a {DRIFT_KIND} is malformed: {error}") from error
         correction._restore(values["state"])
         return correction
@@ -345,6 +351,8 @@ class DriftCorrection:
         numbers = [state["level"], state["alpha"], *(residuals if isinstance(residuals, list) else [None])]
         if not all(isinstance(number, float) and math.isfinite(number) for number in numbers):
             raise ProfileError("level, alpha and residuals must be finite numbers")
+        if abs(state["level"]) > math.log(MAX_MS) - math.log(1e-6):
+            raise ProfileError(f"level is {state['level']}, more than latencies can differ")
         if max(map(abs, residuals), default=0.0) > self._log_outlier_ratio:
             raise ProfileError(f"a residual exceeds what outlier_ratio {settings.outlier_ratio} allows")
         if not isinstance(misses, list) or not all(isinstance(missed, bool) for missed in misses):

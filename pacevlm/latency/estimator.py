@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pacevlm.artefact import check_keys, load_artefact, save_artefact
+from pacevlm.artefact import MAX_MS, Text, check_keys, load_artefact, save_artefact, typed
 from pacevlm.errors import ConfigError, KnobError, ProfileError
-from pacevlm.knobs import Knobs, KnobSpace
+from pacevlm.knobs import MAX_VALUE, Knobs, KnobSpace
 from pacevlm.latency.profile import DeviceFacts, Profile, Sample, check_identity, load_knob_space
 from pacevlm.latency.stage_fit import StageFit, fit_stage
-from pacevlm.types import BudgetKind, RequestSizes
+from pacevlm.types import BudgetKind, RequestSizes, VisionSizes
 
-ESTIMATOR_SCHEMA_VERSION = 4
+ESTIMATOR_SCHEMA_VERSION = 5
 
 Array = NDArray[np.float64]
 
@@ -105,8 +105,8 @@ class LatencyEstimator:
 
     def __post_init__(self) -> None:
         for name, value in (("trained_top_k", self.trained_top_k), ("stage2_after", self.stage2_after)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ProfileError(f"{name} is {value!r}; it must be a whole number from 1")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VALUE:
+                raise ProfileError(f"{name} is {value!r}; it must be a whole number in 1..{MAX_VALUE}")
         if self.knob_space.num_blocks[0] < self.stage2_after:
             raise KnobError(
                 f"num_blocks {self.knob_space.num_blocks[0]} is below stage2_after {self.stage2_after}, "
@@ -115,15 +115,18 @@ class LatencyEstimator:
         check_keys("the estimator's stages", self.stages, set(STAGE_TERMS))
         for stage, terms in STAGE_TERMS.items():
             coefficients = np.asarray(self.stages[stage].coefficients)
-            if len(coefficients) != len(terms) or not np.isfinite(coefficients).all() or (coefficients < 0).any():
+            if len(coefficients) != len(terms) or not ((coefficients >= 0) & (coefficients <= MAX_MS)).all():
                 raise ProfileError(
                     f"stage {stage} has the coefficients {self.stages[stage].coefficients}; "
-                    f"it needs {len(terms)} finite numbers from 0"
+                    f"it needs {len(terms)} finite numbers from 0 to {MAX_MS:g}"
                 )
         later_blocks = np.array(self.knob_space.num_blocks, dtype=np.float64) - self.stage2_after
         object.__setattr__(self, "_later_blocks", later_blocks)
         object.__setattr__(self, "_whole_blocks", np.maximum(later_blocks - 1.0, 0.0))
         object.__setattr__(self, "_top_ks", np.array(self.knob_space.top_ks, dtype=np.float64)[:, None])
+        smallest = RequestSizes((VisionSizes(0, 0),) * len(self.knob_space.tiers), 1, 1)
+        if not self.predict_all(smallest, 1, "ttft").min() > 0:
+            raise ProfileError("the coefficients predict 0 ms for a small request; no request takes no time")
 
     @classmethod
     def fit(cls, profile: Profile, *, trained_top_k: int, stage2_after: int = 1) -> LatencyEstimator:
@@ -311,6 +314,7 @@ class LatencyEstimator:
         try:
             check_keys("an estimator", values, keys)
             check_keys("the estimator's stages", values["stages"], set(STAGE_TERMS))
+            typed(Text, values["model_identity"], "model_identity")
             stages = {stage: StageFit.from_dict(values["stages"][stage], terms) for stage, terms in STAGE_TERMS.items()}
             space, facts = load_knob_space(values["knob_space"]), DeviceFacts.from_dict(values["device"])
             estimator = cls(**{**values, "knob_space": space, "device": facts, "stages": stages})

@@ -6,20 +6,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pacevlm.artefact import check_keys, load_artefact, save_artefact
-from pacevlm.errors import ConfigError, IdentityError, KnobError, ProfileError
-from pacevlm.knobs import Knobs, check_budget_ms
+from pacevlm.artefact import Count, Text, load_artefact, save_artefact, shown, typed
+from pacevlm.errors import ConfigError, IdentityError, ProfileError
+from pacevlm.knobs import Knobs, KnobSpace, check_budget_ms
 from pacevlm.latency.conformal import check_alpha, conformal_quantile, min_num_scores
 from pacevlm.latency.estimator import LatencyEstimator
-from pacevlm.latency.profile import Sample, check_identity, load_knob_space
+from pacevlm.latency.profile import Sample, check_identity
 from pacevlm.types import BudgetKind, RequestSizes
 
-GUARDRAIL_SCHEMA_VERSION = 1
+GUARDRAIL_SCHEMA_VERSION = 2
+# No request takes a hundredth of its prediction; one that a machine pauses may take thousands of times as long.
+MIN_LOG_MARGIN, MAX_LOG_MARGIN = math.log(1e-2), math.log(1e4)
 
 GroupBy = Literal["none", "tier", "top_k", "num_blocks", "knobs"]
 
@@ -46,18 +48,23 @@ class Calibration:
         num_samples: samples of each group that was seen, those with too few included.
 
     Raises:
-        ProfileError: a margin is not finite.
+        ProfileError: a margin says that requests take less than a hundredth, or more than 10,000 times, of what is
+            predicted, or is not finite.
     """
 
     alpha: float
     log_margins: Mapping[str, float]
     fallback_log_margin: float
-    num_samples: Mapping[str, int]
+    num_samples: Mapping[str, Count]
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
-        if not all(math.isfinite(margin) for margin in (*self.log_margins.values(), self.fallback_log_margin)):
-            raise ProfileError(f"a calibration has margins that are no finite numbers: {dict(self.log_margins)}")
+        margins = {**self.log_margins, "others": self.fallback_log_margin}
+        if not all(MIN_LOG_MARGIN <= margin <= MAX_LOG_MARGIN for margin in margins.values()):
+            raise ProfileError(
+                f"a calibration has the log margins {shown(margins)}; they must be finite and lie in "
+                f"{MIN_LOG_MARGIN:.1f}..{MAX_LOG_MARGIN:.1f}"
+            )
 
     def factor(self, group: str) -> float:
         """What a prediction of this group is multiplied by to bound the latency from above."""
@@ -75,16 +82,8 @@ class Calibration:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
         """Inverse of `to_dict`; raises ProfileError on unknown, missing or malformed values."""
-        check_keys("a calibration", values, {"alpha", "log_margins", "fallback_log_margin", "num_samples"})
-        try:
-            return cls(
-                alpha=values["alpha"],
-                log_margins={group: float(margin) for group, margin in values["log_margins"].items()},
-                fallback_log_margin=float(values["fallback_log_margin"]),
-                num_samples={group: int(count) for group, count in values["num_samples"].items()},
-            )
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ProfileError(f"a calibration is malformed: {error}") from error
+        calibration: Calibration = typed(cls, values, "a calibration")
+        return calibration
 
 
 def calibrate(predicted_ms: ArrayLike, measured_ms: ArrayLike, groups: Sequence[str], alpha: float) -> Calibration:
@@ -149,6 +148,16 @@ class FeasibilityBatch(NamedTuple):
     any_feasible: NDArray[np.bool_]
 
 
+class _Stored(TypedDict):
+    """What a guardrail's file holds."""
+
+    model_identity: Text
+    knob_space: KnobSpace
+    estimator_fingerprint: Text
+    group_by: GroupBy
+    calibrations: dict[BudgetKind, Calibration]
+
+
 @dataclass(frozen=True)
 class Guardrail:
     """Calibrated upper bounds of one estimator, and the masks that they make.
@@ -162,7 +171,7 @@ class Guardrail:
 
     Raises:
         ConfigError: the grouping or a budget kind is unknown.
-        ProfileError: there is no calibration.
+        ProfileError: there is no calibration, or one names a group that the knob space does not have.
     """
 
     estimator: LatencyEstimator
@@ -179,6 +188,9 @@ class Guardrail:
         for kind, calibration in self.calibrations.items():
             if kind not in get_args(BudgetKind):
                 raise ConfigError(f"budget kind is {kind!r}; use one of {get_args(BudgetKind)}")
+            unknown = sorted({*calibration.log_margins, *calibration.num_samples} - set(groups))
+            if unknown:
+                raise ProfileError(f"the calibration of {kind!r} names the groups {shown(unknown)}, but there are none")
             factors[kind] = np.array([calibration.factor(group) for group in groups]).reshape(space.shape)
         object.__setattr__(self, "_factors", factors)
 
@@ -277,16 +289,13 @@ class Guardrail:
             IdentityError: it was calibrated for another model, knob space or estimator.
         """
         values = load_artefact(path, "latency guardrail", GUARDRAIL_SCHEMA_VERSION)
-        keys = {"model_identity", "knob_space", "estimator_fingerprint", "group_by", "calibrations"}
         try:
-            check_keys("a guardrail", values, keys)
-            knob_space = load_knob_space(values["knob_space"])
-            calibrations = {kind: Calibration.from_dict(entry) for kind, entry in values["calibrations"].items()}
-            guardrail = cls(estimator, values["group_by"], calibrations)
-        except (AttributeError, ConfigError, KnobError, ProfileError) as error:
+            stored = typed(_Stored, values, "a guardrail")
+            check_identity(estimator, model_identity=stored["model_identity"], knob_space=stored["knob_space"])
+            guardrail = cls(estimator, stored["group_by"], stored["calibrations"])
+        except (ConfigError, ProfileError) as error:
             raise ProfileError(f"the latency guardrail at {path} is corrupt: {error}; calibrate anew") from error
-        check_identity(estimator, model_identity=values["model_identity"], knob_space=knob_space)
-        if values["estimator_fingerprint"] != estimator.fingerprint:
+        if stored["estimator_fingerprint"] != estimator.fingerprint:
             raise IdentityError(
                 f"the guardrail at {path} was calibrated for an estimator with other coefficients; calibrate anew"
             )

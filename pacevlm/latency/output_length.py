@@ -11,11 +11,13 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
-from pacevlm.artefact import check_keys, load_artefact, save_artefact
+from pacevlm.artefact import load_artefact, save_artefact, typed
 from pacevlm.errors import IdentityError, ProfileError
 from pacevlm.latency.conformal import check_alpha, conformal_quantile, min_num_scores
 
-OUTPUT_LENGTH_SCHEMA_VERSION = 1
+OUTPUT_LENGTH_SCHEMA_VERSION = 2
+# Far more than any answer has, and than a token count can depend on a number of an embedding.
+MAX_NEW_TOKENS, MAX_WEIGHT = 10**6, 1e12
 # Directions of the embedding whose spread is this small against the largest are rounding, not questions.
 MIN_RELATIVE_SPREAD = 1e-6
 # With fewer examples per coefficient a quantile regression follows single examples.
@@ -51,9 +53,16 @@ class OutputLengthModel:
         if not isinstance(self.model_identity, str) or not self.model_identity:
             raise ProfileError(f"model_identity is {self.model_identity!r}; it must be text that names the weights")
         _check_max_new_tokens(self.max_new_tokens)
-        numbers = (*self.weights, self.bias, self.correction, self.text_weight or 0.0)
-        if not self.weights or not all(math.isfinite(number) for number in numbers):
-            raise ProfileError("an output length model needs one or more weights, and only finite numbers")
+        numbers = (*self.weights, self.bias, self.text_weight or 0.0)
+        if not self.weights or not all(abs(number) <= MAX_WEIGHT for number in numbers):
+            raise ProfileError(
+                f"an output length model needs one or more weights, and only finite numbers within ±{MAX_WEIGHT:g}"
+            )
+        correction = self.correction
+        if isinstance(correction, bool) or not isinstance(correction, int) or abs(correction) > self.max_new_tokens:
+            raise ProfileError(
+                f"correction is {correction!r}; it must be a whole number within ±max_new_tokens, {self.max_new_tokens}"
+            )
         check_alpha(self.alpha)
         object.__setattr__(self, "_weights", np.array(self.weights))
 
@@ -190,11 +199,9 @@ class OutputLengthModel:
             IdentityError: it was fitted for another model.
         """
         values = load_artefact(path, "output length model", OUTPUT_LENGTH_SCHEMA_VERSION)
-        keys = {"model_identity", "weights", "text_weight", "bias", "correction", "max_new_tokens", "alpha"}
         try:
-            check_keys("an output length model", values, keys)
-            model = cls(**{**values, "weights": tuple(float(weight) for weight in values["weights"])})
-        except (ProfileError, TypeError, ValueError) as error:
+            model: OutputLengthModel = typed(cls, values, "an output length model")
+        except ProfileError as error:
             raise ProfileError(f"the output length model at {path} is corrupt: {error}; fit it anew") from error
         if model_identity is not None and model.model_identity != model_identity:
             raise IdentityError(
@@ -204,8 +211,9 @@ class OutputLengthModel:
 
 
 def _check_max_new_tokens(max_new_tokens: object) -> None:
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ProfileError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number from 1")
+    whole = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool)
+    if not whole or not 1 <= max_new_tokens <= MAX_NEW_TOKENS:  # type: ignore[operator]
+        raise ProfileError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number in 1..{MAX_NEW_TOKENS}")
 
 
 def _principal_components(features: Array, num_components: int) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import statistics
@@ -11,17 +10,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
-from pacevlm.artefact import check_keys, load_artefact, save_artefact
-from pacevlm.errors import ConfigError, IdentityError, KnobError, ProfileError
+from pacevlm.artefact import MAX_COUNT, MAX_MS, Text, check_keys, load_artefact, save_artefact, typed
+from pacevlm.errors import ConfigError, IdentityError, ProfileError
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.types import StageTimes
 
 if TYPE_CHECKING:
     import torch
 
-PROFILE_SCHEMA_VERSION = 3
+PROFILE_SCHEMA_VERSION = 4
+MAX_NUM_THREADS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,12 @@ class DeviceFacts:
     def __post_init__(self) -> None:
         if self.device_type not in ("cpu", "cuda"):
             raise ProfileError(f"device_type is {self.device_type!r}; it must be 'cpu' or 'cuda'")
-        if isinstance(self.num_threads, bool) or not isinstance(self.num_threads, int) or self.num_threads < 1:
-            raise ProfileError(f"num_threads is {self.num_threads!r}; it must be a whole number from 1")
+        threads = self.num_threads
+        if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MAX_NUM_THREADS:
+            raise ProfileError(f"num_threads is {threads!r}; it must be a whole number in 1..{MAX_NUM_THREADS}")
+        for name, values in (("load_average", self.load_average or ()), ("clock_mhz", (self.clock_mhz or 0.0,))):
+            if not all(_is_duration(value) for value in values):
+                raise ProfileError(f"{name} is {values!r}; it must hold finite numbers from 0")
 
     @property
     def identity(self) -> tuple[str, str, int, str, str]:
@@ -73,24 +77,8 @@ class DeviceFacts:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DeviceFacts:
         """Inverse of `to_dict`; raises ProfileError on unknown, missing or malformed facts."""
-        check_keys("device facts", values, {field.name for field in fields(cls)})
-        wrong = [
-            name
-            for name, value in values.items()
-            if name not in ("num_threads", "load_average", "clock_mhz")
-            and not (isinstance(value, str) or (name == "numba_version" and value is None))
-        ]
-        if wrong:
-            raise ProfileError(f"the device facts {wrong} must be text")
-        load = values["load_average"]
-        try:
-            load_average = None if load is None else (float(load[0]), float(load[1]), float(load[2]))
-        except (IndexError, KeyError, TypeError, ValueError) as error:
-            raise ProfileError(f"load_average is {load!r}; it must be null or three numbers") from error
-        clock_mhz = values["clock_mhz"]
-        if clock_mhz is not None and not _is_duration(clock_mhz):
-            raise ProfileError(f"clock_mhz is {clock_mhz!r}; it must be null or a number of megahertz")
-        return cls(**{**values, "load_average": load_average})
+        facts: DeviceFacts = typed(cls, values, "device facts")
+        return facts
 
 
 def collect_device_facts(device: str | torch.device, dtype: str | torch.dtype) -> DeviceFacts:
@@ -187,8 +175,10 @@ class Sample:
         minimum = {"num_crops": 0, "num_image_tokens": 0, "num_text_tokens": 0, "num_pixels": 0, "num_output_tokens": 1}
         for name, least in minimum.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ProfileError(f"a sample's {name} is {value!r}; it must be a whole number from {least}")
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_COUNT:
+                raise ProfileError(
+                    f"a sample's {name} is {value!r}; it must be a whole number from {least} to {MAX_COUNT:g}"
+                )
         times = {field.name: getattr(self.stages, field.name) for field in fields(self.stages)}
         decode_ms = times.pop("decode_ms")
         if not all(_is_duration(value) for value in (*times.values(), *decode_ms)) or self.stages.e2e_ms <= 0:
@@ -213,18 +203,12 @@ class Sample:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Sample:
         """Inverse of `to_dict`; raises ProfileError on unknown, missing or malformed values."""
-        check_keys("a sample", values, {field.name for field in fields(cls)})
-        check_keys("a sample's stages", values["stages"], {field.name for field in fields(StageTimes)})
-        try:
-            stages = StageTimes(**{**values["stages"], "decode_ms": tuple(values["stages"]["decode_ms"])})
-            knobs = Knobs.parse(values["knobs"])
-        except (AttributeError, KnobError, TypeError) as error:
-            raise ProfileError(f"a sample is malformed: {error}") from error
-        return cls(**{**values, "knobs": knobs, "stages": stages})
+        sample: Sample = typed(cls, values, "a sample")
+        return sample
 
 
 def _is_duration(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value <= MAX_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,10 +244,9 @@ class NoiseFloor:
     def from_dict(cls, values: Mapping[str, Any]) -> NoiseFloor:
         """Inverse of `to_dict`; raises ProfileError on unknown, missing or malformed values."""
         check_keys("a noise floor", values, {"knobs", "repeats_ms", "cv"})
-        try:
-            return cls(Knobs.parse(values["knobs"]), tuple(values["repeats_ms"]))
-        except (AttributeError, KnobError, TypeError) as error:
-            raise ProfileError(f"a noise floor is malformed: {error}") from error
+        typed(float, values["cv"], "a noise floor's cv")
+        floor: NoiseFloor = typed(cls, {key: values[key] for key in ("knobs", "repeats_ms")}, "a noise floor")
+        return floor
 
 
 @dataclass(frozen=True)
@@ -309,16 +292,20 @@ class Profile:
         """Read a profile; raises ProfileError if it is missing, corrupt or of another schema version."""
         values = load_artefact(path, "profile", PROFILE_SCHEMA_VERSION)
         try:
-            check_keys("a profile", values, {"model_identity", "knob_space", "device", "noise_floor", "samples"})
-            return cls(
-                model_identity=values["model_identity"],
-                knob_space=load_knob_space(values["knob_space"]),
-                device=DeviceFacts.from_dict(values["device"]),
-                samples=tuple(Sample.from_dict(sample) for sample in values["samples"]),
-                noise_floor=NoiseFloor.from_dict(values["noise_floor"]),
-            )
-        except (ProfileError, TypeError) as error:
+            check_keys("a profile", values, {field.name for field in fields(cls)})
+            floor = NoiseFloor.from_dict(values.pop("noise_floor"))
+            return cls(**typed(_Measured, values, "a profile"), noise_floor=floor)
+        except ProfileError as error:
             raise ProfileError(f"the profile at {path} is corrupt: {error}; measure it anew") from error
+
+
+class _Measured(TypedDict):
+    """What a profile's file holds besides the noise floor."""
+
+    model_identity: Text
+    knob_space: KnobSpace
+    device: DeviceFacts
+    samples: tuple[Sample, ...]
 
 
 class HasIdentity(Protocol):
@@ -366,7 +353,5 @@ def check_identity(
 
 def load_knob_space(values: Any) -> KnobSpace:
     """Read a knob space out of an artefact; raises ProfileError if it is malformed."""
-    try:
-        return KnobSpace.from_dict(values)
-    except (KnobError, TypeError, ValueError) as error:
-        raise ProfileError(f"the knob space is malformed: {error}") from error
+    space: KnobSpace = typed(KnobSpace, values, "the knob space")
+    return space

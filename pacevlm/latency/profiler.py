@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pacevlm.errors import ConfigError, ProfileError
-from pacevlm.files import append_jsonl, read_jsonl
+from pacevlm.files import append_jsonl, read_numbered_jsonl
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.measuring import use_num_threads, without_garbage_collection
 from pacevlm.latency.profile import NoiseFloor, Profile, Sample, collect_device_facts
@@ -361,12 +361,18 @@ def _open_partial(path: Path | None, header: Mapping[str, Any]) -> list[Sample]:
     if not path.exists():
         append_jsonl(path, header)
         return []
-    records: Sequence[dict[str, Any]] = read_jsonl(path, "interrupted profile", ProfileError)
-    if not records or records[0] != header:
+    numbered = read_numbered_jsonl(path, "interrupted profile", ProfileError)
+    if not numbered or numbered[0][1] != header:
         raise ProfileError(
             f"{path} was begun for another model, device or settings; remove it, or go on with what it was begun with"
         )
-    return [Sample.from_dict(record) for record in records[1:]]
+    samples = []
+    for number, record in numbered[1:]:
+        try:
+            samples.append(Sample.from_dict(record))
+        except ProfileError as error:
+            raise ProfileError(f"{path}, line {number}: {error}; remove the file") from error
+    return samples
 
 
 def sample_of(result: MeasuredRequest) -> Sample:

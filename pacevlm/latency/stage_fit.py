@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from pacevlm.artefact import check_keys
+from pacevlm.artefact import MAX_MS, Count, Duration, Range, check_keys, typed
 from pacevlm.errors import ProfileError
 
 # Times below a microsecond are noise of the timer: the relative error is taken of at least this much.
@@ -24,6 +24,8 @@ MAD_TO_SIGMA = 1.4826
 ROBUST_REPEATS = 3
 
 Array = NDArray[np.float64]
+# An error relative to at least `MIN_MS` of at most `MAX_MS`.
+Ratio = Annotated[float, Range(0.0, MAX_MS / MIN_MS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,11 @@ class StageFit:
         ape_p95: 95th percentile of the same.
     """
 
-    coefficients: tuple[float, ...]
-    num_rows: int
-    num_dropped: int
-    ape_p50: float
-    ape_p95: float
+    coefficients: tuple[Duration, ...]
+    num_rows: Count
+    num_dropped: Count
+    ape_p50: Ratio
+    ape_p95: Ratio
 
     def to_dict(self, terms: Sequence[str]) -> dict[str, Any]:
         """All values, ready for JSON, the coefficients named by their terms."""
@@ -59,16 +61,9 @@ class StageFit:
         """Inverse of `to_dict`; raises ProfileError if values are unknown, missing or no numbers."""
         check_keys("a stage", values, {"coefficients", "num_rows", "num_dropped", "ape_p50", "ape_p95"})
         check_keys("a stage's coefficients", values["coefficients"], set(terms))
-        try:
-            return cls(
-                coefficients=tuple(float(values["coefficients"][term]) for term in terms),
-                num_rows=int(values["num_rows"]),
-                num_dropped=int(values["num_dropped"]),
-                ape_p50=float(values["ape_p50"]),
-                ape_p95=float(values["ape_p95"]),
-            )
-        except (TypeError, ValueError) as error:
-            raise ProfileError(f"a stage is malformed: {error}") from error
+        coefficients = [values["coefficients"][term] for term in terms]
+        fit: StageFit = typed(cls, {**values, "coefficients": coefficients}, "a stage")
+        return fit
 
 
 def fit_stage(terms: Array, measured_ms: Array) -> StageFit:

@@ -9,11 +9,12 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from pacevlm.artefact import Range, Text, typed
 from pacevlm.errors import CheckpointError, ConfigError, KnobError, QuestionError
 from pacevlm.files import read_json, write_json_atomic
 from pacevlm.images import ImageSource, Picture, PictureConfig, open_picture
@@ -29,6 +30,11 @@ from pacevlm.types import RequestSizes, StageTimes
 ELASTIC_FILE = "elastic.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 DEFAULT_MAX_CROPS = {"low": 2, "medium": 6, "high": 12}
+
+
+# More crops, or longer answers, than any model has positions for.
+MaxCrops = dict[Text, Annotated[int, Range(1, 10_000)]]
+NewTokens = Annotated[int, Range(1, 1_000_000)]
 
 
 @dataclass(frozen=True)
@@ -371,27 +377,25 @@ class ElasticModel:
         )
 
 
+class _ElasticSettings(TypedDict, total=False):
+    """What `elastic.json` may hold; people write it, so all of it may be left out."""
+
+    max_crops: MaxCrops
+    removal: list[Annotated[int, Range(1, 10_000)]]
+    importance: dict[str, Any]
+    max_new_tokens: NewTokens
+    knob_space: KnobSpace
+    measured_on: str
+
+
 def read_elastic_settings(folder: Path) -> dict[str, Any]:
     """The settings in a model directory's `elastic.json`, empty if it has none; raises CheckpointError if malformed."""
     file = folder / ELASTIC_FILE
     if not file.exists():
         return {}
     settings = read_json(file, "elastic settings", CheckpointError)
-    known = {"max_crops", "removal", "importance", "max_new_tokens", "knob_space", "measured_on"}
-    if not isinstance(settings, dict) or not set(settings) <= known:
-        raise CheckpointError(f"{file} holds keys other than {sorted(known)}; it is not an elastic settings file")
-    try:
-        for tier, limit in settings.get("max_crops", {}).items():
-            _whole(f"crop limit of tier {tier!r}", limit)
-        for block in settings.get("removal", []):
-            _whole("block to remove", block)
-        if "max_new_tokens" in settings:
-            _whole("max_new_tokens", settings["max_new_tokens"])
-        if "knob_space" in settings:
-            KnobSpace.from_dict(settings["knob_space"])
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} is malformed: {error}; write it again") from error
-    return settings
+    typed(_ElasticSettings, settings, str(file), CheckpointError)
+    return dict(settings)
 
 
 def _whole(name: str, value: object) -> int:

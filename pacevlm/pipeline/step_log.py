@@ -7,13 +7,54 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from pacevlm.artefact import Count, Duration, Ms, Share, Text, load_artefact, save_artefact, typed
 from pacevlm.config import changed_settings
 from pacevlm.errors import CheckpointError
-from pacevlm.files import read_json, write_json_atomic
+from pacevlm.types import BudgetKind
 
 STEP_LOG_NAME = "steps.json"
+KIND = "list of finished steps"
+SCHEMA_VERSION = 2
+
+
+class _Entry(TypedDict):
+    """What the file holds of each step."""
+
+    finished_at: Text
+    seconds: Duration
+    settings: dict[str, Any]
+    facts: dict[str, Any]
+
+
+class _Interval(TypedDict):
+    mean: float
+    low: float
+    high: float
+
+
+# The facts that are read again, by a later step or to be printed; others are for people.
+_FACTS: dict[str, dict[str, Any]] = {
+    "profile": {
+        "full_p50_ms": dict[BudgetKind, Ms],
+        "num_samples": Count,
+        "coverage": Share | None,
+        "noise_cv": Duration,
+        "num_noisy_windows": Count,
+        "ape_p50": Duration,
+    },
+    "lookup": {"num_examples": Count, "accuracy_full": Share, "accuracy_cheapest": Share},
+    "train": {"num_steps": Count, "reward": float, "entropy": float},
+    "calibrate": {"num_requests": Count, "factors": dict[Text, Ms]},
+    "evaluate": {
+        "num_examples": Count,
+        "num_timed_requests": Count,
+        "num_disagreements": Count,
+        "controller_vs_lookup_table": _Interval | None,
+        "gap_closed": _Interval | None,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -50,20 +91,18 @@ class StepLog:
         self.path = run_dir / STEP_LOG_NAME
         self._steps: dict[str, dict[str, Any]] = {}
         if self.path.exists():
-            values = read_json(self.path, "list of finished steps", CheckpointError)
-            try:
-                self._steps = {str(name): dict(entry) for name, entry in values.items()}
-                for name in self._steps:
-                    self.get(name)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise CheckpointError(f"{self.path} is malformed ({error!r}); start over with --fresh") from error
+            values = load_artefact(self.path, KIND, SCHEMA_VERSION, CheckpointError)
+            self._steps = typed(dict[Text, _Entry], values, str(self.path), CheckpointError)
+            for name, entry in self._steps.items():
+                for fact, hint in _FACTS.get(name, {}).items():
+                    typed(hint, entry["facts"].get(fact), f"{self.path}: the fact {fact} of {name}", CheckpointError)
 
     def get(self, name: str) -> FinishedStep | None:
         """What a finished step was and found; None if it is not finished."""
         entry = self._steps.get(name)
         if entry is None:
             return None
-        return FinishedStep(dict(entry["settings"]), float(entry["seconds"]), dict(entry["facts"]))
+        return FinishedStep(entry["settings"], entry["seconds"], entry["facts"])
 
     def add(self, name: str, settings: Mapping[str, Any], seconds: float, facts: Mapping[str, Any]) -> None:
         """Mark a step as finished; raises StorageError."""
@@ -73,9 +112,12 @@ class StepLog:
             "settings": json.loads(json.dumps(dict(settings))),
             "facts": dict(facts),
         }
-        write_json_atomic(self.path, self._steps)
+        self._save()
 
     def remove(self, *names: str) -> None:
         """Forget that steps were finished; raises StorageError."""
         if any(self._steps.pop(name, None) is not None for name in list(names)):
-            write_json_atomic(self.path, self._steps)
+            self._save()
+
+    def _save(self) -> None:
+        save_artefact(self.path, KIND, SCHEMA_VERSION, self._steps, CheckpointError)

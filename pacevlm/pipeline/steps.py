@@ -13,10 +13,8 @@ from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.baselines.static import StaticPolicy
 from pacevlm.config import config_to_dict
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
-from pacevlm.errors import DataError
 from pacevlm.evaluation.summary import RunFacts
 from pacevlm.evaluation.sweep import evaluate, exhaustive_sweep, fit_baselines
-from pacevlm.files import read_jsonl
 from pacevlm.latency.calibrate import coverage, fit_latency, full_p50_ms
 from pacevlm.latency.conformal import min_num_scores
 from pacevlm.latency.estimator import LatencyEstimator
@@ -42,6 +40,7 @@ from pacevlm.pipeline.context import RunContext
 from pacevlm.pipeline.outputs import write_outputs
 from pacevlm.rollout.profiling import profiling_run
 from pacevlm.rollout.request import PacedResult, run_with_policy
+from pacevlm.training.metrics_log import read_metrics
 from pacevlm.training.run_record import installed_versions, source_commit
 from pacevlm.training.trainer import METRICS_NAME, Trainer
 from pacevlm.types import BudgetKind
@@ -186,7 +185,7 @@ def train_step(run: RunContext) -> dict[str, Any]:
         trainer.run(on_step=on_step)
     trainer.result.save_pretrained(run.run_dir / CONTROLLER_NAME)
     # From the file, because a run that was finished before has no step left to report.
-    last = read_jsonl(config.run_dir / METRICS_NAME, "training metrics", DataError)[-1]
+    last = read_metrics(config.run_dir / METRICS_NAME)[-1]
     shown = ("reward", "accuracy", "entropy", "cost/violation_rate", "cost/lambda")
     return {"num_steps": trainer.step} | {name: last[name] for name in shown if name in last}
 

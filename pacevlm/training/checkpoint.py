@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from pacevlm.artefact import Count, Text, typed
+from pacevlm.controller.checkpoint import check_tensors
 from pacevlm.errors import CheckpointError, IdentityError
-from pacevlm.files import load_safetensors, load_safetensors_metadata, save_safetensors_atomic
+from pacevlm.files import load_safetensors, load_safetensors_metadata, parse_json, save_safetensors_atomic
+from pacevlm.training.run_record import tensors_sha256
 
-CHECKPOINT_SCHEMA_VERSION = 1
+CHECKPOINT_SCHEMA_VERSION = 2
 _KIND = "pacevlm training checkpoint"
 _ABSENT = "nothing"
 
@@ -109,8 +113,17 @@ def save_checkpoint(
         "identity": dict(identity),
         "multiplier": dict(multiplier),
     }
-    metadata = {"checkpoint": json.dumps(header, allow_nan=False)}
-    save_safetensors_atomic({name: value.cpu() for name, value in tensors.items()}, path, metadata)
+    text = json.dumps(header, allow_nan=False)
+    tensors = {name: value.cpu() for name, value in tensors.items()}
+    save_safetensors_atomic(tensors, path, {"checkpoint": text, "sha256": _digest(text, tensors)})
+
+
+class _Header(TypedDict):
+    kind: Text
+    schema_version: Count
+    step: Count
+    identity: dict[str, Any]
+    multiplier: dict[Text, float]
 
 
 def load_checkpoint(path: Path, identity: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -122,12 +135,13 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any] | None = None) -> Ch
             differs.
     """
     metadata = load_safetensors_metadata(path)
+    text = metadata.get("checkpoint", "")
     try:
-        header = json.loads(metadata["checkpoint"])
-        kind, version = header["kind"], header["schema_version"]
-        step, found, multiplier = header["step"], header["identity"], header["multiplier"]
-    except (KeyError, TypeError, ValueError) as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{path} is no training checkpoint; check the path") from error
+    header = typed(_Header, values, f"the header of {path}", CheckpointError)
+    kind, version = header["kind"], header["schema_version"]
     if kind != _KIND or version != CHECKPOINT_SCHEMA_VERSION:
         raise CheckpointError(
             f"{path} holds {kind!r} of schema version {version!r}; this version of pacevlm reads "
@@ -135,8 +149,16 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any] | None = None) -> Ch
         )
     if identity is not None:
         # Through JSON, as the stored one went: tuples become lists.
-        _check_identity(path, found, json.loads(json.dumps(dict(identity))))
-    return Checkpoint(step, found, multiplier, load_safetensors(path))
+        _check_identity(path, header["identity"], json.loads(json.dumps(dict(identity))))
+    tensors = load_safetensors(path)
+    if metadata.get("sha256") != _digest(text, tensors):
+        raise CheckpointError(f"{path} was changed or damaged since it was written; train from an older one, or anew")
+    check_tensors(tensors, path)
+    return Checkpoint(header["step"], header["identity"], header["multiplier"], tensors)
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(f"{text} {tensors_sha256(tensors)}".encode()).hexdigest()
 
 
 def remove_leftovers(path: Path) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pacevlm.artefact import Text, typed
 from pacevlm.errors import CheckpointError, ConfigError, StorageError
-from pacevlm.files import append_jsonl
+from pacevlm.files import append_jsonl, parse_json, read_numbered_jsonl
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -60,6 +60,12 @@ class MetricsLog:
             self._events.close()
 
 
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The metrics of every step, in the order of the file; raises CheckpointError naming a line that is damaged."""
+    records = read_numbered_jsonl(path, "training metrics", CheckpointError)
+    return [typed(dict[Text, float], record, f"{path}, line {number}", CheckpointError) for number, record in records]
+
+
 def _keep_until(path: Path, last_step: int) -> None:
     """Cut the file behind the record of `last_step`; a torn last line goes as well."""
     try:
@@ -71,8 +77,8 @@ def _keep_until(path: Path, last_step: int) -> None:
     size = 0
     for line in content.splitlines(keepends=True):
         try:
-            step = json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError) as error:
+            step = typed(dict[Text, float], parse_json(line), "a line", CheckpointError)["step"]
+        except (ValueError, KeyError) as error:
             if not line.endswith(b"\n"):
                 break  # torn by a kill while it was written
             raise CheckpointError(

@@ -10,19 +10,20 @@ from dataclasses import fields
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from pacevlm.artefact import Count, Sha256, Text, load_artefact, save_artefact, typed
 from pacevlm.errors import CheckpointError
-from pacevlm.files import read_json, write_json_atomic
 from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.latency.profile import DeviceFacts
 from pacevlm.training.train_config import TrainConfig
 from pacevlm.types import Example
 
-RUN_SCHEMA_VERSION = 1
+RUN_KIND = "training run"
+RUN_SCHEMA_VERSION = 2
 _PACKAGES = ("pacevlm", "torch", "transformers", "numpy", "scipy", "safetensors", "tokenizers", "pillow")
 
 
@@ -43,13 +44,8 @@ def write_run_record(
         CheckpointError: there is a record, but it is damaged.
         StorageError: the file could not be written.
     """
-    record: dict[str, Any] = {"starts": []}
-    if path.exists():
-        record = read_json(path, "run record", CheckpointError)
-        if not isinstance(record, dict) or not isinstance(record.get("starts"), list):
-            raise CheckpointError(f"{path} is no run record; move it away to go on")
     # A new run may follow one that was killed before its first checkpoint: what it was is of no use any more.
-    starts = record["starts"] if step else []
+    record = read_run_record(path) if path.exists() and step else None
     start = {
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -57,18 +53,35 @@ def write_run_record(
         "versions": installed_versions(),
         "commit": source_commit(),
     }
-    initial = record.get("initial_weights_sha256", initial_weights_sha256) if step else initial_weights_sha256
-    write_json_atomic(
-        path,
-        {
-            "kind": "pacevlm training run",
-            "schema_version": RUN_SCHEMA_VERSION,
-            "config": config.to_dict(),
-            "identity": dict(identity),
-            "initial_weights_sha256": initial,
-            "starts": [*starts, start],
-        },
-    )
+    content = {
+        "config": config.to_dict(),
+        "identity": dict(identity),
+        "initial_weights_sha256": record["initial_weights_sha256"] if record else initial_weights_sha256,
+        "starts": [*(record["starts"] if record else []), start],
+    }
+    save_artefact(path, RUN_KIND, RUN_SCHEMA_VERSION, content, CheckpointError)
+
+
+class _Start(TypedDict):
+    step: Count
+    time: Text
+    device: dict[str, Any]
+    versions: dict[str, str | None]
+    commit: str | None
+
+
+class _RunRecord(TypedDict):
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    initial_weights_sha256: Sha256
+    starts: list[_Start]
+
+
+def read_run_record(path: Path) -> dict[str, Any]:
+    """What `write_run_record` wrote; raises CheckpointError if it is missing or damaged."""
+    values = load_artefact(path, RUN_KIND, RUN_SCHEMA_VERSION, CheckpointError)
+    record: dict[str, Any] = typed(_RunRecord, values, f"the run record {path}", CheckpointError)
+    return record
 
 
 def installed_versions() -> dict[str, str | None]:
@@ -114,8 +127,13 @@ def output_length_identity(model: OutputLengthModel) -> str:
 
 def weights_sha256(module: nn.Module) -> str:
     """SHA-256 of a module's weights by name."""
+    return tensors_sha256(module.state_dict())
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors, in alphabetical order: names, dtypes, shapes and numbers."""
     digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
+    for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

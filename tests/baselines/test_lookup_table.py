@@ -73,7 +73,9 @@ def test_saved_and_loaded_tables_are_equal(space: KnobSpace, fitted: LookupTable
     np.testing.assert_array_equal(loaded.orders, fitted.orders)
 
 
-def test_files_of_another_space_or_form_are_refused(space: KnobSpace, fitted: LookupTable, tmp_path: Path) -> None:
+def test_files_of_another_space_or_form_are_refused(
+    space: KnobSpace, fitted: LookupTable, tmp_path: Path, reseal: Callable
+) -> None:
     path = tmp_path / "table.json"
     fitted.save(path)
     with pytest.raises(IdentityError, match="fitted for the knob space"):
@@ -83,11 +85,11 @@ def test_files_of_another_space_or_form_are_refused(space: KnobSpace, fitted: Lo
         {**content, "budgets": [{"budget_ms": 1.0}]},
         {**content, "budgets": []},
         {**content, "budgets": [{"budget_ms": 1.0, "order": ["low/4/12"] * len(space)}]},
-        {**content, "format": "another"},
-        {**content, "version": 99},
-        [],
+        {**content, "budgets": [{"budget_ms": -1.0, "order": []}]},
+        {**content, "kind": "another"},
+        {**content, "schema_version": 99},
     ):
-        path.write_text(json.dumps(broken))
+        reseal(path, broken)
         with pytest.raises(CheckpointError, match=r"table\.json"):
             LookupTable.load(path, space)
     with pytest.raises(CheckpointError, match="there is no"):

@@ -53,7 +53,9 @@ def test_fitting_finds_the_best_single_configuration(space: KnobSpace, table: di
     assert policy.order[0] == space.index(policy.knobs)
 
 
-def test_saved_and_loaded_policies_are_equal(space: KnobSpace, table: dict[str, np.ndarray], tmp_path: Path) -> None:
+def test_saved_and_loaded_policies_are_equal(
+    space: KnobSpace, table: dict[str, np.ndarray], tmp_path: Path, reseal: Callable
+) -> None:
     path = tmp_path / "static.json"
     policy = StaticPolicy.fit(space, table["budgets_ms"], table["accuracy"], table["feasible"])
     policy.save(path)
@@ -62,7 +64,7 @@ def test_saved_and_loaded_policies_are_equal(space: KnobSpace, table: dict[str, 
     np.testing.assert_array_equal(loaded.order, policy.order)
     with pytest.raises(IdentityError):
         StaticPolicy.load(path, KnobSpace())
-    path.write_text(json.dumps({**json.loads(path.read_text()), "knobs": "low/5/12"}))
+    reseal(path, {**json.loads(path.read_text()), "knobs": "low/5/12"})
     with pytest.raises(CheckpointError, match="malformed"):
         StaticPolicy.load(path, space)
 

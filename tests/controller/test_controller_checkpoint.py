@@ -123,35 +123,54 @@ def test_files_of_two_controllers_are_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "pacevlm-static-policy"}, "pacevlm-static-policy"),
-        ({"version": 2}, "not \\('pacevlm-controller', 1\\)"),
-        ({"extra": 1}, "has the keys"),
-        ({"config": {"reference_ms": 90.0}}, "malformed"),
-        ({"knob_space": {"tiers": []}}, "malformed"),
-        ({"knob_space": {"tiers": ["low"], "top_ks": ["x"], "num_blocks": [1]}}, "malformed"),
-        ({"knob_space": 3}, "malformed"),
-        ({"weights_sha256": None}, "does not belong"),
+        ({"kind": "static policy"}, "static policy"),
+        ({"schema_version": 1}, "schema version 1"),
+        ({"extra": 1}, "must have the keys"),
+        ({"config": {"reference_ms": 90.0}}, "config must have the keys"),
+        ({"knob_space": {"tiers": []}}, "knob_space must have the keys"),
+        ({"knob_space": {"tiers": ["low"], "top_ks": ["x"], "num_blocks": [1]}}, r"top_ks\[0\] is 'x'"),
+        ({"knob_space": 3}, "knob_space must have the keys"),
+        ({"weights_sha256": None}, "weights_sha256"),
+        ({"weights_sha256": "0" * 64}, "does not belong"),
+        ({"d_model": True}, "d_model"),
     ],
 )
-def test_malformed_descriptions_are_refused(saved: Path, identity: dict, change: dict, message: str) -> None:
-    values = json.loads((saved / JSON).read_text())
-    (saved / JSON).write_text(json.dumps({**values, **change}))
+def test_malformed_descriptions_are_refused(
+    saved: Path, identity: dict, reseal: Callable, change: dict, message: str
+) -> None:
+    values = {**json.loads((saved / JSON).read_text()), **change}
+    (saved / JSON).write_text(json.dumps(values))
+    with pytest.raises(CheckpointError):
+        Controller.from_pretrained(saved, **identity)
+    reseal(saved / JSON, values)
     with pytest.raises(CheckpointError, match=message):
         Controller.from_pretrained(saved, **identity)
 
 
-def test_a_description_of_other_shapes_is_refused(saved: Path, identity: dict) -> None:
+def test_a_description_of_other_shapes_is_refused(saved: Path, identity: dict, reseal: Callable) -> None:
     values = json.loads((saved / JSON).read_text())
     values["config"]["hidden_dim"] = 32
-    (saved / JSON).write_text(json.dumps(values))
+    reseal(saved / JSON, values)
     with pytest.raises(CheckpointError, match="does not hold the weights"):
         Controller.from_pretrained(saved, **identity)
 
 
 def test_json_that_is_no_object_is_refused(saved: Path, identity: dict) -> None:
     (saved / JSON).write_text("[1, 2]")
-    with pytest.raises(CheckpointError, match="holds None"):
+    with pytest.raises(CheckpointError, match="holds 'list'"):
         Controller.from_pretrained(saved, **identity)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e30])
+def test_weights_that_no_training_gives_are_refused(
+    make_controller: Callable, identity: dict, tmp_path: Path, number: float
+) -> None:
+    controller = make_controller()
+    with torch.no_grad():
+        next(controller.stage2.parameters()).view(-1)[3] = number
+    controller.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="not finite or beyond"):
+        Controller.from_pretrained(tmp_path, **identity)
 
 
 def test_a_folder_that_cannot_be_written_says_so(make_controller: Callable, tmp_path: Path) -> None:

@@ -48,9 +48,9 @@ def test_malformed_lines_are_named(records: list[EvaluationRecord], tmp_path: Pa
     lines = [json.dumps(record.to_dict()) for record in records[:3]]
     lines[1] = json.dumps({**records[1].to_dict(), **change})
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(DataError, match="record 2"):
+    with pytest.raises(DataError, match="line 2"):
         read_records(path)
     del lines[1]
     path.write_text(lines[0] + "\n" + json.dumps({"policy": "full"}) + "\n")
-    with pytest.raises(DataError, match="record 2: a record has the keys"):
+    with pytest.raises(DataError, match="line 2: a record has the keys"):
         read_records(path)

@@ -393,7 +393,11 @@ def test_other_estimators_and_kinds_are_refused(guardrail: Guardrail, tmp_path: 
     ],
 )
 def test_damaged_files_are_refused(
-    guardrail: Guardrail, change: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path
+    guardrail: Guardrail,
+    change: Callable[[dict[str, Any]], Any],
+    message: str,
+    tmp_path: Path,
+    reseal: Callable[[Path, Any], None],
 ) -> None:
     drift, path = DriftCorrection.for_guardrail(guardrail), tmp_path / "drift.json"
     follow(quiet_ratios(100, 0), drift=drift)
@@ -401,6 +405,9 @@ def test_damaged_files_are_refused(
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
+    with pytest.raises(ProfileError):  # behind its digest's back
+        DriftCorrection.load(path, guardrail)
+    reseal(path, values)
     with pytest.raises(ProfileError, match=message):
         DriftCorrection.load(path, guardrail)
 

@@ -159,7 +159,7 @@ def test_foreign_estimators_are_refused(tmp_path: Path, space: KnobSpace, random
             LatencyEstimator.load(path, **wrong)
 
 
-def test_damaged_estimators_are_refused(tmp_path: Path, random_estimator: Any) -> None:
+def test_damaged_estimators_are_refused(tmp_path: Path, random_estimator: Any, reseal: Any) -> None:
     path = tmp_path / "estimator.json"
     with pytest.raises(ProfileError, match="no latency estimator"):
         LatencyEstimator.load(path)
@@ -169,6 +169,13 @@ def test_damaged_estimators_are_refused(tmp_path: Path, random_estimator: Any) -
         lambda v: v["stages"]["vision_ms"]["coefficients"].update(crops=-1.0),
         lambda v: v["stages"]["vision_ms"]["coefficients"].update(crops="x"),
         lambda v: v["stages"]["vision_ms"]["coefficients"].update(crops=float("nan")),
+        lambda v: v["stages"]["vision_ms"]["coefficients"].update(crops=1e300),
+        lambda v: v["stages"]["vision_ms"]["coefficients"].update(crops=True),
+        lambda v: v["stages"]["vision_ms"].update(num_rows=1.5),
+        lambda v: v["stages"]["vision_ms"].update(ape_p50=-1.0),
+        lambda v: [fit["coefficients"].update(dict.fromkeys(fit["coefficients"], 0)) for fit in v["stages"].values()],
+        lambda v: v["knob_space"].update(top_ks=[4, True]),
+        lambda v: v["device"].update(num_threads=10**9),
         lambda v: v["stages"]["vision_ms"]["coefficients"].pop("crops"),
         lambda v: v["stages"].pop("prefill_ms"),
         lambda v: v.update(trained_top_k=0),
@@ -179,7 +186,7 @@ def test_damaged_estimators_are_refused(tmp_path: Path, random_estimator: Any) -
     ):
         values = json.loads(whole)
         damage(values)
-        path.write_text(json.dumps(values))
+        reseal(path, values)
         with pytest.raises(ProfileError):
             LatencyEstimator.load(path)
 

@@ -188,7 +188,9 @@ def test_groups_are_named_after_their_knobs() -> None:
     ]
 
 
-def test_round_trip_and_identity(tmp_path: Path, make_device: Any, make_profile: Any, random_sizes: Any) -> None:
+def test_round_trip_and_identity(
+    tmp_path: Path, make_device: Any, make_profile: Any, random_sizes: Any, reseal: Any
+) -> None:
     rng = np.random.default_rng(9)
     device = make_device(noise=0.1)
     estimator = LatencyEstimator.fit(make_profile(device.measure(rng, 100)), trained_top_k=8)
@@ -213,13 +215,16 @@ def test_round_trip_and_identity(tmp_path: Path, make_device: Any, make_profile:
         {"calibrations": {"total": whole["calibrations"]["e2e"]}},
         {"calibrations": {"e2e": {**whole["calibrations"]["e2e"], "alpha": 3}}},
         {"calibrations": {"e2e": {**whole["calibrations"]["e2e"], "log_margins": {"low": "x"}}}},
+        {"calibrations": {"e2e": {**whole["calibrations"]["e2e"], "log_margins": {"tiny": 0.1}}}},
+        {"calibrations": {"e2e": {**whole["calibrations"]["e2e"], "fallback_log_margin": -7.0}}},
+        {"calibrations": {"e2e": {**whole["calibrations"]["e2e"], "num_samples": {"low": 1.5}}}},
         {"schema_version": 7},
         {"knob_space": None},
     ):
-        path.write_text(json.dumps({**whole, **change}))
+        reseal(path, {**whole, **change})
         with pytest.raises(ProfileError):
             Guardrail.load(path, estimator)
-    path.write_text(json.dumps({**whole, "model_identity": "weights-b"}))
+    reseal(path, {**whole, "model_identity": "weights-b"})
     with pytest.raises(IdentityError, match="weights-b"):
         Guardrail.load(path, estimator)
 

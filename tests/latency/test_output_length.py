@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,7 +123,7 @@ def test_quantile_regression_minimises_the_pinball_loss() -> None:
     assert np.mean(targets <= design @ best + 1e-9) == pytest.approx(0.9, abs=0.03)
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path, reseal: Callable[[Path, Any], None]) -> None:
     rng = np.random.default_rng(6)
     model = fit(rng, 300)
     path = tmp_path / "length.json"
@@ -135,12 +137,16 @@ def test_round_trip(tmp_path: Path) -> None:
     for change in (
         {"weights": []},
         {"weights": ["x"]},
+        {"weights": [1e300]},
         {"bias": None},
+        {"correction": MAX_NEW_TOKENS + 1},
+        {"correction": 1.0},
+        {"max_new_tokens": 10**9},
         {"alpha": 2},
         {"schema_version": 9},
         {"more": 1},
     ):
-        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        reseal(path, {**json.loads(path.read_text()), **change})
         with pytest.raises(ProfileError):
             OutputLengthModel.load(path)
         model.save(path)

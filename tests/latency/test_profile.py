@@ -105,12 +105,12 @@ def damage(values: Any, *route: str | int, to: Any) -> None:
         (("extra",), 1),
     ],
 )
-def test_damaged_profiles_are_refused(tmp_path: Path, make_profile: Any, route: Any, to: Any) -> None:
+def test_damaged_profiles_are_refused(tmp_path: Path, make_profile: Any, reseal: Any, route: Any, to: Any) -> None:
     path = tmp_path / "profile.json"
     make_profile((SAMPLE,)).save(path)
     values = json.loads(path.read_text())
     damage(values, *route, to=to)
-    path.write_text(json.dumps(values))
+    reseal(path, values)
     with pytest.raises(ProfileError):
         Profile.load(path)
 
