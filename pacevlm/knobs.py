@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pacevlm.checks import as_float, as_int
 from pacevlm.errors import BudgetError, KnobError
 
 TIERS = ("low", "medium", "high")
@@ -53,14 +54,22 @@ class KnobSpace:
 
     def __post_init__(self) -> None:
         # JSON and command lines give lists: fix the types once, here.
-        object.__setattr__(self, "tiers", tuple(self.tiers))
-        object.__setattr__(self, "top_ks", tuple(int(k) for k in self.top_ks))
-        object.__setattr__(self, "num_blocks", tuple(int(n) for n in self.num_blocks))
-        if not self.tiers or len(set(self.tiers)) != len(self.tiers):
-            raise KnobError(f"tiers {self.tiers} must be a non-empty list without repetition, cheapest first")
-        for name, values in (("top_ks", self.top_ks), ("num_blocks", self.num_blocks)):
-            if not values or list(values) != sorted(set(values)) or values[0] < 1:
-                raise KnobError(f"{name} {values} must be a non-empty, strictly increasing list of numbers from 1")
+        for name in ("tiers", "top_ks", "num_blocks"):
+            values = getattr(self, name)
+            if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+                raise KnobError(f"{name} is {values!r}; it must be a list")
+            object.__setattr__(self, name, tuple(values))
+        named = all(isinstance(tier, str) and tier.strip() and "/" not in tier for tier in self.tiers)
+        if not self.tiers or not named or len(set(self.tiers)) != len(self.tiers):
+            raise KnobError(
+                f"tiers {self.tiers} must be a non-empty list of names without repetition and without /, cheapest first"
+            )
+        for name in ("top_ks", "num_blocks"):
+            given = getattr(self, name)
+            numbers = [as_int(value) or 0 for value in given]
+            if not numbers or numbers != sorted(set(numbers)) or numbers[0] < 1:
+                raise KnobError(f"{name} {given} must be a non-empty, strictly increasing list of whole numbers from 1")
+            object.__setattr__(self, name, tuple(numbers))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -156,13 +165,10 @@ class KnobSpace:
 
 def check_budget_ms(budget_ms: object) -> float:
     """Return a budget as a float; raises BudgetError unless it is a positive, finite number of milliseconds."""
-    if (
-        isinstance(budget_ms, bool)
-        or not isinstance(budget_ms, (int, float))
-        or not math.isfinite(budget_ms)
-        or budget_ms <= 0
-    ):
+    number = as_float(budget_ms)
+    if number is None or number <= 0:
+        hint = "; give the number, not a text" if isinstance(budget_ms, (str, bytes)) else ""
         raise BudgetError(
-            f"budget_ms is {budget_ms!r}; it must be a positive, finite number of milliseconds, for example 80"
+            f"budget_ms is {budget_ms!r}; it must be a positive, finite number of milliseconds, for example 80{hint}"
         )
-    return float(budget_ms)
+    return number

@@ -32,8 +32,7 @@ from pacevlm.models.elastic import ElasticModel
 from pacevlm.pacer import Pacer
 from pacevlm.pipeline import STEPS, RunConfig, load_elastic_model, run_pipeline
 from pacevlm.pipeline.steps import recalibrate
-from pacevlm.training.grpo import GRPOConfig
-from pacevlm.training.train_config import TrainConfig
+from pacevlm.training.train_config import GRPOConfig, TrainConfig
 from pacevlm.types import StageTimes
 
 ARTEFACTS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pacevlm.checks import check_real, check_whole
+from pacevlm.config import MAX_FREQUENCIES, MAX_HIDDEN_DIM
 from pacevlm.controller.array_stages import ArrayStage1, ArrayStage2, ArrayToken
 from pacevlm.controller.budget import BudgetEncoder
 from pacevlm.controller.checkpoint import JSON_NAME, read_content, read_weights, write_checkpoint
@@ -29,6 +30,9 @@ from pacevlm.controller.sampling import best_action, mask_logits
 from pacevlm.controller.stages import Stage1, Stage2
 from pacevlm.errors import BudgetError, CheckpointError, ConfigError, DataError, IdentityError, KnobError
 from pacevlm.knobs import KnobSpace, check_budget_ms
+
+MAX_EMBEDDING_SCALE = 1e6
+"""Largest root mean square of token embeddings, far beyond any model's."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,10 @@ class ControllerConfig:
     pairwise: bool = True
 
     def __post_init__(self) -> None:
-        check_budget_ms(self.reference_ms)
-        scale = self.embedding_scale
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale <= 0:
-            raise ConfigError(f"embedding_scale is {scale!r}; it must be a positive, finite number, for example 0.02")
-        for name in ("hidden_dim", "num_frequencies"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number from 1")
+        object.__setattr__(self, "reference_ms", check_budget_ms(self.reference_ms))
+        check_real(self, 0, MAX_EMBEDDING_SCALE, "embedding_scale", above=True)
+        check_whole(self, 1, MAX_HIDDEN_DIM, "hidden_dim")
+        check_whole(self, 1, MAX_FREQUENCIES, "num_frequencies")
         for name in ("feasible_fractions", "thumbnail", "pairwise"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
