@@ -49,6 +49,7 @@ class Recorder:
 
     def __init__(self, interrupt: tuple[str, int] | None = None) -> None:
         self.events: list[tuple[str, str]] = []
+        self.warnings: list[tuple[str, str]] = []
         self.interrupt = interrupt
         self.progressed: set[str] = set()
 
@@ -57,6 +58,9 @@ class Recorder:
 
     def skipped(self, step: str, facts: Mapping[str, Any]) -> None:
         self.events.append(("skipped", step))
+
+    def warned(self, step: str, sentence: str) -> None:
+        self.warnings.append((step, sentence))
 
     def finished(self, step: str, seconds: float, facts: Mapping[str, Any]) -> None:
         self.events.append(("finished", step))
