@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else 0
-        except (BrokenPipeError, PacevlmError, KeyboardInterrupt, Exception) as error:
+        except (Exception, KeyboardInterrupt) as error:
             if debug and not isinstance(error, BrokenPipeError):
                 raise
             return _end_early(error)
@@ -299,6 +299,10 @@ def _end_early(error: BaseException) -> int:
         return PIPE_CLOSED
     if isinstance(error, PacevlmError):
         return _fail(str(error))
+    if isinstance(error, ModuleNotFoundError) and error.name is not None and not error.name.startswith("pacevlm"):
+        return _fail(
+            f"{error.name} is not installed; pip install 'pacevlm[cpu,digits,report,train]' installs all of it"
+        )
     if isinstance(error, OSError):
         # The package's own files raise StorageError and the like: this is the output, or a path that cannot be used.
         what = "the output" if error.filename is None else repr(error.filename)
@@ -402,7 +406,8 @@ def _parse(
             complaint = io.StringIO()
             with redirect_stderr(complaint), redirect_stdout(io.StringIO()), suppress(SystemExit):
                 parse(shown)
-        print(printable_lines(complaint.getvalue()) or "the arguments cannot be used", end="", file=sys.stderr)
+        if stop.code == USAGE_ERROR:
+            print(printable_lines(complaint.getvalue()) or "the arguments cannot be used", end="", file=sys.stderr)
         raise
 
 
@@ -414,17 +419,34 @@ def _run_steps(
     until: Literal["profile", "calibrate", "evaluate"],
 ) -> RunConfig:
     """Parse the settings of a run, on top of those its directory holds, and run its steps."""
+    config, fresh = _read_settings(command, arguments, default_dir, defaults)
+    from pacevlm.pipeline import run_pipeline
+
+    with _RichReporter() as reporter:
+        run_pipeline(
+            config,
+            until,
+            fresh=fresh,
+            reporter=reporter,
+            command=printable(shlex.join(["pacevlm", command, *arguments])),
+        )
+    return config
+
+
+def _read_settings(
+    command: str, arguments: Sequence[str], default_dir: Path, defaults: Callable[[Path], RunConfig]
+) -> tuple[RunConfig, bool]:
+    """The settings of a run, and whether it starts over; torch is not needed to refuse wrong ones."""
     from pacevlm.config import load_config
     from pacevlm.pipeline import RunConfig
 
     run_dir = _given_run_dir(arguments) or default_dir
     stored = run_dir / "config.json"
-    fresh = "--fresh" in arguments
     config = defaults(run_dir)
-    if stored.exists() and not fresh:
+    if stored.exists() and "--fresh" not in arguments:
         config = dataclasses.replace(load_config(stored, RunConfig), run_dir=run_dir)
 
-    # Made here, because its fields are of types that load torch.
+    # Made here, because the command line needs no settings of a run before a run is wanted.
     options_type = dataclasses.make_dataclass(
         "RunOptions",
         [
@@ -434,18 +456,7 @@ def _run_steps(
         frozen=True,
     )
     options: Any = _parse(command, options_type, arguments, default=options_type(config))
-    from pacevlm.pipeline import run_pipeline
-
-    with _RichReporter() as reporter:
-        run_pipeline(
-            options.config,
-            until,
-            fresh=options.fresh,
-            reporter=reporter,
-            command=printable(shlex.join(["pacevlm", command, *arguments])),
-        )
-    result: RunConfig = options.config
-    return result
+    return options.config, options.fresh
 
 
 def _given_run_dir(arguments: Sequence[str]) -> Path | None:
