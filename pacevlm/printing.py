@@ -11,11 +11,14 @@ def printable(text: object) -> str:
     Escaped are control characters, line and paragraph separators, what changes the direction or the width of writing,
     surrogates (undecodable bytes of file names) and what Unicode has not assigned. Blanks stay.
     """
+    line = str(text)
+    if line.isprintable():
+        return line
     return "".join(
         character
         if character.isprintable() or unicodedata.category(character) == "Zs"
         else character.encode("unicode_escape").decode("ascii")
-        for character in str(text)
+        for character in line
     )
 
 

@@ -514,3 +514,20 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
     finally:
         os.close(writing)
     assert (ended.returncode, ended.stderr) == (cli.PIPE_CLOSED, "")
+
+
+def test_importance_says_when_nothing_was_right(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    lines = []
+    for number in range(12):
+        Image.new("RGB", (24, 30), (5 * number, 100, 50)).save(tmp_path / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "question": "Which?", "answer": "never said"}))
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    arguments = ["--path", checkpoint, "--dataset", tmp_path / "questions.jsonl", "--num-examples", 2]
+    assert run("importance", *arguments, "--min-num-blocks", 5) == 0
+    error = " ".join(capsys.readouterr().err.split())
+    assert "warning: none of 2 examples was answered right with all blocks" in error
+    assert "never said" in error
