@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
+import itertools
 import json
+import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,8 +20,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from pacevlm.checks import check_path
 from pacevlm.config import ImportanceConfig
 from pacevlm.errors import ConfigError, PacevlmError
+from pacevlm.printing import printable, printable_lines
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -34,8 +40,9 @@ DEFAULT_DIR = Path("runs/default")
 
 FRESH_HELP = "start over: remove what an earlier run left in the run directory, and its settings."
 
-# Exit codes: 0 done, 1 a fault of pacevlm itself, 2 what the user gave cannot be used, 130 interrupted.
-USAGE_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+# Exit codes: 0 done, 1 a fault of pacevlm itself, 2 what the user gave cannot be used, 130 interrupted, 141 nobody
+# reads the output any more.
+FAULT, USAGE_ERROR, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -88,7 +95,7 @@ def train(arguments: Sequence[str]) -> None:
     from pacevlm.pipeline import RunConfig
 
     config = _run_steps("train", arguments, DEFAULT_DIR, RunConfig, "calibrate")
-    print(f"\ncontroller, guardrail and estimator: {config.run_dir / 'bundle'}")
+    print(f"\ncontroller, guardrail and estimator: {printable(config.run_dir / 'bundle')}")
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -205,6 +212,7 @@ def importance(arguments: Sequence[str]) -> None:
     from pacevlm.config import DataConfig, ModelConfig
     from pacevlm.data.splits import load_splits
     from pacevlm.evaluation.importance import measure_importance
+    from pacevlm.evaluation.learnable import importance_warnings
     from pacevlm.models.embedded import EMBEDDED_DIR
     from pacevlm.pipeline import load_elastic_model
 
@@ -222,12 +230,16 @@ def importance(arguments: Sequence[str]) -> None:
         )
     folder = EMBEDDED_DIR if config.path == "embedded" else Path(config.path)
     result.save(folder, f"{data.name}, {len(examples)} examples, seed {config.seed}")
+    answer = model.run_static(examples[0].source, examples[0].question, model.knob_space.full).answer
+    with _RichReporter() as reporter:
+        for sentence in importance_warnings(result.full.accuracy.mean, len(examples), examples[0], answer):
+            reporter.warned("importance", sentence)
     print(f"{'without blocks':<40}  accuracy %   lost %")
     for figure in (result.full, *result.greedy):
         removed = ", ".join(map(str, figure.removed)) or "none"
         lost = figure.accuracy_lost.to_dict()["mean"]
         print(f"{removed:<40}  {100 * figure.accuracy.to_dict()['mean']:>10.1f}  {100 * lost:>7.1f}")
-    print(f"\nthe order is in {folder / 'elastic.json'}")
+    print(f"\nthe order is in {printable(folder / 'elastic.json')}")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -249,6 +261,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    with _forgiving_streams():
+        try:
+            code = _run_command(arguments)
+            # Here, because Python would complain of a full disk or a closed pipe when it flushes at exit.
+            sys.stdout.flush()
+            return code
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else 0
+        except (Exception, KeyboardInterrupt) as error:
+            if debug and not isinstance(error, BrokenPipeError):
+                raise
+            return _end_early(error)
+
+
+def _run_command(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else USAGE_ERROR
@@ -257,23 +284,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        return _fail(f"there is no command {name!r}; use one of {', '.join(COMMANDS)}, or --help")
-    try:
-        COMMANDS[name](rest)
-    except PacevlmError as error:
-        if debug:
-            raise
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        if debug:
-            raise
+        raise ConfigError(f"there is no command {name!r}; use one of {', '.join(COMMANDS)}, or --help")
+    COMMANDS[name](rest)
+    return 0
+
+
+def _end_early(error: BaseException) -> int:
+    """Say in one sentence why a command ends before it is done; returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the output, such as `head`, has enough. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):  # whoever read the output, such as `head`, has enough
+        _drop_output()
         return PIPE_CLOSED
-    return 0
+    if isinstance(error, PacevlmError):
+        return _fail(str(error))
+    if isinstance(error, ModuleNotFoundError) and error.name is not None and not error.name.startswith("pacevlm"):
+        return _fail(
+            f"{error.name} is not installed; pip install 'pacevlm[cpu,digits,report,train]' installs all of it"
+        )
+    if isinstance(error, OSError):
+        # The package's own files raise StorageError and the like: this is the output, or a path that cannot be used.
+        what = "the output" if error.filename is None else repr(error.filename)
+        if error.filename is None:
+            _drop_output()
+        return _fail(f"{what} cannot be read or written: {error.strerror or error}")
+    _fail(f"a fault of pacevlm itself, {type(error).__name__}: {error}; run again with --debug to see where")
+    return FAULT
+
+
+@contextmanager
+def _forgiving_streams() -> Iterator[None]:
+    """Let nothing that is printed fail for its encoding, or for a stream that was closed before the start."""
+    before = sys.stdout, sys.stderr
+    errors = [getattr(stream, "errors", None) for stream in before]
+    with ExitStack() as stack:
+        for name, stream in zip(("stdout", "stderr"), before, strict=True):
+            if stream is None:
+                setattr(sys, name, stack.enter_context(open(os.devnull, "w", encoding="utf-8")))
+            elif isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+            for stream, handling in zip(before, errors, strict=True):
+                if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+                    stream.reconfigure(errors=handling)
+
+
+def _drop_output() -> None:
+    """Send what is still to be written to stdout nowhere, so that Python does not complain once more at exit."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def usage() -> str:
@@ -302,7 +365,8 @@ def usage() -> str:
 
 
 def _fail(message: str) -> int:
-    print(f"pacevlm: error: {message}", file=sys.stderr)
+    with suppress(OSError):  # nobody reads it, or there is no room for it: the exit code still tells
+        print(f"pacevlm: error: {printable(message)}", file=sys.stderr, flush=True)
     return USAGE_ERROR
 
 
@@ -326,14 +390,25 @@ def _parse(
     """Options of a command; exits with a message if they are unknown or malformed, or if help was asked for."""
     settings: dict[str, Any] = {} if default is None else {"default": default}
     description = inspect.cleandoc(COMMANDS[command].__doc__ or "")
-    return tyro.cli(  # type: ignore[no-any-return]
-        kind,
-        prog=f"pacevlm {command}",
-        description=description,
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
-        **settings,
-    )
+
+    def parse(words: Sequence[str]) -> OptionsT:
+        return tyro.cli(  # type: ignore[no-any-return]
+            kind, prog=f"pacevlm {command}", description=description, args=list(words), **settings
+        )
+
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint):
+            return parse(arguments)
+    except SystemExit as stop:
+        if stop.code == USAGE_ERROR and (shown := [printable(word) for word in arguments]) != list(arguments):
+            # Said of the words as they can be shown: as given, they could begin lines of their own in the message.
+            complaint = io.StringIO()
+            with redirect_stderr(complaint), redirect_stdout(io.StringIO()), suppress(SystemExit):
+                parse(shown)
+        if stop.code == USAGE_ERROR:
+            print(printable_lines(complaint.getvalue()) or "the arguments cannot be used", end="", file=sys.stderr)
+        raise
 
 
 def _run_steps(
@@ -344,17 +419,34 @@ def _run_steps(
     until: Literal["profile", "calibrate", "evaluate"],
 ) -> RunConfig:
     """Parse the settings of a run, on top of those its directory holds, and run its steps."""
+    config, fresh = _read_settings(command, arguments, default_dir, defaults)
+    from pacevlm.pipeline import run_pipeline
+
+    with _RichReporter() as reporter:
+        run_pipeline(
+            config,
+            until,
+            fresh=fresh,
+            reporter=reporter,
+            command=printable(shlex.join(["pacevlm", command, *arguments])),
+        )
+    return config
+
+
+def _read_settings(
+    command: str, arguments: Sequence[str], default_dir: Path, defaults: Callable[[Path], RunConfig]
+) -> tuple[RunConfig, bool]:
+    """The settings of a run, and whether it starts over; torch is not needed to refuse wrong ones."""
     from pacevlm.config import load_config
-    from pacevlm.pipeline import RunConfig, run_pipeline
+    from pacevlm.pipeline import RunConfig
 
     run_dir = _given_run_dir(arguments) or default_dir
     stored = run_dir / "config.json"
-    fresh = "--fresh" in arguments
     config = defaults(run_dir)
-    if stored.exists() and not fresh:
+    if stored.exists() and "--fresh" not in arguments:
         config = dataclasses.replace(load_config(stored, RunConfig), run_dir=run_dir)
 
-    # Made here, because its fields are of types that load torch.
+    # Made here, because the command line needs no settings of a run before a run is wanted.
     options_type = dataclasses.make_dataclass(
         "RunOptions",
         [
@@ -364,27 +456,20 @@ def _run_steps(
         frozen=True,
     )
     options: Any = _parse(command, options_type, arguments, default=options_type(config))
-    with _RichReporter() as reporter:
-        run_pipeline(
-            options.config,
-            until,
-            fresh=options.fresh,
-            reporter=reporter,
-            command=shlex.join(["pacevlm", command, *arguments]),
-        )
-    result: RunConfig = options.config
-    return result
+    return options.config, options.fresh
 
 
 def _given_run_dir(arguments: Sequence[str]) -> Path | None:
     """The run directory on a command line, read before the rest because its stored settings are the defaults."""
-    for i, argument in enumerate(arguments):
+    found = None
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
         name, equals, value = argument.partition("=")
         if name in ("--run-dir", "--run_dir"):
-            if equals:
-                return Path(value)
-            return Path(arguments[i + 1]) if i + 1 < len(arguments) else None
-    return None
+            found = value if equals else following
+    if found is None:
+        return None
+    check_path("run_dir", found)
+    return Path(found)
 
 
 # Output --------------------------------------------------------------------------------------------------------------
@@ -399,11 +484,11 @@ class _RichReporter:
 
         self._console = Console(stderr=True, highlight=False)
         self._bars = Progress(
-            TextColumn("  {task.description:<20}"),
+            TextColumn("  {task.description:<20}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self._console,
             transient=True,
         )
@@ -419,16 +504,19 @@ class _RichReporter:
         self._bars.stop()
 
     def started(self, step: str) -> None:
-        self._say(f"[bold]{step}[/bold]")
+        self._say((step, "bold"))
 
     def skipped(self, step: str, facts: Mapping[str, Any]) -> None:
-        self._say(f"[bold]{step}[/bold] is done already: {_describe(step, facts)}")
+        self._say((step, "bold"), f" is done already: {_describe(step, facts)}")
+
+    def warned(self, step: str, sentence: str) -> None:
+        self._say(("  warning: ", "bold"), sentence)
 
     def finished(self, step: str, seconds: float, facts: Mapping[str, Any]) -> None:
         for task in self._tasks.values():
             self._bars.remove_task(task)
         self._tasks.clear()
-        self._say(f"  {_describe(step, facts)} [dim]({_duration(seconds)})[/dim]")
+        self._say(f"  {_describe(step, facts)} ", (f"({_duration(seconds)})", "dim"))
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         if what not in self._tasks:
@@ -436,10 +524,14 @@ class _RichReporter:
             for task in self._tasks.values():
                 self._bars.remove_task(task)
             self._tasks = {what: self._bars.add_task(what, total=total, note=note)}
-        self._bars.update(self._tasks[what], completed=done, total=total, note=note)
+        self._bars.update(self._tasks[what], completed=done, total=total, note=printable(note))
 
-    def _say(self, text: str) -> None:
-        self._console.print(text)
+    def _say(self, *parts: str | tuple[str, str]) -> None:
+        """Print one line, of plain texts and of texts with a style; what they hold is no markup."""
+        from rich.text import Text
+
+        styled = [(part, "") if isinstance(part, str) else part for part in parts]
+        self._console.print(Text.assemble(*[(printable(text), style) for text, style in styled]))
 
 
 def _describe(step: str, facts: Mapping[str, Any]) -> str:
@@ -480,7 +572,7 @@ def _print_results(config: RunConfig) -> None:
 
     results, _ = read_outputs(config.run_dir)
     print("\n" + format_summary(results), end="")
-    print(f"\nreport: {config.run_dir / REPORT_NAME}")
+    print(f"\nreport: {printable(config.run_dir / REPORT_NAME)}")
 
 
 def _answer_sample(config: RunConfig) -> None:
@@ -492,13 +584,15 @@ def _answer_sample(config: RunConfig) -> None:
     pacer = Pacer.from_pretrained(config.run_dir, device=config.model.device)
     budget_ms = round(0.8 * pacer.full_p50_ms, 1)
     pacer.answer(example.image, example.question, budget_ms)
-    print(f"\nsample question: {example.question} (reference answer: {example.references[0]})")
+    question, reference = printable(example.question), printable(example.references[0])
+    print(f"\nsample question: {question} (reference answer: {reference})")
     _print_answer(pacer.answer(example.image, example.question, budget_ms))
 
 
 def _print_answer(result: Answer, *, as_json: bool = False, with_drift: bool = False) -> None:
     if as_json:
-        print(json.dumps({**dataclasses.asdict(result), "knobs": str(result.knobs)}))
+        values = {**dataclasses.asdict(result), "knobs": str(result.knobs)}
+        print(json.dumps({name: _without_infinity(value) for name, value in values.items()}))
         return
     knobs, times = result.knobs, result.times
     if not result.feasible:
@@ -518,4 +612,9 @@ def _print_answer(result: Answer, *, as_json: bool = False, with_drift: bool = F
     if with_drift:
         rows["drift"] = f"bounds were {result.drift_factor:.2f} times the profiled ones"
     for name, text in rows.items():
-        print(f"  {name:<10}  {text}")
+        print(f"  {name:<10}  {printable(text)}")
+
+
+def _without_infinity(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON cannot say."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

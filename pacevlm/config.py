@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import types
 import typing
@@ -12,10 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from pacevlm.checks import MAX_COUNT, MAX_SEED, as_float, as_int, check_path, check_real, check_whole
 from pacevlm.errors import ConfigError
 from pacevlm.files import read_json, write_json_atomic
+from pacevlm.knobs import KnobSpace
 
 ConfigT = TypeVar("ConfigT")
+
+MAX_KNOB = 1024
+"""Most experts, blocks or crops that a knob may ask for; no model comes near it."""
+MAX_NEW_TOKENS = 32768
+"""Most tokens that an answer may have."""
+MAX_THREADS = 4096
+"""Most CPU threads of a request, whatever the machine has."""
+MIN_ALPHA = 1e-6
+"""Rarest miss that is bounded; a bound needs more than 1 / alpha measurements."""
+MAX_HIDDEN_DIM, MAX_FREQUENCIES = 4096, 32
+"""Largest controller; its time counts inside every budget."""
+MAX_FRACTION = 1000.0
+"""Largest budget, as a fraction of the full configuration's latency."""
 
 
 # Sections ------------------------------------------------------------------------------------------------------------
@@ -53,11 +67,23 @@ class ModelConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if not self.path:
-            raise ConfigError("model path is empty; give a model directory, or 'embedded'")
-        check_whole_numbers(self, {"stage2_after": 1})
-        if self.max_new_tokens is not None:
-            check_whole_numbers(self, {"max_new_tokens": 1})
+        check_path("path", self.path)
+        check_whole(self, 1, MAX_KNOB, "stage2_after")
+        check_whole(self, 1, MAX_NEW_TOKENS, "max_new_tokens", optional=True)
+        # What is left out is the model's own; the default lists are as good as any to check the others beside.
+        given = {name: getattr(self, name) for name in ("tiers", "top_ks", "num_blocks")}
+        space = KnobSpace(**{name: values for name, values in given.items() if values is not None})
+        for name, values in given.items():
+            if values is not None:
+                object.__setattr__(self, name, getattr(space, name))
+        if self.max_crops is None:
+            return
+        object.__setattr__(self, "max_crops", tuple(self.max_crops))
+        most = [as_int(number) for number in self.max_crops]
+        if not most or any(number is None or not 1 <= number <= MAX_KNOB for number in most):
+            raise ConfigError(f"max_crops {self.max_crops} must be whole numbers from 1 to {MAX_KNOB}, one per tier")
+        if self.tiers is not None and len(most) != len(self.tiers):
+            raise ConfigError(f"max_crops {self.max_crops} needs one number for each of the tiers {self.tiers}")
 
 
 @dataclass(frozen=True)
@@ -86,7 +112,12 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole_numbers(self, {"num_train": 1, "num_val": 1, "num_test": 1, "skip_test": 0, "seed": 0})
+        check_path("dataset", self.dataset)
+        if self.test_dataset is not None:
+            check_path("test_dataset", self.test_dataset)
+        check_whole(self, 1, MAX_COUNT, "num_train", "num_val", "num_test")
+        check_whole(self, 0, MAX_COUNT, "skip_test")
+        check_whole(self, 0, MAX_SEED, "seed")
         if self.dataset == "digits" and self.test_dataset is not None:
             raise ConfigError(
                 f"test_dataset is {self.test_dataset!r}, but dataset is 'digits', which has a test split of its own; "
@@ -131,13 +162,14 @@ class ProfileConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole_numbers(
-            self, {"num_requests": 2, "num_samples": 2, "repeats": 1, "max_warmup": 0, "num_lengths": 2, "seed": 0}
-        )
-        if self.num_threads is not None:
-            check_whole_numbers(self, {"num_threads": 1})
-        if not 0 < self.alpha < 1:
-            raise ConfigError(f"alpha is {self.alpha}; it must lie between 0 and 1, for example 0.05")
+        check_whole(self, 2, MAX_COUNT, "num_requests", "num_samples", "num_lengths")
+        check_whole(self, 1, MAX_COUNT, "repeats")
+        check_whole(self, 0, MAX_COUNT, "max_warmup")
+        check_whole(self, 1, MAX_THREADS, "num_threads", optional=True)
+        check_real(self, MIN_ALPHA, 1, "alpha", below=True)
+        check_whole(self, 0, MAX_SEED, "seed")
+        if self.source is not None:
+            check_path("source", self.source)
         if self.transfer and self.source is None:
             raise ConfigError("transfer needs source, the profile.json of the device whose latencies are carried over")
 
@@ -156,7 +188,7 @@ class LookupConfig:
     num_examples: int = 3000
 
     def __post_init__(self) -> None:
-        check_whole_numbers(self, {"num_examples": 2})
+        check_whole(self, 2, MAX_COUNT, "num_examples")
 
 
 @dataclass(frozen=True)
@@ -178,7 +210,8 @@ class ControllerSettings:
     pairwise: bool = True
 
     def __post_init__(self) -> None:
-        check_whole_numbers(self, {"hidden_dim": 1, "num_frequencies": 1})
+        check_whole(self, 1, MAX_HIDDEN_DIM, "hidden_dim")
+        check_whole(self, 1, MAX_FREQUENCIES, "num_frequencies")
 
 
 @dataclass(frozen=True)
@@ -197,7 +230,8 @@ class CalibrateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole_numbers(self, {"num_requests": 2, "seed": 0})
+        check_whole(self, 2, MAX_COUNT, "num_requests")
+        check_whole(self, 0, MAX_SEED, "seed")
 
 
 @dataclass(frozen=True)
@@ -224,13 +258,15 @@ class EvaluateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budgets", tuple(float(fraction) for fraction in self.budgets))
-        check_whole_numbers(self, {"num_timed": 0, "num_warmup": 0, "seed": 0})
-        finite = all(math.isfinite(fraction) and fraction > 0 for fraction in self.budgets)
-        if not self.budgets or not finite or list(self.budgets) != sorted(set(self.budgets)):
+        check_whole(self, 0, MAX_COUNT, "num_timed", "num_warmup")
+        check_whole(self, 0, MAX_SEED, "seed")
+        budgets = [as_float(fraction) or 0.0 for fraction in self.budgets]
+        if not budgets or budgets != sorted(set(budgets)) or not 0 < budgets[0] <= budgets[-1] <= MAX_FRACTION:
             raise ConfigError(
-                f"budgets {list(self.budgets)} must be strictly increasing fractions above 0, for example 0.5 0.75 1"
+                f"budgets {list(self.budgets)} must be strictly increasing fractions above 0, and at most "
+                f"{MAX_FRACTION:g}, for example 0.5 0.75 1"
             )
+        object.__setattr__(self, "budgets", tuple(budgets))
 
 
 @dataclass(frozen=True)
@@ -261,15 +297,11 @@ class ImportanceConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole_numbers(self, {"num_examples": 1, "min_num_blocks": 1, "num_candidates": 1, "seed": 0})
-
-
-def check_whole_numbers(config: object, minimum: Mapping[str, int]) -> None:
-    """Raise ConfigError unless the named settings are whole numbers from their minimum."""
-    for name, least in minimum.items():
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} is {value!r}; it must be a whole number from {least}")
+        check_path("path", self.path)
+        check_path("dataset", self.dataset)
+        check_whole(self, 1, MAX_COUNT, "num_examples")
+        check_whole(self, 1, MAX_KNOB, "min_num_blocks", "num_candidates")
+        check_whole(self, 0, MAX_SEED, "seed")
 
 
 # JSON ----------------------------------------------------------------------------------------------------------------

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pacevlm.checks import as_float, as_int
 from pacevlm.errors import BudgetError, KnobError
 
 TIERS = ("low", "medium", "high")
 # More values of a knob, or larger ones, than any model has.
-MAX_VALUES, MAX_VALUE = 64, 10_000
+MAX_VALUES, MAX_VALUE, MAX_TIER_NAME = 64, 10_000, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +58,31 @@ class KnobSpace:
 
     def __post_init__(self) -> None:
         # JSON and command lines give lists: fix the types once, here.
-        object.__setattr__(self, "tiers", tuple(self.tiers))
-        for name in ("top_ks", "num_blocks"):
-            object.__setattr__(self, name, tuple(_whole_number(name, value) for value in getattr(self, name)))
+        for name in ("tiers", "top_ks", "num_blocks"):
+            values = getattr(self, name)
+            if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+                raise KnobError(f"{name} is {values!r}; it must be a list")
+            object.__setattr__(self, name, tuple(values))
         for tier in self.tiers:
-            if not isinstance(tier, str) or not 0 < len(tier) <= 64 or not tier.isprintable() or "/" in tier:
-                raise KnobError(f"tier {str(tier)[:80]!r} must be a printable name of up to 64 characters without '/'")
-        if not self.tiers or len(set(self.tiers)) != len(self.tiers) or len(self.tiers) > MAX_VALUES:
+            named = isinstance(tier, str) and tier.strip() and tier.isprintable() and "/" not in tier
+            if not named or len(tier) > MAX_TIER_NAME:
+                raise KnobError(
+                    f"tier {str(tier)[:80]!r} must be a printable name of up to {MAX_TIER_NAME} characters without /"
+                )
+        if not 0 < len(self.tiers) <= MAX_VALUES or len(set(self.tiers)) != len(self.tiers):
             raise KnobError(
                 f"tiers {self.tiers} must be a non-empty list of up to {MAX_VALUES} without repetition, cheapest first"
             )
-        for name, values in (("top_ks", self.top_ks), ("num_blocks", self.num_blocks)):
-            ordered = bool(values) and list(values) == sorted(set(values))
-            if not ordered or len(values) > MAX_VALUES or values[0] < 1 or values[-1] > MAX_VALUE:
+        for name in ("top_ks", "num_blocks"):
+            given = getattr(self, name)
+            numbers = [as_int(value) or 0 for value in given]
+            ordered = bool(numbers) and numbers == sorted(set(numbers)) and len(numbers) <= MAX_VALUES
+            if not ordered or numbers[0] < 1 or numbers[-1] > MAX_VALUE:
                 raise KnobError(
-                    f"{name} {values} must be a non-empty, strictly increasing list of up to {MAX_VALUES} numbers in "
-                    f"1..{MAX_VALUE}"
+                    f"{name} {given} must be a non-empty, strictly increasing list of up to {MAX_VALUES} whole numbers "
+                    f"in 1..{MAX_VALUE}"
                 )
+            object.__setattr__(self, name, tuple(numbers))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -172,24 +180,12 @@ class KnobSpace:
         return cls(tuple(values["tiers"]), tuple(values["top_ks"]), tuple(values["num_blocks"]))
 
 
-def _whole_number(name: str, value: Any) -> int:
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)  # a library's whole numbers are whole numbers, 8.0 is none
-    except TypeError:
-        pass
-    raise KnobError(f"{name} holds {str(value)[:80]!r}; it must hold whole numbers")
-
-
 def check_budget_ms(budget_ms: object) -> float:
     """Return a budget as a float; raises BudgetError unless it is a positive, finite number of milliseconds."""
-    if (
-        isinstance(budget_ms, bool)
-        or not isinstance(budget_ms, (int, float))
-        or not math.isfinite(budget_ms)
-        or budget_ms <= 0
-    ):
+    number = as_float(budget_ms)
+    if number is None or number <= 0:
+        hint = "; give the number, not a text" if isinstance(budget_ms, (str, bytes)) else ""
         raise BudgetError(
-            f"budget_ms is {budget_ms!r}; it must be a positive, finite number of milliseconds, for example 80"
+            f"budget_ms is {budget_ms!r}; it must be a positive, finite number of milliseconds, for example 80{hint}"
         )
-    return float(budget_ms)
+    return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,20 @@ class Pacer:
             drift.check_guardrail(pacing.guardrail, pacing.kind)
         self.drift = drift
         self._drift_path: Path | None = None
+        self._loaded_with: dict[str, Any] | None = None  # what from_pretrained was given
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, and other processes, load the bundle anew; drift tracking and a changed policy are not carried over.
+
+        Raises:
+            ConfigError: this one was made in memory, from no bundle.
+        """
+        if self._loaded_with is None:
+            raise ConfigError(
+                "a Pacer that was made in memory cannot be copied or sent to another process; write it with "
+                "save_pretrained and load it there with Pacer.from_pretrained"
+            )
+        return functools.partial(type(self).from_pretrained, **self._loaded_with), ()
 
     @classmethod
     def from_pretrained(
@@ -206,7 +221,7 @@ class Pacer:
             estimator_fingerprint=estimator.fingerprint,
             d_model=model.d_model,
         )
-        return cls(
+        pacer = cls(
             model,
             controller,
             pacing,
@@ -214,6 +229,13 @@ class Pacer:
             model_path=model_path or settings["path"],
             num_threads=values["num_threads"],
         )
+        pacer._loaded_with = {
+            "path": os.path.abspath(path),
+            "device": str(device),
+            "model_path": os.path.abspath(model_path) if model_path and model_path != "embedded" else model_path,
+            "any_device": any_device,
+        }
+        return pacer
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write everything but the model's weights into a directory; a model that lies inside it may move with it.

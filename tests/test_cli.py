@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import random
+import shlex
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +156,250 @@ def test_the_run_directory_is_read_first(arguments: list[str], expected: Path | 
     assert cli._given_run_dir(arguments) == expected
 
 
+# Settings ------------------------------------------------------------------------------------------------------------
+
+# What every kind of setting is tried with, and the settings that allow other values only.
+BY_KIND: dict[Any, list[str]] = {
+    bool: ["", "no-"],
+    int: ["4", "8"],
+    float: ["0.5", "0.9"],
+    str: ["a b", "x[red]é"],
+    Path: ["sub"],
+    tuple[str, ...]: ["low mid high", "a [b] c"],
+    tuple[int, ...]: ["4 8 9", "2"],
+    tuple[float, ...]: ["0.5 0.9", "1"],
+}
+BY_NAME: dict[str, list[str]] = {
+    "model.max-crops": ["1 2 3"],
+    "train.max-tightening": ["1", "1.5"],
+    "train.min-budget": ["0.2"],
+    "train.max-budget": ["2"],
+}
+NEEDED = {"data.test-dataset": ["--data.dataset", "a.jsonl"], "profile.transfer": ["--profile.source", "p.json"]}
+
+
+def settings_of(kind: type, prefix: str = "") -> dict[str, list[list[str]]]:
+    """Words of a command line for every setting of a configuration, several ways for each."""
+    found: dict[str, list[list[str]]] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        path = f"{prefix}{name}".replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            found |= settings_of(hint, f"{path}.")  # type: ignore[arg-type]
+            continue
+        choices = [choice for choice in typing.get_args(hint) if choice is not type(None)]
+        optional = type(None) in typing.get_args(hint)
+        if typing.get_origin(hint) is typing.Literal:
+            values = list(choices)
+        else:
+            values = BY_KIND[choices[0] if optional else hint]
+        values = [*BY_NAME.get(path, values), *(["None"] if optional else [])]
+        before = NEEDED.get(path, [])
+        if hint is bool:
+            head, _, last = path.rpartition(".")
+            found[path] = [[*before, f"--{head}{'.' if head else ''}{no}{last}"] for no in values]
+        elif (choices and typing.get_origin(choices[0]) is tuple) or typing.get_origin(hint) is tuple:
+            found[path] = [[f"--{path}", *value.split(" ")] for value in values]
+        else:
+            found[path] = [[*before, f"--{path}", value] for value in values]
+    return {path: ways for path, ways in found.items() if path != "run-dir"}
+
+
+def read_settings(*arguments: str) -> Any:
+    from pacevlm.pipeline import RunConfig
+
+    config, fresh = cli._read_settings("train", arguments, Path("runs/default"), RunConfig)
+    assert not fresh
+    return config
+
+
+def test_the_same_command_means_the_same_at_every_start(tmp_path: Path) -> None:
+    from pacevlm.config import save_config
+    from pacevlm.pipeline import RunConfig
+
+    settings = settings_of(RunConfig)
+    assert len(settings) > 60
+    rng = random.Random(0)
+    needed = {words[0] for words in NEEDED.values()}
+    commands = [[words for ways in settings.values() for words in (ways[turn % len(ways)],)] for turn in range(4)]
+    commands += [
+        [rng.choice(ways) for ways in rng.sample(list(settings.values()), rng.randint(1, 30))] for _ in range(16)
+    ]
+    for number, command in enumerate(commands):
+        # Parts that bring another setting along come last, so that theirs is the value that counts.
+        words = [word for part in sorted(command, key=lambda part: part[0] in needed) for word in part]
+        arguments = ["--run-dir", str(tmp_path / str(number)), *words]
+        first = read_settings(*arguments)
+        save_config(first.run_dir / "config.json", first)
+        assert read_settings(*arguments) == first, arguments
+        assert read_settings("--run-dir", str(first.run_dir)) == first
+
+
+def test_both_spellings_of_every_switch_are_there_at_every_start(tmp_path: Path) -> None:
+    from pacevlm.config import config_to_dict, flatten_settings, save_config
+    from pacevlm.pipeline import RunConfig
+
+    switches = {path: ways for path, ways in settings_of(RunConfig).items() if "no-" in ways[-1][-1]}
+    assert "evaluate.track-drift" in switches
+    where = ["--run-dir", str(tmp_path)]
+    for spelling in (1, 0, 1, 0):
+        config = read_settings(*where, *[word for ways in switches.values() for word in ways[spelling]])
+        values = dict(flatten_settings(config_to_dict(config)))
+        assert {values[path.replace("-", "_")] for path in switches} == {spelling == 0}
+        save_config(tmp_path / "config.json", config)
+    assert "--evaluate.no-track-drift" in switches["evaluate.track-drift"][1]
+
+
+def test_the_last_run_directory_counts(tmp_path: Path) -> None:
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert cli._given_run_dir(["--run-dir", one, f"--run-dir={two}"]) == Path(two)
+    assert read_settings("--run-dir", one, f"--run-dir={two}").run_dir == Path(two)
+
+
+def test_wrong_settings_are_refused_without_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pacevlm.cli import main; code = main(sys.argv[1:]);"
+        "print(code, sorted({'torch', 'transformers', 'scipy'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for words in (["train", "--profile.alpha", "2"], ["quickstart", "--nothing"], ["evaluate", "--run-dir", "x\ny"]):
+        command = [sys.executable, "-c", program, *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, cwd=tmp_path)
+        assert done.stdout.strip() == "2 []"
+        assert done.stderr
+
+
+# Output --------------------------------------------------------------------------------------------------------------
+
+HOSTILE = "\x1b[2J\x1b]0;t\x07no\r\npacevlm: error: forged\u202e\u2028\x9b\udcff[bold]x[/red]"
+
+
+def start(*arguments: str | bytes, **changes: Any) -> subprocess.CompletedProcess[bytes]:
+    """One command in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **changes.pop("env", {})}
+    program = "import sys; from pacevlm.cli import main; sys.exit(main())"
+    words = [argument.encode() if isinstance(argument, str) else argument for argument in arguments]
+    settings: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | changes
+    command = [sys.executable.encode(), b"-c", program.encode(), *words]
+    return subprocess.run(command, env=environment, timeout=60, check=False, **settings)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [HOSTILE],
+        ["train", HOSTILE],
+        ["train", f"--{HOSTILE}", "3"],
+        ["train", "--train.steps", HOSTILE],
+        ["train", "--profile.group-by", HOSTILE],
+        ["train", "--run-dir", HOSTILE],
+        ["train", "--model.path", HOSTILE],
+        ["report", "--run-dir", HOSTILE],
+        ["evaluate", "--run-dir", HOSTILE],
+        ["answer", HOSTILE, "Which?", "--budget-ms", "5"],
+        ["answer", "x.png", "Which?", "--budget-ms", HOSTILE],
+        ["importance", "--path", HOSTILE],
+        ["importance", "--dataset", HOSTILE],
+    ],
+    ids=lambda arguments: " ".join(arguments)[:25].replace("\x1b", ""),
+)
+def test_arguments_cannot_command_the_terminal_or_forge_a_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    text = captured.out + captured.err
+    assert captured.err
+    assert not {character for character in text if not character.isprintable()} - {"\n"}
+    assert not [line for line in text.splitlines() if line.startswith("pacevlm: error: forged")]
+
+
+def test_what_models_and_data_sets_say_cannot_either(capsys: pytest.CaptureFixture[str]) -> None:
+    from pacevlm.knobs import Knobs
+    from pacevlm.pacer import Answer
+    from pacevlm.types import StageTimes
+
+    times = StageTimes(1.0, 0.0, 0.0, 0.0, 0.0, (), 1.0)
+    answer = Answer(HOSTILE, Knobs(HOSTILE, 2, 3), 5.0, True, True, 1.0, float("inf"), float("nan"), times, 1)
+    cli._print_answer(answer)
+    with cli._RichReporter() as reporter:
+        reporter.started(HOSTILE)
+        reporter.warned("lookup", HOSTILE)
+        reporter.finished("calibrate", 1.0, {"num_requests": 3, "factors": {HOSTILE: 1.0}})
+        reporter.progress(HOSTILE, 1, 2, HOSTILE)
+    captured = capsys.readouterr()
+    for text in (captured.out, captured.err):
+        assert not {character for character in text if not character.isprintable()} - {"\n"}
+        assert "[bold]x[/red]" in text.replace("\n", "")
+        assert not [line for line in text.splitlines() if line.startswith("pacevlm: error")]
+    cli._print_answer(answer, as_json=True)
+    line = capsys.readouterr().out
+    assert line.isascii()
+    assert len(line.splitlines()) == 1
+    values = json.loads(line, parse_constant=pytest.fail)
+    assert (values["answer"], values["upper_bound_ms"], values["measured_ms"]) == (HOSTILE, None, None)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_output_needs_no_encoding(encoding: str) -> None:
+    environment = {"PYTHONIOENCODING": encoding, "LC_ALL": "C"}
+    for arguments in (["train", "--help"], ["lerne-日本語"], ["train", "--größe", "🙂"], [b"caf\xe9"]):
+        done = start(*arguments, env=environment)  # type: ignore[arg-type]
+        assert done.returncode == (0 if "--help" in arguments else 2)
+        assert b"Traceback" not in done.stdout + done.stderr
+        (done.stdout + done.stderr).decode(encoding)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_behind_the_output_is_said() -> None:
+    with open("/dev/full", "wb") as full:
+        done = start("train", "--help", stdout=full)
+        assert done.returncode == 2
+        assert b"the output cannot be read or written: No space left on device" in done.stderr
+        assert b"Traceback" not in done.stderr
+        assert start("learn", stdout=full, stderr=full).returncode == 2
+
+
+def test_closed_streams_are_no_fault() -> None:
+    program = "import sys; from pacevlm.cli import main; sys.exit(main())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for arguments, code in ((["--help"], 0), (["train", "--help"], 0), (["train", "--nothing"], 2)):
+        command = shlex.join([sys.executable, "-c", program, *arguments])
+        for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+            done = subprocess.run(["sh", "-c", f"{command} {closed}"], capture_output=True, env=environment, timeout=60)
+            assert done.returncode == code
+            assert b"Traceback" not in done.stdout + done.stderr
+
+
+def test_streams_are_as_before_afterwards(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sys.stdout, sys.stdout.errors, sys.stderr, sys.stderr.errors
+    assert run("learn") == 2
+    assert (sys.stdout, sys.stdout.errors, sys.stderr, sys.stderr.errors) == before
+
+
+def test_a_fault_of_ours_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def faulty(arguments: Any) -> None:
+        raise RuntimeError(HOSTILE)
+
+    monkeypatch.setitem(COMMANDS, "train", faulty)
+    assert run("train") == cli.FAULT == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pacevlm: error: a fault of pacevlm itself, RuntimeError: ")
+    assert line.endswith("run again with --debug to see where")
+    with pytest.raises(RuntimeError):
+        main(["train", "--debug"])
+
+
+def test_a_library_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def faulty(arguments: Any) -> None:
+        raise ModuleNotFoundError("No module named 'jinja2'", name="jinja2")
+
+    monkeypatch.setitem(COMMANDS, "report", faulty)
+    assert run("report") == 2
+    assert "jinja2 is not installed" in capsys.readouterr().err
+
+
 # Commands ------------------------------------------------------------------------------------------------------------
 
 
@@ -266,3 +514,20 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
     finally:
         os.close(writing)
     assert (ended.returncode, ended.stderr) == (cli.PIPE_CLOSED, "")
+
+
+def test_importance_says_when_nothing_was_right(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    lines = []
+    for number in range(12):
+        Image.new("RGB", (24, 30), (5 * number, 100, 50)).save(tmp_path / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "question": "Which?", "answer": "never said"}))
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    arguments = ["--path", checkpoint, "--dataset", tmp_path / "questions.jsonl", "--num-examples", 2]
+    assert run("importance", *arguments, "--min-num-blocks", 5) == 0
+    error = " ".join(capsys.readouterr().err.split())
+    assert "warning: none of 2 examples was answered right with all blocks" in error
+    assert "never said" in error

@@ -25,8 +25,7 @@ from pacevlm.config import (
 )
 from pacevlm.errors import ConfigError
 from pacevlm.pipeline import RunConfig, quickstart_config
-from pacevlm.training.grpo import GRPOConfig
-from pacevlm.training.train_config import TrainConfig
+from pacevlm.training.train_config import GRPOConfig, TrainConfig
 
 SECTIONS = (
     ModelConfig(top_ks=(2, 4), max_crops=(1, 2, 3), dtype="bfloat16", device="cuda:1"),

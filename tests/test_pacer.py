@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -253,6 +255,36 @@ def test_a_saved_pacer_answers_alike(pacer: Pacer, bundle: Path, image: Image.Im
         for budget_ms in (0.05, 1.0, 1e9):
             first, second = (one.answer(image, QUESTION, budget_ms) for one in (pacer, loaded))
             assert (first.answer, first.knobs, first.feasible) == (second.answer, second.knobs, second.feasible)
+
+
+def test_a_loaded_pacer_is_rebuilt_wherever_it_is_sent(bundle: Path, image: Image.Image, tmp_path: Path) -> None:
+    loaded = Pacer.from_pretrained(bundle, any_device=True)
+    loaded.track_drift(tmp_path / "drift.json")
+    before = loaded.answer(image, "How many?", 1e6)
+    for again in (pickle.loads(pickle.dumps(loaded)), copy.deepcopy(loaded), copy.copy(loaded)):
+        assert type(again) is Pacer
+        assert again.drift is None
+        after = again.answer(image, "How many?", 1e6)
+        assert (after.answer, after.knobs, after.upper_bound_ms) == (
+            before.answer,
+            before.knobs,
+            before.upper_bound_ms,
+        )
+    assert loaded.drift is not None
+    # In a process of its own, started elsewhere.
+    content = tmp_path / "pacer.pickle"
+    content.write_bytes(pickle.dumps(loaded))
+    program = "import pickle, sys; print(len(pickle.load(open(sys.argv[1], 'rb')).model.knob_space))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program, str(content)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    assert int(done.stdout) == len(loaded.model.knob_space)
+
+
+def test_a_pacer_made_in_memory_says_how_to_send_it(pacer: Pacer) -> None:
+    for send in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(ConfigError, match="save_pretrained and load it there"):
+            send(pacer)
 
 
 def test_requests_run_with_the_profiled_threads(pacer: Pacer, image: Image.Image) -> None:

@@ -33,8 +33,7 @@ from pacevlm.pacer import Pacer
 from pacevlm.pipeline import STEPS, RunConfig, load_elastic_model, run_pipeline
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.pipeline.steps import recalibrate
-from pacevlm.training.grpo import GRPOConfig
-from pacevlm.training.train_config import TrainConfig
+from pacevlm.training.train_config import GRPOConfig, TrainConfig
 from pacevlm.types import StageTimes
 
 ARTEFACTS = {
@@ -51,6 +50,7 @@ class Recorder:
 
     def __init__(self, interrupt: tuple[str, int] | None = None) -> None:
         self.events: list[tuple[str, str]] = []
+        self.warnings: list[tuple[str, str]] = []
         self.interrupt = interrupt
         self.progressed: set[str] = set()
 
@@ -59,6 +59,9 @@ class Recorder:
 
     def skipped(self, step: str, facts: Mapping[str, Any]) -> None:
         self.events.append(("skipped", step))
+
+    def warned(self, step: str, sentence: str) -> None:
+        self.warnings.append((step, sentence))
 
     def finished(self, step: str, seconds: float, facts: Mapping[str, Any]) -> None:
         self.events.append(("finished", step))

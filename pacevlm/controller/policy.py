@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pacevlm.artefact import Range, Sha256, Text, typed
+from pacevlm.checks import check_real, check_whole
+from pacevlm.config import MAX_FREQUENCIES, MAX_HIDDEN_DIM
 from pacevlm.controller.array_stages import ArrayStage1, ArrayStage2, ArrayToken
 from pacevlm.controller.budget import BudgetEncoder
 from pacevlm.controller.checkpoint import JSON_NAME, read_content, read_weights, write_checkpoint
@@ -30,8 +32,8 @@ from pacevlm.controller.stages import Stage1, Stage2
 from pacevlm.errors import CheckpointError, ConfigError, DataError, IdentityError, KnobError
 from pacevlm.knobs import KnobSpace, check_budget_ms
 
-# Wider hidden layers than this would not be small beside any model.
-MAX_WIDTH = 4096
+MAX_EMBEDDING_SCALE = 1e6
+"""Largest root mean square of token embeddings, far beyond any model's."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,10 @@ class ControllerConfig:
     pairwise: bool = True
 
     def __post_init__(self) -> None:
-        check_budget_ms(self.reference_ms)
-        scale = self.embedding_scale
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 1e-9 <= scale <= 1e9:
-            raise ConfigError(
-                f"embedding_scale is {scale!r}; it must be a positive, finite number in 1e-9..1e9, for example 0.02"
-            )
-        for name in ("hidden_dim", "num_frequencies"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_WIDTH:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number in 1..{MAX_WIDTH}")
+        object.__setattr__(self, "reference_ms", check_budget_ms(self.reference_ms))
+        check_real(self, 0, MAX_EMBEDDING_SCALE, "embedding_scale", above=True)
+        check_whole(self, 1, MAX_HIDDEN_DIM, "hidden_dim")
+        check_whole(self, 1, MAX_FREQUENCIES, "num_frequencies")
         for name in ("feasible_fractions", "thumbnail", "pairwise"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")

@@ -16,6 +16,7 @@ from pacevlm.evaluation.plots import plot_knobs, plot_pareto
 from pacevlm.evaluation.summary import interval_text, milliseconds, percent, sort_policies
 from pacevlm.files import write_text_atomic
 from pacevlm.knobs import Knobs
+from pacevlm.printing import printable_lines
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,7 +67,12 @@ def write_report(
         if all("controller" in budget["policies"] for budget in results["budgets"]):
             knobs = _data_uri(plot_knobs(results, Path(folder) / "knobs")[1].read_bytes(), "image/svg+xml")
     source = files("pacevlm.evaluation").joinpath("templates/report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        finalize=lambda value: printable_lines(value) if isinstance(value, str) else value,
+    )
     text = environment.from_string(source).render(
         results=results,
         tiles=_tiles(results),

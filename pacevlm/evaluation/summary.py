@@ -26,6 +26,7 @@ from pacevlm.evaluation.statistics import (
     resampled_means,
     violation_proportion,
 )
+from pacevlm.printing import printable
 
 RESULTS_KIND = "evaluation result"
 RESULTS_SCHEMA_VERSION = 1
@@ -48,6 +49,7 @@ class RunFacts:
         dtype: number type the model ran in.
         versions: versions of the libraries used.
         seeds: every seed that had an influence, by name.
+        warnings: what was seen that makes the numbers of little use.
     """
 
     commit: str
@@ -58,6 +60,7 @@ class RunFacts:
     dtype: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     seeds: Mapping[str, int] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
 
 
 class _IntervalEntry(TypedDict):
@@ -127,6 +130,7 @@ class _Results(TypedDict):
     versions: dict[str, str]
     seeds: dict[str, Count]
     num_timed: Count
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -257,6 +261,7 @@ def build_results(
         "versions": dict(facts.versions),
         "seeds": dict(facts.seeds),
         "num_timed": len(timed),
+        "warnings": list(facts.warnings),
     }
     return _without_nan(results)  # type: ignore[no-any-return]
 
@@ -336,6 +341,7 @@ def format_summary(results: Mapping[str, Any]) -> str:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     dataset = results["dataset"]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
@@ -350,7 +356,7 @@ def format_summary(results: Mapping[str, Any]) -> str:
             row = budget["policies"][name]
             table.add_row(
                 "" if i else label,
-                name,
+                Text(printable(name)),
                 interval_text(row["accuracy"]),
                 "–" if name == "lookup_table" else interval_text(row["vs_lookup_table"], signed=True),
                 milliseconds(row["latency_ms"]["p50"]),
@@ -362,8 +368,10 @@ def format_summary(results: Mapping[str, Any]) -> str:
     stream = StringIO()
     console = Console(file=stream, width=120, color_system=None, highlight=False)
     console.print(
-        f"{results['model']} on {dataset['name']}/{dataset['split']}, {dataset['n']} examples "
-        f"({results.get('num_timed', 0)} timed), {results['device']}",
+        printable(
+            f"{results['model']} on {dataset['name']}/{dataset['split']}, {dataset['n']} examples "
+            f"({results.get('num_timed', 0)} timed), {results['device']}"
+        ),
         markup=False,
     )
     console.print(table)
@@ -374,4 +382,6 @@ def format_summary(results: Mapping[str, Any]) -> str:
         )
     if results.get("gap_closed"):
         console.print(f"gap to the oracle closed: {interval_text(results['gap_closed'])} %", markup=False)
+    for sentence in results.get("warnings") or ():
+        console.print(printable(f"warning: {sentence}"), markup=False)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"

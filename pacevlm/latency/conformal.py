@@ -7,14 +7,16 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pacevlm.checks import as_float
 from pacevlm.errors import ConfigError
 
 
 def check_alpha(alpha: float) -> float:
     """Return the allowed miss rate as a float; raises ConfigError unless it lies strictly between 0 and 1."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0.0 < alpha < 1.0:
+    number = as_float(alpha)
+    if number is None or not 0.0 < number < 1.0:
         raise ConfigError(f"alpha is {alpha!r}; it must lie strictly between 0 and 1, for example 0.1")
-    return float(alpha)
+    return number
 
 
 def conformal_rank(num_scores: int, alpha: float) -> int:

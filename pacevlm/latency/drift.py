@@ -13,7 +13,8 @@ from typing import Any, Self, get_args
 from scipy.special import bdtrc
 
 from pacevlm.artefact import MAX_MS, Text, check_keys, load_artefact, save_artefact, typed
-from pacevlm.config import check_whole_numbers, config_from_dict, config_to_dict
+from pacevlm.checks import MAX_COUNT, check_whole
+from pacevlm.config import config_from_dict, config_to_dict
 from pacevlm.errors import ConfigError, IdentityError, ProfileError
 from pacevlm.latency.conformal import check_alpha, conformal_rank
 from pacevlm.latency.guardrail import Guardrail
@@ -59,7 +60,7 @@ class DriftSettings:
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
-        check_whole_numbers(self, {"window": 2, "min_observations": 2})
+        check_whole(self, 2, MAX_COUNT, "window", "min_observations")
         for name in ("half_life", "step_size", "outlier_ratio", "min_factor", "max_factor"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_SETTING:

@@ -113,7 +113,7 @@ class OutputLengthModel:
             raise ProfileError("embeddings and num_text_tokens must be finite, one row and one number per length")
         if not ((targets >= 1) & (targets <= max_new_tokens) & (targets == np.floor(targets))).all():
             raise ProfileError(f"lengths must be whole numbers in 1..{max_new_tokens} (max_new_tokens)")
-        needed = 2 * max(min_num_scores(alpha), MIN_EXAMPLES_PER_COEFFICIENT)
+        needed = min_num_lengths(alpha)
         if len(targets) < needed:
             raise ProfileError(f"{len(targets)} examples are too few for alpha {alpha}; give at least {needed}")
 
@@ -242,3 +242,8 @@ def _quantile_regression(design: Array, targets: Array, quantile: float) -> Arra
     if solution.status != 0:
         raise ProfileError(f"the quantile regression of output lengths failed: {solution.message}")
     return -np.asarray(solution.eqlin.marginals, dtype=np.float64)
+
+
+def min_num_lengths(alpha: float) -> int:
+    """Fewest examples that a model of output lengths can be fitted to and corrected on, one half for each."""
+    return 2 * max(min_num_scores(alpha), MIN_EXAMPLES_PER_COEFFICIENT)

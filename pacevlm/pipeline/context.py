@@ -49,6 +49,9 @@ class Reporter(Protocol):
     def finished(self, step: str, seconds: float, facts: Mapping[str, Any]) -> None:
         """A step ended well, with what it found."""
 
+    def warned(self, step: str, sentence: str) -> None:
+        """Something that a step saw makes its outcome of little use; the sentence says what to check."""
+
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """`done` of `total` units of a piece of work are done; `note` holds a few current numbers."""
 
@@ -63,6 +66,9 @@ class SilentReporter:
         """Nothing."""
 
     def finished(self, step: str, seconds: float, facts: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def warned(self, step: str, sentence: str) -> None:
         """Nothing."""
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:

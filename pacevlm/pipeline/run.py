@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pacevlm.config import config_to_dict, save_config
 from pacevlm.errors import ConfigError, IdentityError
 from pacevlm.pipeline.artefacts import CONFIG_NAME, remove_artefacts
+from pacevlm.pipeline.checks import check_run
 from pacevlm.pipeline.context import Reporter, RunContext
 from pacevlm.pipeline.run_config import RunConfig
 from pacevlm.pipeline.step_log import StepLog
@@ -63,17 +64,22 @@ def run_pipeline(
     """
     if until not in STEPS:
         raise ConfigError(f"there is no step {until!r}; the steps are {', '.join(STEPS)}")
-    if fresh:
-        remove_artefacts(config)
     run = RunContext(config, reporter, command)
+    wanted = STEPS[: STEPS.index(until) + 1]
+    if fresh:
+        check_run(run, wanted)
+        remove_artefacts(config)
     log = StepLog(config.run_dir)
     _check_settings(run, log)
+    if not fresh:
+        check_run(run, [name for name in wanted if not _is_done(run, log, name)])
     save_config(config.run_dir / CONFIG_NAME, config)
-    for name in STEPS[: STEPS.index(until) + 1]:
+    for name in wanted:
         settings = step_settings(run, name)
         done = log.get(name)
         if done is not None and not done.changes(settings):
             run.reporter.skipped(name, done.facts)
+            _warn(run, name, done.facts)
             continue
         run.reporter.started(name)
         log.remove(name, *_DEPENDENT[name])
@@ -82,7 +88,18 @@ def run_pipeline(
         seconds = time.monotonic() - started
         log.add(name, settings, seconds, facts)
         run.reporter.finished(name, seconds, facts)
+        _warn(run, name, facts)
     return run
+
+
+def _is_done(run: RunContext, log: StepLog, name: str) -> bool:
+    done = log.get(name)
+    return done is not None and not done.changes(step_settings(run, name))
+
+
+def _warn(run: RunContext, name: str, facts: Mapping[str, Any]) -> None:
+    for sentence in facts.get("warnings", ()):
+        run.reporter.warned(name, sentence)
 
 
 def step_settings(run: RunContext, step: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pacevlm.checks import check_path
 from pacevlm.config import (
     CalibrateConfig,
     ControllerSettings,
@@ -16,8 +17,7 @@ from pacevlm.config import (
     ProfileConfig,
 )
 from pacevlm.errors import ConfigError
-from pacevlm.training.grpo import GRPOConfig
-from pacevlm.training.train_config import TrainConfig
+from pacevlm.training.train_config import GRPOConfig, TrainConfig
 
 DEFAULT_RUN_DIR = Path("runs/default")
 
@@ -77,6 +77,7 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
+        check_path("run_dir", self.run_dir)
         object.__setattr__(self, "run_dir", Path(self.run_dir))
         name = self.train.run_dir
         # It is deleted when a run starts over, so it must not be able to name anything else.

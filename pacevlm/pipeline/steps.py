@@ -13,6 +13,7 @@ from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.baselines.static import StaticPolicy
 from pacevlm.config import config_to_dict
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
+from pacevlm.evaluation.learnable import evaluation_warnings, sweep_warnings, training_warnings
 from pacevlm.evaluation.summary import RunFacts
 from pacevlm.evaluation.sweep import evaluate, exhaustive_sweep, fit_baselines
 from pacevlm.latency.calibrate import coverage, fit_latency, full_p50_ms
@@ -38,6 +39,7 @@ from pacevlm.pipeline.artefacts import (
 )
 from pacevlm.pipeline.context import RunContext
 from pacevlm.pipeline.outputs import write_outputs
+from pacevlm.pipeline.step_log import StepLog
 from pacevlm.rollout.profiling import profiling_run
 from pacevlm.rollout.request import PacedResult, run_with_policy
 from pacevlm.training.metrics_log import read_metrics
@@ -153,11 +155,13 @@ def lookup_step(run: RunContext) -> dict[str, Any]:
     examples = run.splits.train[: run.config.lookup.num_examples]
     with run.remembering():
         accuracy = exhaustive_sweep(run.engine, examples, run.count("answers"))
-    space = run.model.knob_space
+        space = run.model.knob_space
+        (first,) = run.engine.run([(examples[0], space.full)])  # is remembered by now
     return {
         "num_examples": len(examples),
         "accuracy_full": float(accuracy[:, space.index(space.full)].mean()),
         "accuracy_cheapest": float(accuracy[:, space.index(space.cheapest)].mean()),
+        "warnings": sweep_warnings(accuracy, examples[0], first.answer),
     }
 
 
@@ -185,9 +189,10 @@ def train_step(run: RunContext) -> dict[str, Any]:
         trainer.run(on_step=on_step)
     trainer.result.save_pretrained(run.run_dir / CONTROLLER_NAME)
     # From the file, because a run that was finished before has no step left to report.
-    last = read_metrics(config.run_dir / METRICS_NAME)[-1]
+    metrics = read_metrics(config.run_dir / METRICS_NAME)
     shown = ("reward", "accuracy", "entropy", "cost/violation_rate", "cost/lambda")
-    return {"num_steps": trainer.step} | {name: last[name] for name in shown if name in last}
+    last = {name: metrics[-1][name] for name in shown if name in metrics[-1]}
+    return {"num_steps": trainer.step, **last, "warnings": training_warnings(metrics)}
 
 
 def _new_controller(run: RunContext, seed: int) -> Controller:
@@ -310,6 +315,8 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
             progress=run.reporter.progress,
         )
     device = run.estimator.device
+    warnings = evaluation_warnings(evaluation.records, examples)
+    earlier = [StepLog(run.run_dir).get(name) for name in ("lookup", "train")]
     facts = RunFacts(
         commit=source_commit() or "unknown",
         device=f"{device.device_name}, {device.num_threads} thread{'s' if device.num_threads > 1 else ''}",
@@ -325,6 +332,7 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
             "calibrate": run.config.calibrate.seed,
             "evaluate": config.seed,
         },
+        warnings=[*(sentence for step in earlier if step for sentence in step.facts.get("warnings", ())), *warnings],
     )
     results = write_outputs(
         run.run_dir,
@@ -341,4 +349,5 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
         "num_disagreements": evaluation.num_disagreements,
         "controller_vs_lookup_table": results["average"].get("controller"),
         "gap_closed": results["gap_closed"],
+        "warnings": warnings,
     }

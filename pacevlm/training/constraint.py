@@ -4,43 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from pacevlm.errors import CheckpointError, ConfigError, DataError
-
-
-@dataclass(frozen=True)
-class ConstraintConfig:
-    """Settings of the PID controller (Stooke et al. 2020, section 5).
-
-    Attributes:
-        target: violation rate (or mean cost) that is tolerated.
-        k_p: gain of the present excess over the target.
-        k_i: gain of the summed excess; the plain Lagrangian method is the controller with this gain only.
-        k_d: gain of the rise since the last update; a falling rate is not rewarded.
-        integral_max: upper limit of the summed excess, so that a long bad start does not price violations for ever.
-        smoothing: decay in [0, 1) of an exponential average over the measured rate, for the P and D terms; 0 is off.
-
-    Raises:
-        ConfigError: a value is outside its range.
-    """
-
-    target: float = 0.01
-    k_p: float = 1.0
-    k_i: float = 0.1
-    k_d: float = 0.0
-    integral_max: float = 50.0
-    smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("target", "k_p", "k_i", "k_d"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise ConfigError(f"{name} is {value}; it must be a finite number from 0")
-        if not math.isfinite(self.integral_max) or self.integral_max <= 0:
-            raise ConfigError(f"integral_max is {self.integral_max}; it must be a finite number above 0")
-        if not 0 <= self.smoothing < 1:
-            raise ConfigError(f"smoothing is {self.smoothing}; it must lie in [0, 1)")
+from pacevlm.errors import CheckpointError, DataError
+from pacevlm.training.train_config import ConstraintConfig
 
 
 class PIDLagrangian:

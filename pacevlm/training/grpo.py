@@ -7,57 +7,13 @@ actions of stage 1 and `pairs` the (top_k, num_blocks) actions of stage 2, in th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pacevlm.errors import ConfigError, DataError, KnobError
-
-
-@dataclass(frozen=True)
-class GRPOConfig:
-    """Settings of the loss.
-
-    Attributes:
-        group_size: rollouts per (example, budget).
-        clip_low: the ratio is clipped from below at 1 - clip_low.
-        clip_high: the ratio is clipped from above at 1 + clip_high (larger than clip_low: DAPO, Yu et al. 2025, 3.1).
-        beta: weight of the KL divergence from the reference policy.
-        entropy_coef: weight of the entropy bonus.
-        scale_rewards: what centred rewards are divided by: `none`, the standard deviation over the `batch`, or that
-            of the rollout's own `group` (Shao et al. 2024, 4.1.1).
-        scale_eps: added to a standard deviation before dividing by it.
-        equal_within: rewards (and costs) of a group that spread no further than this count as all equal.
-
-    Raises:
-        ConfigError: a value is outside its range.
-    """
-
-    group_size: int = 16
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    beta: float = 0.0
-    entropy_coef: float = 0.0
-    scale_rewards: Literal["none", "batch", "group"] = "batch"
-    scale_eps: float = 1e-4
-    equal_within: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ConfigError(f"group_size is {self.group_size}; a rollout is compared with others, so use 2 or more")
-        if not 0 < self.clip_low < 1:
-            raise ConfigError(f"clip_low is {self.clip_low}; it must lie between 0 and 1, for example 0.2")
-        if self.scale_rewards not in ("none", "batch", "group"):
-            raise ConfigError(f"scale_rewards is {self.scale_rewards!r}; use 'none', 'batch' or 'group'")
-        if not math.isfinite(self.clip_high) or self.clip_high <= 0:
-            raise ConfigError(f"clip_high is {self.clip_high}; it must be a finite number above 0, for example 0.28")
-        for name in ("beta", "entropy_coef", "scale_eps", "equal_within"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise ConfigError(f"{name} is {value}; it must be a finite number from 0")
-
+from pacevlm.training.train_config import GRPOConfig
 
 # Distributions -------------------------------------------------------------------------------------------------------
 

@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pacevlm.errors import BudgetError, ConfigError, DataError
 from pacevlm.knobs import Knobs, KnobSpace
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """Settings of the reward; with the defaults the reward is the accuracy and nothing else.
-
-    Attributes:
-        cost: what the multiplier prices: `violation` (1 if latency exceeds the budget, else 0) or `overshoot`
-            (`max(0, latency / budget - 1)`).
-        violation_penalty: fixed amount taken off the reward of a rollout that exceeds its budget.
-        complexity_penalty: amount taken off per unit of relative cost of the knobs.
-        efficiency_bonus: amount added per saved fraction of the budget, `max(0, 1 - latency / budget)`.
-
-    Raises:
-        ConfigError: an unknown cost, or a weight that is negative or not finite.
-    """
-
-    cost: Literal["violation", "overshoot"] = "violation"
-    violation_penalty: float = 0.0
-    complexity_penalty: float = 0.0
-    efficiency_bonus: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.cost not in ("violation", "overshoot"):
-            raise ConfigError(f"cost is {self.cost!r}; use 'violation' or 'overshoot'")
-        for name in ("violation_penalty", "complexity_penalty", "efficiency_bonus"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise ConfigError(f"{name} is {value}; it must be a finite number from 0 (0 switches the term off)")
+from pacevlm.training.train_config import RewardConfig
 
 
 class RewardTerms(NamedTuple):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pacevlm.checks import MAX_COUNT, MAX_SEED, check_path, check_real, check_whole
+from pacevlm.config import MAX_FRACTION
 from pacevlm.errors import ConfigError
-from pacevlm.training.constraint import ConstraintConfig
-from pacevlm.training.grpo import GRPOConfig
-from pacevlm.training.reward import RewardConfig
 from pacevlm.types import BudgetKind
 
 # What may differ between a run and its continuation: where it is stored and how it is watched, never what it computes.
@@ -26,6 +24,104 @@ _WATCHING = frozenset(
         "tensorboard",
     }
 )
+
+
+MAX_BATCH, MAX_ROLLOUTS = 65536, 1 << 22
+"""Most pairs, or rollouts of a pair, in a step, and most rollouts of all pairs; their tensors must fit in memory."""
+MAX_WEIGHT = 1e9
+"""Largest weight, gain or penalty, far beyond what makes a difference."""
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """Settings of the loss.
+
+    Attributes:
+        group_size: rollouts per (example, budget).
+        clip_low: the ratio is clipped from below at 1 - clip_low.
+        clip_high: the ratio is clipped from above at 1 + clip_high (larger than clip_low: DAPO, Yu et al. 2025, 3.1).
+        beta: weight of the KL divergence from the reference policy.
+        entropy_coef: weight of the entropy bonus.
+        scale_rewards: what centred rewards are divided by: `none`, the standard deviation over the `batch`, or that
+            of the rollout's own `group` (Shao et al. 2024, 4.1.1).
+        scale_eps: added to a standard deviation before dividing by it.
+        equal_within: rewards (and costs) of a group that spread no further than this count as all equal.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    group_size: int = 16
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    beta: float = 0.0
+    entropy_coef: float = 0.0
+    scale_rewards: Literal["none", "batch", "group"] = "batch"
+    scale_eps: float = 1e-4
+    equal_within: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_whole(self, 2, MAX_BATCH, "group_size")  # a rollout is compared with others
+        check_real(self, 0, 1, "clip_low", above=True, below=True)
+        check_real(self, 0, MAX_WEIGHT, "clip_high", above=True)
+        check_real(self, 0, MAX_WEIGHT, "beta", "entropy_coef", "scale_eps", "equal_within")
+        if self.scale_rewards not in ("none", "batch", "group"):
+            raise ConfigError(f"scale_rewards is {self.scale_rewards!r}; use 'none', 'batch' or 'group'")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Settings of the reward; with the defaults the reward is the accuracy and nothing else.
+
+    Attributes:
+        cost: what the multiplier prices: `violation` (1 if latency exceeds the budget, else 0) or `overshoot`
+            (`max(0, latency / budget - 1)`).
+        violation_penalty: fixed amount taken off the reward of a rollout that exceeds its budget.
+        complexity_penalty: amount taken off per unit of relative cost of the knobs.
+        efficiency_bonus: amount added per saved fraction of the budget, `max(0, 1 - latency / budget)`.
+
+    Raises:
+        ConfigError: an unknown cost, or a weight that is negative or not finite.
+    """
+
+    cost: Literal["violation", "overshoot"] = "violation"
+    violation_penalty: float = 0.0
+    complexity_penalty: float = 0.0
+    efficiency_bonus: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.cost not in ("violation", "overshoot"):
+            raise ConfigError(f"cost is {self.cost!r}; use 'violation' or 'overshoot'")
+        check_real(self, 0, MAX_WEIGHT, "violation_penalty", "complexity_penalty", "efficiency_bonus")
+
+
+@dataclass(frozen=True)
+class ConstraintConfig:
+    """Settings of the PID controller (Stooke et al. 2020, section 5).
+
+    Attributes:
+        target: violation rate (or mean cost) that is tolerated.
+        k_p: gain of the present excess over the target.
+        k_i: gain of the summed excess; the plain Lagrangian method is the controller with this gain only.
+        k_d: gain of the rise since the last update; a falling rate is not rewarded.
+        integral_max: upper limit of the summed excess, so that a long bad start does not price violations for ever.
+        smoothing: decay in [0, 1) of an exponential average over the measured rate, for the P and D terms; 0 is off.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    target: float = 0.01
+    k_p: float = 1.0
+    k_i: float = 0.1
+    k_d: float = 0.0
+    integral_max: float = 50.0
+    smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_real(self, 0, MAX_WEIGHT, "target", "k_p", "k_i", "k_d")
+        check_real(self, 0, MAX_WEIGHT, "integral_max", above=True)
+        check_real(self, 0, 1, "smoothing", below=True)
 
 
 @dataclass(frozen=True)
@@ -96,47 +192,37 @@ class TrainConfig:
     constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
 
     def __post_init__(self) -> None:
+        check_path("run_dir", self.run_dir)
         object.__setattr__(self, "run_dir", Path(self.run_dir))
-        least = {
-            "steps": 1,
-            "batch_size": 1,
-            "budgets_per_example": 1,
-            "epochs_per_batch": 1,
-            "num_examples": 1,
-            "seed": 0,
-            "checkpoint_every_steps": 1,
-            "measure_every_steps": 0,
-            "num_measured": 1,
-        }
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is None and name == "num_examples":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number from {minimum}")
+        check_whole(self, 1, MAX_COUNT, "steps", "checkpoint_every_steps", "num_measured")
+        check_whole(self, 1, MAX_BATCH, "batch_size", "budgets_per_example")
+        check_whole(self, 1, 1000, "epochs_per_batch")
+        check_whole(self, 1, MAX_COUNT, "num_examples", optional=True)
+        check_whole(self, 0, MAX_COUNT, "measure_every_steps")
+        check_whole(self, 0, MAX_SEED, "seed")
+        if self.batch_size * self.grpo.group_size > MAX_ROLLOUTS:
+            raise ConfigError(
+                f"batch_size {self.batch_size} times grpo.group_size {self.grpo.group_size} are more than the "
+                f"{MAX_ROLLOUTS} rollouts that a step may have; make one of them smaller"
+            )
         if self.batch_size % self.budgets_per_example:
             raise ConfigError(
                 f"batch_size {self.batch_size} counts (example, budget) pairs; make it a multiple of "
                 f"budgets_per_example {self.budgets_per_example}"
             )
-        for name in ("lr", "max_grad_norm", "min_budget", "max_budget"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value <= 0:
-                raise ConfigError(f"{name} is {value}; it must be a finite number above 0")
-        if not math.isfinite(self.max_tightening) or self.max_tightening < 1:
-            raise ConfigError(f"max_tightening is {self.max_tightening}; it must be a finite number from 1")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay is {self.ema_decay}; it must lie from 0 to below 1, for example 0.98")
+        check_real(self, 0, 10, "lr", above=True)
+        check_real(self, 0, 10, "final_lr", optional=True)
+        check_real(self, 0, MAX_WEIGHT, "max_grad_norm", above=True)
+        check_real(self, 0, MAX_FRACTION, "min_budget", "max_budget", above=True)
+        check_real(self, 1, MAX_FRACTION, "max_tightening")
+        check_real(self, 0, 1, "ema_decay", below=True)
+        check_real(self, 0, MAX_WEIGHT, "final_entropy_coef", "checkpoint_every_seconds", optional=True)
         if self.min_budget > self.max_budget:
             raise ConfigError(f"min_budget {self.min_budget} is above max_budget {self.max_budget}")
         if self.budget_scale not in ("uniform", "log-uniform"):
             raise ConfigError(f"budget_scale is {self.budget_scale!r}; use 'uniform' or 'log-uniform'")
         if self.budget_kind not in get_args(BudgetKind):
             raise ConfigError(f"budget_kind is {self.budget_kind!r}; use one of {get_args(BudgetKind)}")
-        for name in ("final_lr", "final_entropy_coef", "checkpoint_every_seconds"):
-            value = getattr(self, name)
-            if value is not None and (not math.isfinite(value) or value < 0):
-                raise ConfigError(f"{name} is {value}; it must be a finite number from 0, or None")
 
     def entropy_coef(self, step: int) -> float:
         """Weight of the entropy bonus at a step, counted from 0."""

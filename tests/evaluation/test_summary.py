@@ -42,6 +42,7 @@ SCHEMA = {
     "versions": dict,
     "seeds": dict,
     "num_timed": int,
+    "warnings": list,
 }
 
 

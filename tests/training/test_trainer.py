@@ -30,11 +30,9 @@ from pacevlm.errors import (
 )
 from pacevlm.knobs import Knobs
 from pacevlm.training.checkpoint import load_checkpoint
-from pacevlm.training.constraint import ConstraintConfig
-from pacevlm.training.grpo import GRPOConfig
 from pacevlm.training.metrics_log import CLOCK_PREFIXES, MetricsLog
 from pacevlm.training.rollouts import build_pairs, draw_budgets_ms, draw_examples, sample_knobs
-from pacevlm.training.train_config import TrainConfig
+from pacevlm.training.train_config import ConstraintConfig, GRPOConfig, TrainConfig
 from pacevlm.training.trainer import Trainer
 from pacevlm.types import Example, StageTimes
 
