@@ -9,13 +9,12 @@ Reading a header takes memory that does not depend on the picture. Decoding take
 from __future__ import annotations
 
 import io
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
-from PIL import Image, ImageColor, ImageFile
+from PIL import Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -23,15 +22,13 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from pacevlm.errors import ConfigError, ImageError
+from pacevlm.config import PictureConfig as PictureConfig
+from pacevlm.errors import ImageError
 from pacevlm.picture_headers import read_header
 from pacevlm.picture_parts import Header, PartsFile, read_orientation
 from pacevlm.picture_sources import array_mode, object_hint, opened_file, source_name
 
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray[Any, Any]"
-
-MAX_PIXELS = 100_000_000
-"""Most pixels that an image may have; a small file can claim many more and fill the memory."""
 
 PEAK_BYTES_PER_PIXEL = 24
 """Most memory that decoding takes at any moment, result included; JPEG and PNG photos take a third of it."""
@@ -56,34 +53,6 @@ _UPRIGHT = {
 }
 # Pixels that are converted together; what they need for it comes on top of the picture.
 _BAND_PIXELS = 1 << 18
-
-
-@dataclass(frozen=True)
-class PictureConfig:
-    """How pictures are read; the same for training, evaluation, profiles and answers.
-
-    Attributes:
-        background: colour that transparent pictures are composed on, as `#rrggbb` or a name that CSS knows.
-        max_pixels: largest accepted number of pixels.
-
-    Raises:
-        ConfigError: the colour is unknown or not opaque, or the number is not a whole one from 1.
-    """
-
-    background: str = "#ffffff"
-    max_pixels: int = MAX_PIXELS
-
-    def __post_init__(self) -> None:
-        if isinstance(self.max_pixels, bool) or not isinstance(self.max_pixels, int) or self.max_pixels < 1:
-            raise ConfigError(f"max_pixels is {self.max_pixels!r}; it must be a whole number from 1")
-        known = isinstance(self.background, str) and (
-            re.fullmatch(r"#[0-9a-fA-F]{6}", self.background) or self.background.lower() in ImageColor.colormap
-        )
-        if not known:
-            raise ConfigError(
-                f"background is {self.background!r}; it must be a colour as #rrggbb or by its CSS name, for example "
-                "'#ffffff' or 'white'"
-            )
 
 
 @dataclass(frozen=True, eq=False)

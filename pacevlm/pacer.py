@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from pacevlm.config import PictureConfig, config_from_dict, config_to_dict
 from pacevlm.controller.policy import Controller, ControllerPolicy
 from pacevlm.controller.policy_interface import Policy
 from pacevlm.errors import BudgetError, CheckpointError, ConfigError, IdentityError, KnobError
@@ -162,6 +163,7 @@ class Pacer:
             # Limits of tiers outside the knob space count in the model's identity too.
             max_crops=_stored_max_crops(source) | settings["max_crops"],
             max_new_tokens=settings["max_new_tokens"],
+            picture_config=values["picture"],
         )
         if model.identity != settings["identity"]:
             raise IdentityError(
@@ -224,6 +226,7 @@ class Pacer:
                 "max_crops": model.max_crops,
                 "max_new_tokens": model.max_new_tokens,
             },
+            "picture": config_to_dict(model.picture_config),
             "knob_space": model.knob_space.to_dict(),
             "full_p50_ms": self.full_p50_ms,
             "budget_kind": self.pacing.kind,
@@ -349,6 +352,7 @@ def _read_bundle(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} holds {found}, not {(FORMAT, VERSION)}; save the bundle again")
     kinds: dict[str, Any] = {
         "model": dict,
+        "picture": dict,
         "knob_space": dict,
         "full_p50_ms": (int, float),
         "budget_kind": str,
@@ -382,7 +386,8 @@ def _read_bundle(path: Path) -> dict[str, Any]:
         )
     try:
         check_budget_ms(values["full_p50_ms"])
-        return {**values, "knob_space": KnobSpace.from_dict(values["knob_space"])}
+        picture = config_from_dict(PictureConfig, values["picture"], "picture")
+        return {**values, "picture": picture, "knob_space": KnobSpace.from_dict(values["knob_space"])}
     except (BudgetError, KnobError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is malformed: {error}; save the bundle again") from error
 
