@@ -141,7 +141,7 @@ def report(arguments: Sequence[str]) -> None:
 
     results, records = read_outputs(options.run_dir)
     config = load_config(options.run_dir / "config.json", RunConfig)
-    examples = list(load_splits(config.data).test)
+    examples = list(load_splits(config.data, config.picture).test)
     draw_outputs(options.run_dir, results, records, examples=examples, config=config_to_dict(config))
     _print_results(config)
 
@@ -182,20 +182,18 @@ def answer(arguments: Sequence[str]) -> None:
       pacevlm answer kitchen.png "Is it on?" --budget-ms 80 --drift-state runs/mine/drift.json
     """
     options = _parse("answer", AnswerOptions, arguments)
-    from pacevlm.images import load_image
     from pacevlm.knobs import check_budget_ms
     from pacevlm.pacer import Pacer
 
     budget_ms = check_budget_ms(options.budget_ms)
-    image = load_image(options.image)
     pacer = Pacer.from_pretrained(options.run_dir, device=options.device)
-    pacer.answer(image, options.question, budget_ms)
+    pacer.answer(options.image, options.question, budget_ms)
     if options.drift_state is None:
-        _print_answer(pacer.answer(image, options.question, budget_ms), as_json=options.json)
+        _print_answer(pacer.answer(options.image, options.question, budget_ms), as_json=options.json)
         return
     # After the warm-up, which would look like a slow machine.
     pacer.track_drift(options.drift_state)
-    _print_answer(pacer.answer(image, options.question, budget_ms), as_json=options.json, with_drift=True)
+    _print_answer(pacer.answer(options.image, options.question, budget_ms), as_json=options.json, with_drift=True)
     pacer.save_drift()
 
 
@@ -217,8 +215,8 @@ def importance(arguments: Sequence[str]) -> None:
     from pacevlm.pipeline import load_elastic_model
 
     model_config = ModelConfig(path=config.path, dtype=config.dtype, device=config.device, block_policy="prefix")
-    model = load_elastic_model(model_config)
-    data = load_splits(DataConfig(config.dataset, num_val=config.num_examples, seed=config.seed))
+    model = load_elastic_model(model_config, config.picture)
+    data = load_splits(DataConfig(config.dataset, num_val=config.num_examples, seed=config.seed), config.picture)
     examples = list(data.val if config.dataset == "digits" else data.train)[: config.num_examples]
     with _RichReporter() as reporter:
         result = measure_importance(
@@ -580,7 +578,7 @@ def _answer_sample(config: RunConfig) -> None:
     from pacevlm.data.splits import load_splits
     from pacevlm.pacer import Pacer
 
-    example = load_splits(config.data).test[0]
+    example = load_splits(config.data, config.picture).test[0]
     pacer = Pacer.from_pretrained(config.run_dir, device=config.model.device)
     budget_ms = round(0.8 * pacer.full_p50_ms, 1)
     pacer.answer(example.image, example.question, budget_ms)

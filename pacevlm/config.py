@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -123,6 +124,38 @@ class DataConfig:
                 f"test_dataset is {self.test_dataset!r}, but dataset is 'digits', which has a test split of its own; "
                 "leave test_dataset out, or give a file for both"
             )
+
+
+@dataclass(frozen=True)
+class PictureConfig:
+    """How pictures are read; the same for training, evaluation, profiles and answers.
+
+    Attributes:
+        background: colour that transparent pictures are composed on, as `#rrggbb` or a name that CSS knows.
+        max_pixels: largest accepted number of pixels; a small file can claim many more and fill the memory.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    background: str = "#ffffff"
+    max_pixels: int = 100_000_000
+
+    def __post_init__(self) -> None:
+        check_whole(self, 1, 10**9, "max_pixels")
+        if not isinstance(self.background, str) or not _is_colour(self.background):
+            raise ConfigError(
+                f"background is {self.background!r}; it must be a colour as #rrggbb or by its CSS name, for example "
+                "'#ffffff' or 'white'"
+            )
+
+
+def _is_colour(text: str) -> bool:
+    if re.fullmatch("#[0-9a-fA-F]{6}", text):
+        return True
+    from PIL import ImageColor  # here, because the command line reads settings before anything else loads
+
+    return text.lower() in ImageColor.colormap
 
 
 @dataclass(frozen=True)
@@ -282,6 +315,7 @@ class ImportanceConfig:
         dtype: number type of the weights in memory.
         device: `cpu` or `cuda`.
         seed: which examples are drawn.
+        picture: how pictures are read.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -295,6 +329,7 @@ class ImportanceConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     seed: int = 0
+    picture: PictureConfig = field(default_factory=PictureConfig)
 
     def __post_init__(self) -> None:
         check_path("path", self.path)

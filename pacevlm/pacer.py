@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pacevlm.artefact import Ms, Range, Sha256, Text, load_artefact, save_artefact, typed
+from pacevlm.config import PictureConfig, config_to_dict
 from pacevlm.controller.checkpoint import JSON_NAME as CONTROLLER_JSON
 from pacevlm.controller.checkpoint import WEIGHTS_NAME as CONTROLLER_WEIGHTS
 from pacevlm.controller.policy import Controller, ControllerPolicy
@@ -193,6 +194,7 @@ class Pacer:
             # Limits of tiers outside the knob space count in the model's identity too.
             max_crops=_stored_max_crops(source) | settings["max_crops"],
             max_new_tokens=settings["max_new_tokens"],
+            picture_config=values["picture"],
         )
         if model.identity != settings["identity"]:
             raise IdentityError(
@@ -265,6 +267,7 @@ class Pacer:
                 "max_crops": model.max_crops,
                 "max_new_tokens": model.max_new_tokens,
             },
+            "picture": config_to_dict(model.picture_config),
             "knob_space": model.knob_space.to_dict(),
             "full_p50_ms": self.full_p50_ms,
             "budget_kind": self.pacing.kind,
@@ -396,6 +399,7 @@ class _Bundle(TypedDict):
     """What `bundle.json` holds."""
 
     model: _Model
+    picture: PictureConfig
     knob_space: KnobSpace
     full_p50_ms: Ms
     budget_kind: BudgetKind

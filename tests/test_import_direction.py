@@ -24,6 +24,7 @@ PACKAGE = ROOT / "pacevlm"
 # import each other, but for the modules of the vocabulary.
 VOCABULARY = frozenset(
     {"errors", "checks", "printing", "knobs", "images", "types", "files", "artefact", "config", "identity"}
+    | {"picture_headers", "picture_parts", "picture_sources"}
 )
 LAYERS: tuple[frozenset[str], ...] = (
     VOCABULARY,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+from pacevlm.config import PictureConfig
 from pacevlm.errors import DataError
 from pacevlm.types import Example
 
@@ -34,8 +35,8 @@ class JsonlDataset(Sequence[Example]):
             an image that does not exist; the message gives the line number.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, picture_config: PictureConfig | None = None) -> None:
+        self.path, self.picture_config = Path(path), picture_config or PictureConfig()
         try:
             # A byte order mark is not JSON, but some editors write one.
             text = self.path.read_text(encoding="utf-8-sig")
@@ -99,4 +100,11 @@ class JsonlDataset(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         line = self._lines[index]
-        return Example(line.example_id, line.image_path, line.question, (line.answer,), dict(line.metadata))
+        return Example(
+            line.example_id,
+            line.image_path,
+            line.question,
+            (line.answer,),
+            dict(line.metadata),
+            picture_config=self.picture_config,
+        )

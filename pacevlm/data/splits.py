@@ -9,7 +9,7 @@ from typing import overload
 
 import numpy as np
 
-from pacevlm.config import DataConfig
+from pacevlm.config import DataConfig, PictureConfig
 from pacevlm.data.digits import DigitVQA
 from pacevlm.data.jsonl import JsonlDataset
 from pacevlm.errors import DataError
@@ -77,8 +77,12 @@ class Splits:
     test: Sequence[Example]
 
 
-def load_splits(config: DataConfig) -> Splits:
+def load_splits(config: DataConfig, picture: PictureConfig | None = None) -> Splits:
     """Open a data set and divide it; examples of a test file get `test:` in front of their ids, to stay apart.
+
+    Args:
+        config: which data set, and how it is divided.
+        picture: how the pictures of files are read.
 
     Raises:
         DataError: a file is missing or malformed, or has too few examples to be divided.
@@ -94,12 +98,12 @@ def load_splits(config: DataConfig) -> Splits:
             for split, indices in places.items()
         }
         return Splits("digits", **parts)
-    dataset = JsonlDataset(config.dataset)
+    dataset = JsonlDataset(config.dataset, picture)
     order = np.random.default_rng(config.seed).permutation(len(dataset)).tolist()
     num_val = min(config.num_val, int(MAX_VAL_SHARE * len(dataset)))
     val = Subset(dataset, order[:num_val])
     if config.test_dataset:
-        test_dataset = JsonlDataset(config.test_dataset)
+        test_dataset = JsonlDataset(config.test_dataset, picture)
         test = Subset(test_dataset, range(config.skip_test, len(test_dataset))[: config.num_test], id_prefix="test:")
         behind = num_val
     else:

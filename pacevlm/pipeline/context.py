@@ -91,12 +91,12 @@ class RunContext:
     @cached_property
     def model(self) -> ElasticModel:
         """The frozen model."""
-        return load_elastic_model(self.config.model)
+        return load_elastic_model(self.config.model, self.config.picture)
 
     @cached_property
     def splits(self) -> Splits:
         """The data set in three parts."""
-        return load_splits(self.config.data)
+        return load_splits(self.config.data, self.config.picture)
 
     @cached_property
     def engine(self) -> RolloutEngine:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pacevlm.config import ModelConfig
+from pacevlm.config import ModelConfig, PictureConfig
 from pacevlm.errors import ConfigError
 from pacevlm.knobs import KnobSpace
 from pacevlm.models.elastic import DEFAULT_MAX_CROPS, ElasticModel, read_elastic_settings
@@ -15,8 +15,8 @@ from pacevlm.models.embedded import EMBEDDED_DIR
 from pacevlm.pacer import DTYPES
 
 
-def load_elastic_model(config: ModelConfig) -> ElasticModel:
-    """The model that the settings describe.
+def load_elastic_model(config: ModelConfig, picture: PictureConfig | None = None) -> ElasticModel:
+    """The model that the settings describe, and how it reads pictures.
 
     Raises:
         CheckpointError: the model directory or a file in it is missing, damaged or of another model.
@@ -46,4 +46,5 @@ def load_elastic_model(config: ModelConfig) -> ElasticModel:
         policy=config.block_policy,
         max_crops=max_crops,
         max_new_tokens=config.max_new_tokens,
+        picture_config=picture,
     )

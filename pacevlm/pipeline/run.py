@@ -113,7 +113,7 @@ def step_settings(run: RunContext, step: str) -> dict[str, Any]:
             if name not in ("num_val", "num_test", "skip_test", "test_dataset")
         }
     model = {"identity": run.model.identity, "knob_space": run.model.knob_space.to_dict()}
-    settings: dict[str, Any] = {"model": model, "data": data}
+    settings: dict[str, Any] = {"model": model, "data": data, "picture": config_to_dict(config.picture)}
     if step == "lookup":
         return settings | {"lookup": config_to_dict(config.lookup)}
     settings |= {"profile": config_to_dict(config.profile), "controller": config_to_dict(config.controller)}

@@ -14,6 +14,7 @@ from pacevlm.config import (
     EvaluateConfig,
     LookupConfig,
     ModelConfig,
+    PictureConfig,
     ProfileConfig,
 )
 from pacevlm.errors import ConfigError
@@ -55,6 +56,7 @@ class RunConfig:
         run_dir: folder that holds everything the run leaves behind.
         model: which model runs, and which configurations of it.
         data: which questions the controller learns from and is judged on.
+        picture: how pictures are read.
         profile: how latencies are measured and bounded.
         lookup: the exhaustive sweep that the lookup table is fitted on.
         controller: how the controller is built.
@@ -69,6 +71,7 @@ class RunConfig:
     run_dir: Path = DEFAULT_RUN_DIR
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    picture: PictureConfig = field(default_factory=PictureConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     lookup: LookupConfig = field(default_factory=LookupConfig)
     controller: ControllerSettings = field(default_factory=ControllerSettings)

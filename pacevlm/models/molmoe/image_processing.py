@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from pacevlm.errors import ConfigError, ImageError
-from pacevlm.images import ImageSource, load_image
+from pacevlm.images import ImageSource, open_picture
 from pacevlm.models.molmoe.tiling import CropGeometry, check_max_crops, fitted_size, select_tiling, vision_sizes
 from pacevlm.types import VisionSizes
 
@@ -30,6 +31,9 @@ IM_START, IM_END, IM_PATCH, IM_COL = range(4)
 
 UNUSED_CELL = -100
 """Index of a pooled cell that no token receives, because a neighbouring crop covers the same place."""
+
+TOGETHER_PIXELS = 1 << 20
+"""Up to here a picture's three channels are resized together, which is quicker where little is to be done."""
 
 MASK_ROW_FILL = -1.0
 """Mask value of the last row, which has no high-resolution crop of its own."""
@@ -104,35 +108,53 @@ def _normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tor
         return means, stds, -means / stds
 
 
-def resize_and_pad(
-    pixels: torch.Tensor,
-    target_height: int,
-    target_width: int,
-    image_mean: Sequence[float] = CLIP_MEAN,
-    image_std: Sequence[float] = CLIP_STD,
-) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
-    """Scale an image to fit a target, centre it on black, and normalise.
+def _channels(picture: np.ndarray[Any, Any] | Image.Image, channels: slice) -> np.ndarray[Any, Any]:
+    """Some of a picture's channels, `(height, width, channels)` uint8."""
+    if isinstance(picture, np.ndarray):
+        return picture[..., channels]
+    if channels == slice(0, 3):
+        return np.asarray(picture)
+    return np.asarray(picture.getchannel(channels.start))[..., None]
 
-    Args:
-        pixels: `(3, height, width)` float32 in [0, 1].
+
+def _resize_and_pad(
+    picture: np.ndarray[Any, Any] | Image.Image,
+    targets: Sequence[tuple[int, int]],
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+) -> list[tuple[torch.Tensor, tuple[int, int, int, int]]]:
+    """Scale an image to fit each target `(height, width)`, centre it there on black, and normalise.
+
+    Of a large picture one channel at a time is held as numbers of four bytes: three would fill the memory.
 
     Returns:
-        The canvas `(3, target_height, target_width)` and the picture's place on it as (top, left, height, width).
+        For each target the canvas `(3, height, width)` and the picture's place on it as (top, left, height, width).
 
     Raises:
         ImageError: a side would have no pixel left.
     """
-    _, height, width = pixels.shape
-    new_height, new_width = fitted_size(height, width, target_height, target_width)
-    if (new_height, new_width) != (height, width):
-        pixels = F.interpolate(
-            pixels[None], size=(new_height, new_width), mode="bilinear", align_corners=False, antialias=True
-        )[0].clamp_(0.0, 1.0)
-    mean, std, black = _normalisation(tuple(image_mean), tuple(image_std))
-    top, left = (target_height - new_height) // 2, (target_width - new_width) // 2
-    canvas = black.expand(3, target_height, target_width).contiguous()
-    canvas[:, top : top + new_height, left : left + new_width] = (pixels - mean) / std
-    return canvas, (top, left, new_height, new_width)
+    height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else (picture.height, picture.width)
+    means, stds, black = _normalisation(tuple(image_mean), tuple(image_std))
+    canvases = []
+    for target_height, target_width in targets:
+        new_height, new_width = fitted_size(height, width, target_height, target_width)
+        top, left = (target_height - new_height) // 2, (target_width - new_width) // 2
+        canvas = black.expand(3, target_height, target_width).contiguous()
+        canvases.append((canvas, (top, left, new_height, new_width)))
+    step = 3 if height * width <= TOGETHER_PIXELS else 1
+    for first in range(0, 3, step):
+        channels = slice(first, first + step)
+        values = np.ascontiguousarray(_channels(picture, channels).transpose(2, 0, 1), dtype=np.float32)
+        pixels = torch.from_numpy(values).div_(255.0)
+        for canvas, (top, left, new_height, new_width) in canvases:
+            scaled = pixels
+            if (new_height, new_width) != (height, width):
+                scaled = F.interpolate(
+                    pixels[None], size=(new_height, new_width), mode="bilinear", align_corners=False, antialias=True
+                )[0].clamp_(0.0, 1.0)
+            place = canvas[channels, top : top + new_height, left : left + new_width]
+            place.copy_(scaled).sub_(means[channels]).div_(stds[channels])
+    return canvases
 
 
 def _to_patches(canvas: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -173,7 +195,7 @@ def _overlapping_crops(grid: torch.Tensor, geometry: CropGeometry) -> torch.Tens
 
 
 def prepare_image(
-    image: np.ndarray[Any, Any],
+    image: np.ndarray[Any, Any] | Image.Image,
     max_crops: int,
     geometry: CropGeometry,
     *,
@@ -183,31 +205,34 @@ def prepare_image(
 ) -> PreparedImage:
     """Turn an RGB image into crops of patches, their masks and their places in the sequence.
 
+    Beside the image it takes at most 6 bytes for each of its pixels, and what the crops need.
+
     Args:
-        image: `(height, width, 3)` uint8.
+        image: `(height, width, 3)` uint8, or a PIL image of mode RGB.
         max_crops: most high-resolution crops; the global crop is not counted.
 
     Raises:
-        ImageError: the array is not an RGB uint8 image, or a side would have no pixel left.
+        ImageError: the image is neither, or a side would have no pixel left.
         ConfigError: see `select_tiling`.
     """
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    if isinstance(image, Image.Image) and image.mode == "RGB":
+        height, width = image.height, image.width
+    elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        height, width = image.shape[:2]
+    else:
         given = f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ImageError(f"an image must be a uint8 array of shape (height, width, 3), not {given}")
-    height, width = image.shape[:2]
+        raise ImageError(f"an image must be a uint8 array of shape (height, width, 3) or an RGB image, not {given}")
     rows, cols = select_tiling(height, width, max_crops, geometry, min_crops)
     vision_sizes(height, width, max_crops, geometry, min_crops)  # refuses what cannot be resized, before any work
 
-    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32)).div_(255.0)
-
-    canvas, place = resize_and_pad(pixels, geometry.canvas_px(rows), geometry.canvas_px(cols), image_mean, image_std)
-    patches = _to_patches(canvas, geometry.patch_size)
-    crops = _overlapping_crops(patches, geometry)
-    if (rows, cols) == (1, 1):
-        global_crop = crops  # one tile covers exactly what the global crop shows
-    else:
-        canvas, _ = resize_and_pad(pixels, geometry.crop_size, geometry.crop_size, image_mean, image_std)
-        global_crop = _to_patches(canvas, geometry.patch_size).reshape(1, geometry.patches_per_crop, -1)
+    targets = [(geometry.canvas_px(rows), geometry.canvas_px(cols))]
+    if (rows, cols) != (1, 1):  # otherwise one tile covers exactly what the global crop shows
+        targets.append((geometry.crop_size, geometry.crop_size))
+    (canvas, place), *others = _resize_and_pad(image, targets, image_mean, image_std)
+    crops = _overlapping_crops(_to_patches(canvas, geometry.patch_size), geometry)
+    global_crop = crops
+    if others:
+        global_crop = _to_patches(others[0][0], geometry.patch_size).reshape(1, geometry.patches_per_crop, -1)
 
     pattern, positions = _token_layout(geometry, rows, cols)
     return PreparedImage(
@@ -291,14 +316,16 @@ class MolmoEImageProcessor(BaseImageProcessor):
         return vision_sizes(height, width, self.max_crops if max_crops is None else max_crops, self.geometry)
 
     def prepare(self, image: ImageSource, max_crops: int | None = None) -> PreparedImage:
-        """Load and prepare one image; see `load_image` for what is accepted and `prepare_image` for the result.
+        """Load and prepare one image; see `open_picture` for what is accepted and `prepare_image` for the result.
 
         Raises:
-            ImageError: the image cannot be read or a side would have no pixel left.
+            ImageError: the image cannot be read or a side would have no pixel left; that is known before decoding.
             ConfigError: `max_crops` is below 1 or not a whole number.
         """
+        picture = open_picture(image)
+        self.vision_sizes(picture.height, picture.width, max_crops)
         return prepare_image(
-            np.asarray(load_image(image)),
+            picture.decode(),
             self.max_crops if max_crops is None else max_crops,
             self.geometry,
             image_mean=self.image_mean,

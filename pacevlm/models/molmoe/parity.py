@@ -18,12 +18,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
 
 from pacevlm.errors import CheckpointError, ImageError, PacevlmError
 from pacevlm.files import load_safetensors, read_json
-from pacevlm.images import load_image
 from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.greedy import decode_greedily, last_positions
 from pacevlm.models.molmoe.image_processing import prepare_image
@@ -334,10 +334,12 @@ class ParityFolder:
         number, case = self.preproc[name]
         number = case.get("case", number)
         path = self.folder / "images" / f"{case['image']}.png"
+        # As the reference reads them: it drops transparency, which `load_image` composes on a background.
         try:
-            pixels = np.array(load_image(path))
-        except ImageError as error:
-            raise CheckpointError(f"case {name}: {error}") from error
+            with Image.open(path, formats=["PNG"]) as file:
+                pixels = np.array(file.convert("RGB"))
+        except (OSError, SyntaxError) as error:
+            raise CheckpointError(f"case {name}: {path} cannot be read: {error}") from error
         # Stored at the published model's sizes, which are the defaults.
         geometry = CropGeometry()
         try:
