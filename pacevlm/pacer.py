@@ -12,6 +12,7 @@ import torch
 
 from pacevlm.controller.policy import Controller, ControllerPolicy
 from pacevlm.controller.policy_interface import Policy
+from pacevlm.devices import resolve_device
 from pacevlm.errors import BudgetError, CheckpointError, ConfigError, IdentityError, KnobError
 from pacevlm.files import read_json, write_json_atomic
 from pacevlm.images import ImageSource
@@ -138,7 +139,7 @@ class Pacer:
 
         Args:
             path: a directory that `save_pretrained` wrote, or a run directory with a `bundle` folder in it.
-            device: where the model runs.
+            device: where the model runs; see `resolve_device`.
             model_path: where the model is, if no longer where the bundle says.
             any_device: accept latencies that were profiled on another device; budgets then mean little.
 
@@ -147,7 +148,9 @@ class Pacer:
             IdentityError: the parts were made for different models, knob spaces or devices.
             ProfileError: a latency file is missing or malformed.
             KnobError: the model cannot run the knob space.
+            ConfigError: there is no such device.
         """
+        device = resolve_device(device)
         folder = _bundle_folder(path)
         values = _read_bundle(folder / BUNDLE_NAME)
         settings = values["model"]
@@ -189,6 +192,7 @@ class Pacer:
             knob_space=model.knob_space,
             estimator_fingerprint=estimator.fingerprint,
             d_model=model.d_model,
+            device=model.device,
         )
         return cls(
             model,

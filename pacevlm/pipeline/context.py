@@ -125,6 +125,7 @@ class RunContext:
             knob_space=self.model.knob_space,
             estimator_fingerprint=self.estimator.fingerprint,
             d_model=self.model.d_model,
+            device=self.model.device,
         )
 
     @property
