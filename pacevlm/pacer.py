@@ -17,6 +17,7 @@ from pacevlm.controller.checkpoint import JSON_NAME as CONTROLLER_JSON
 from pacevlm.controller.checkpoint import WEIGHTS_NAME as CONTROLLER_WEIGHTS
 from pacevlm.controller.policy import Controller, ControllerPolicy
 from pacevlm.controller.policy_interface import Policy
+from pacevlm.devices import resolve_device
 from pacevlm.errors import CheckpointError, ConfigError, IdentityError
 from pacevlm.files import sha256_file
 from pacevlm.images import ImageSource
@@ -169,7 +170,7 @@ class Pacer:
 
         Args:
             path: a directory that `save_pretrained` wrote, or a run directory with a `bundle` folder in it.
-            device: where the model runs.
+            device: where the model runs; see `resolve_device`.
             model_path: where the model is, if no longer where the bundle says.
             any_device: accept latencies that were profiled on another device; budgets then mean little.
 
@@ -179,7 +180,9 @@ class Pacer:
             IdentityError: the parts were made for different models, knob spaces or devices.
             ProfileError: a latency file is malformed.
             KnobError: the model cannot run the knob space.
+            ConfigError: there is no such device.
         """
+        device = resolve_device(device)
         folder = _bundle_folder(path)
         values = _read_bundle(folder)
         settings = values["model"]
@@ -222,6 +225,7 @@ class Pacer:
             knob_space=model.knob_space,
             estimator_fingerprint=estimator.fingerprint,
             d_model=model.d_model,
+            device=model.device,
         )
         pacer = cls(
             model,

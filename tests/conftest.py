@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -33,6 +34,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def enough_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tests use a few threads on any machine."""
+    monkeypatch.setattr("pacevlm.latency.measuring.available_threads", lambda: 4)
 
 
 TINY_TEXTS = ["Which number is the largest? 407", "How many red digits are there?", "red green blue 1 2 3"] * 20
@@ -138,21 +145,56 @@ def save_checkpoint() -> Callable[..., Path]:
     return save_tiny_checkpoint
 
 
-@pytest.fixture(scope="session", params=["tiny", "tiny_gqa", "embedded"])
-def law_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ElasticModel:
-    """Every model that the laws of elastic execution must hold for."""
+# Where a law holds besides the CPU: the pretended device everywhere, a real one where there is one.
+OTHER_DEVICES = ["xpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+LAW_MODELS = [
+    *("tiny cpu", "tiny_gqa cpu", "embedded cpu", "tiny xpu", "tiny_gqa xpu"),
+    *(pytest.param(f"{name} cuda", marks=pytest.mark.gpu) for name in ("tiny", "tiny_gqa", "embedded")),
+]
+
+
+@contextmanager
+def device_exists(device: str) -> Iterator[None]:
+    """Let the pretended device exist inside the block, if it is the one that is meant."""
+    from pretended_device import DEVICE, PretendedDevice
+
+    with PretendedDevice() if device == DEVICE.type else nullcontext():
+        yield
+
+
+@pytest.fixture(params=OTHER_DEVICES)
+def other_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A device that is not the CPU, for as long as the test runs."""
+    with device_exists(request.param):
+        yield request.param
+
+
+@pytest.fixture(scope="session", params=LAW_MODELS)
+def law_model_anywhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ElasticModel:
+    """See `law_model`."""
     from pacevlm.models.elastic import ElasticModel, read_elastic_settings
     from pacevlm.models.embedded import EMBEDDED_DIR
 
-    if request.param == "embedded":
-        if not (EMBEDDED_DIR / "model.safetensors").exists():
-            pytest.skip(f"the embedded model is not in {EMBEDDED_DIR}; train it with scripts/train_embedded")
-        measured = "removal" in read_elastic_settings(EMBEDDED_DIR)
-        return ElasticModel.from_pretrained("embedded", policy="importance" if measured else "prefix")
-    if request.param == "tiny_gqa":
-        folder = save_tiny_checkpoint(tmp_path_factory.mktemp("tiny_gqa"), seed=1, n_kv_heads=2)
-        return ElasticModel.from_pretrained(folder)
-    return cast("ElasticModel", request.getfixturevalue("tiny_elastic"))
+    name, device = request.param.split()
+    with device_exists(device):
+        if name == "embedded":
+            if not (EMBEDDED_DIR / "model.safetensors").exists():
+                pytest.skip(f"the embedded model is not in {EMBEDDED_DIR}; train it with scripts/train_embedded")
+            measured = "removal" in read_elastic_settings(EMBEDDED_DIR)
+            return ElasticModel.from_pretrained(
+                "embedded", policy="importance" if measured else "prefix", device=device
+            )
+        if name == "tiny_gqa":
+            folder = save_tiny_checkpoint(tmp_path_factory.mktemp("tiny_gqa"), seed=1, n_kv_heads=2)
+            return ElasticModel.from_pretrained(folder, device=device)
+        return ElasticModel.from_pretrained(request.getfixturevalue("tiny_elastic_dir"), device=device)
+
+
+@pytest.fixture
+def law_model(law_model_anywhere: ElasticModel) -> Iterator[ElasticModel]:
+    """Every model that the laws of elastic execution must hold for, on every device."""
+    with device_exists(law_model_anywhere.device.type):
+        yield law_model_anywhere
 
 
 @pytest.fixture(scope="session")

@@ -99,7 +99,8 @@ class Controller(nn.Module):
     """Decides, in two stages, which configuration of one model to run for each request.
 
     All methods work on batches and are differentiable in the weights, and through the latency token's output. Weights
-    start from torch's global random state.
+    start from torch's global random state. They are trained where the model is: masks and latency token outputs may be
+    on any device, and what the methods give is on the weights'. `ControllerPolicy` decides requests on the CPU.
 
     Args:
         config: the settings.
@@ -261,8 +262,9 @@ class Controller(nn.Module):
         knob_space: KnobSpace,
         estimator_fingerprint: str,
         d_model: int,
+        device: str | torch.device = "cpu",
     ) -> Self:
-        """Read a controller, onto the CPU, that was trained for this very model, knob space and estimator.
+        """Read a controller that was trained for this very model, knob space and estimator, onto a device.
 
         The global random state stays as it is.
 
@@ -298,7 +300,7 @@ class Controller(nn.Module):
             )
         weights = read_weights(folder, content["weights_sha256"], controller.state_dict())
         controller.load_state_dict(weights)
-        return controller
+        return controller.to(device)
 
     def _check_request(self, request: PolicyInput) -> None:
         shape = self.knob_space.shape
@@ -319,7 +321,8 @@ class Controller(nn.Module):
 class ControllerPolicy:
     """Runs a controller greedily: at each stage the admitted action with the highest logit, the cheapest of equal ones.
 
-    It decides with the weights that the controller has when the policy is made.
+    It decides with the weights that the controller has when the policy is made. They are copied to the CPU: choosing
+    knobs there takes microseconds, and of a request only the latency token and its output cross devices.
     """
 
     name = "controller"

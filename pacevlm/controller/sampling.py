@@ -22,14 +22,14 @@ def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         logits: `(batch, ...)`.
-        mask: boolean, of the same shape; True where an action is allowed.
+        mask: boolean, of the same shape, on any device; True where an action is allowed.
 
     Raises:
         DataError: the mask is not boolean or has another shape.
         KnobError: a row allows no action.
     """
     _check_mask(logits, mask)
-    return logits.masked_fill(~mask, -torch.inf)
+    return logits.masked_fill(~mask.to(logits.device), -torch.inf)
 
 
 def best_action(logits: NDArray[np.float32], mask: NDArray[np.bool_]) -> int:

@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pacevlm.errors import ConfigError
+
+
+def available_threads() -> int:
+    """CPUs that this process may run on."""
+    # Not every system tells which of its CPUs a process may use.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_num_threads(num_threads: int | None) -> None:
+    """Raise ConfigError unless CPU operations can use so many threads here; None means as many as they do already."""
+    if num_threads is None:
+        return
+    if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
+        raise ConfigError(f"num_threads is {num_threads!r}; it must be a whole number from 1, or none for all")
+    if num_threads > available_threads():
+        raise ConfigError(
+            f"num_threads is {num_threads}, but this process may use {available_threads()} CPUs; set "
+            "profile.num_threads to at most so many"
+        )
 
 
 @contextmanager
@@ -16,13 +36,12 @@ def use_num_threads(num_threads: int | None) -> Iterator[None]:
     The number belongs to the whole process.
 
     Raises:
-        ConfigError: the number is not a whole number from 1.
+        ConfigError: the number is not a whole number from 1, or there are fewer CPUs here.
     """
+    check_num_threads(num_threads)
     if num_threads is None:
         yield
         return
-    if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
-        raise ConfigError(f"num_threads is {num_threads!r}; it must be a whole number from 1, or none for all")
     import torch
 
     before = torch.get_num_threads()

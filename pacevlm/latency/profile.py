@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from pacevlm.artefact import MAX_COUNT, MAX_MS, Text, check_keys, load_artefact, save_artefact, typed
-from pacevlm.errors import ConfigError, IdentityError, ProfileError
+from pacevlm.devices import ACCELERATORS, resolve_device
+from pacevlm.errors import IdentityError, ProfileError
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.types import StageTimes
 
@@ -29,7 +30,7 @@ class DeviceFacts:
     """What latencies depend on besides the model and the request.
 
     Attributes:
-        device_type: `cpu` or `cuda`.
+        device_type: `cpu`, `cuda` or `xpu`.
         device_name: the processor's or accelerator's own name.
         num_threads: threads that one CPU operation may use.
         dtype: number format of the model's weights, for example `float32`.
@@ -53,8 +54,8 @@ class DeviceFacts:
     clock: str
 
     def __post_init__(self) -> None:
-        if self.device_type not in ("cpu", "cuda"):
-            raise ProfileError(f"device_type is {self.device_type!r}; it must be 'cpu' or 'cuda'")
+        if self.device_type not in ("cpu", *ACCELERATORS):
+            raise ProfileError(f"device_type is {self.device_type!r}; it must be one of {('cpu', *ACCELERATORS)}")
         threads = self.num_threads
         if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MAX_NUM_THREADS:
             raise ProfileError(f"num_threads is {threads!r}; it must be a whole number in 1..{MAX_NUM_THREADS}")
@@ -85,22 +86,16 @@ def collect_device_facts(device: str | torch.device, dtype: str | torch.dtype) -
     """Describe the device that a model runs on, and the machine's state now.
 
     Raises:
-        ConfigError: the device is neither a CPU nor an available CUDA device.
+        ConfigError: there is no such device here.
     """
     import torch
 
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device {device!r} is unknown; use 'cpu' or 'cuda'") from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {device!r} cannot be profiled; use 'cpu' or 'cuda'")
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {device!r} was asked for, but no CUDA device is available; use 'cpu'")
+    resolved = resolve_device(device)
+    module = torch.get_device_module(resolved)
     clock = time.get_clock_info("perf_counter")
     return DeviceFacts(
         device_type=resolved.type,
-        device_name=torch.cuda.get_device_name(resolved) if resolved.type == "cuda" else _cpu_name(),
+        device_name=_cpu_name() if resolved.type == "cpu" else module.get_device_name(resolved),
         num_threads=torch.get_num_threads(),
         dtype=str(dtype).removeprefix("torch."),
         torch_version=str(torch.__version__),
@@ -141,9 +136,9 @@ def _clock_mhz(device: torch.device) -> float | None:
     import torch
 
     try:
-        if device.type == "cuda":
-            return float(torch.cuda.clock_rate(device))
-        return float(_cpuinfo("cpu MHz") or "")
+        if device.type == "cpu":
+            return float(_cpuinfo("cpu MHz") or "")
+        return float(torch.get_device_module(device).clock_rate(device))
     except (ImportError, RuntimeError, ValueError):
         # The driver's library for clock rates may be missing, and not every system lists them.
         return None

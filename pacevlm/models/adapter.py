@@ -109,7 +109,7 @@ class Adapter(Protocol[PromptT, PreparedT]):
         """Check and tokenise a question."""
 
     def question_embedding(self, prompt: PromptT) -> Tensor:
-        """Mean of the prompt's token embeddings, `(d_model,)`, float32."""
+        """Mean of the prompt's token embeddings, `(d_model,)`, float32, on the CPU, where policies read it."""
 
     def vision_sizes(self, height: int, width: int, max_crops: int) -> VisionSizes:
         """Crops and image tokens of an image, from its size in pixels alone."""

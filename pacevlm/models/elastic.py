@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pacevlm.artefact import Range, Text, typed
+from pacevlm.devices import resolve_device
 from pacevlm.errors import CheckpointError, ConfigError, KnobError, QuestionError
 from pacevlm.files import read_json, write_json_atomic
 from pacevlm.images import ImageSource, Picture, PictureConfig, open_picture
@@ -42,7 +43,7 @@ class RequestView:
     """What is known of a request before any pixel reaches the vision encoder.
 
     Attributes:
-        question_embedding: mean of the prompt's token embeddings, `(d_model,)`.
+        question_embedding: mean of the prompt's token embeddings, `(d_model,)`, float32 on the CPU.
         sizes: crops and tokens per tier.
         image_size: `(height, width)` in pixels.
         picture: the picture itself, for an optional thumbnail.
@@ -124,7 +125,8 @@ class ElasticModel:
         self.picture_config = picture_config or PictureConfig()
         self.stage2_after = stage2_after
         self.max_new_tokens = _whole("max_new_tokens", max_new_tokens)
-        # A GPU waits for each small kernel of a decode step to be launched, unless a graph launches them together.
+        # A GPU waits for each small kernel of a decode step to be launched, unless a graph launches them together; only
+        # CUDA has graphs.
         static = StaticDecode(adapter, order, stage2_after) if adapter.device.type == "cuda" else None
         self.decoder = ElasticDecoder(adapter, order, stage2_after, static)
 
@@ -167,7 +169,7 @@ class ElasticModel:
         Args:
             path: a directory written by `save_pretrained`, or `embedded` for the model inside the package.
             knob_space: configurations; those of `elastic.json` or the defaults if None.
-            device: where to put the weights.
+            device: where to put the weights; see `resolve_device`.
             dtype: of the weights in memory.
             stage2_after: blocks before stage 2 decides.
             policy: `importance` (the measured order) or `prefix` (plain early exit).
@@ -178,10 +180,11 @@ class ElasticModel:
         Raises:
             CheckpointError: the directory or a file in it is missing, truncated, corrupt or of another model.
             KnobError: the model cannot run the knob space.
-            ConfigError: an unknown policy, or a limit that is not a whole number of at least 1.
+            ConfigError: no such device, an unknown policy, or a limit that is not a whole number of at least 1.
         """
         from pacevlm.models.molmoe.loading import load_molmoe
 
+        device = resolve_device(device)
         folder = EMBEDDED_DIR if str(path) == "embedded" else Path(path)
         if not folder.is_dir():
             raise CheckpointError(
@@ -274,8 +277,7 @@ class ElasticModel:
 
     def synchronise(self) -> None:
         """Wait until the device has finished what it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        torch.get_device_module(self.device).synchronize(self.device)
 
     @torch.inference_mode()
     def run_request(

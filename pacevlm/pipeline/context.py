@@ -131,6 +131,7 @@ class RunContext:
             knob_space=self.model.knob_space,
             estimator_fingerprint=self.estimator.fingerprint,
             d_model=self.model.d_model,
+            device=self.model.device,
         )
 
     @property

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
-
 from pacevlm.config import ModelConfig, PictureConfig
+from pacevlm.devices import resolve_device
 from pacevlm.errors import ConfigError
 from pacevlm.knobs import KnobSpace
 from pacevlm.models.elastic import DEFAULT_MAX_CROPS, ElasticModel, read_elastic_settings
@@ -23,8 +22,7 @@ def load_elastic_model(config: ModelConfig, picture: PictureConfig | None = None
         ConfigError: the device is not there, or tiers and crop limits differ in number.
         KnobError: the model cannot run a knob value.
     """
-    if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device is {config.device!r}, but torch sees no CUDA device here; use cpu")
+    device = resolve_device(config.device)
     folder = EMBEDDED_DIR if config.path == "embedded" else Path(config.path)
     stored = read_elastic_settings(folder) if folder.is_dir() else {}
     space = KnobSpace.from_dict(stored.get("knob_space", KnobSpace().to_dict()))
@@ -40,7 +38,7 @@ def load_elastic_model(config: ModelConfig, picture: PictureConfig | None = None
     return ElasticModel.from_pretrained(
         config.path,
         knob_space=space,
-        device=config.device,
+        device=device,
         dtype=DTYPES[config.dtype],
         stage2_after=config.stage2_after,
         policy=config.block_policy,

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pacevlm.config import config_to_dict, save_config
+from pacevlm.devices import resolve_device
 from pacevlm.errors import ConfigError, IdentityError
+from pacevlm.latency.measuring import check_num_threads
 from pacevlm.pipeline.artefacts import CONFIG_NAME, remove_artefacts
 from pacevlm.pipeline.checks import check_run
 from pacevlm.pipeline.context import Reporter, RunContext
@@ -58,12 +60,15 @@ def run_pipeline(
         The run's parts, all loaded or to be loaded from its directory.
 
     Raises:
-        ConfigError: the run directory was made with other settings, or there is no such step.
+        ConfigError: the run directory was made with other settings, or there is no such step or device, or fewer CPUs
+            than threads.
         IdentityError: the run directory was made for another model or device.
         PacevlmError: whatever a step raises.
     """
     if until not in STEPS:
         raise ConfigError(f"there is no step {until!r}; the steps are {', '.join(STEPS)}")
+    resolve_device(config.model.device)
+    check_num_threads(config.profile.num_threads)
     run = RunContext(config, reporter, command)
     wanted = STEPS[: STEPS.index(until) + 1]
     if fresh:

@@ -201,7 +201,7 @@ def _new_controller(run: RunContext, seed: int) -> Controller:
     prompt = model.adapter.encode_question(example.question)
     prepared = model.adapter.prepare(example.image, prompt, model.max_crops[model.knob_space.tiers[0]])
     with torch.no_grad():
-        scale = float(model.adapter.embed_tokens(prepared.input_ids).float().square().mean().sqrt())
+        scale = float(model.adapter.embed_tokens(prepared.input_ids.to(model.device)).float().square().mean().sqrt())
     config = ControllerConfig(
         reference_ms=run.full_p50_ms, embedding_scale=scale, **config_to_dict(run.config.controller)
     )
@@ -214,7 +214,8 @@ def _new_controller(run: RunContext, seed: int) -> Controller:
             estimator_fingerprint=run.estimator.fingerprint,
             d_model=model.d_model,
         )
-    return controller
+    # Behind the draw of its weights, so that a seed means the same weights on every device.
+    return controller.to(model.device)
 
 
 def calibrate_step(run: RunContext) -> dict[str, Any]:

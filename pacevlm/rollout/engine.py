@@ -130,10 +130,11 @@ class RolloutEngine:
             tokens: encoded budgets, `(n, d_model)`.
 
         Returns:
-            `(n, d_model)`, in the order of `tokens`.
+            `(n, d_model)`, in the order of `tokens`, on the model's device and of its dtype wherever the tokens are.
         """
+        tokens = tokens.to(self.model.device, self.model.dtype)
         if not examples:
-            return tokens.to(self.model.dtype)
+            return tokens
         places: dict[tuple[str, str], list[int]] = {}
         by_id = {}
         for i, (example, tier) in enumerate(zip(examples, tiers, strict=True)):
@@ -142,8 +143,7 @@ class RolloutEngine:
 
         def run_chunk(chunk: list[tuple[str, str]]) -> Tensor:
             prefixes = self._shared_prefixes([(by_id[example_id], tier) for example_id, tier in chunk])
-            groups = [tokens[places[key]].to(self.model.dtype) for key in chunk]
-            return self.model.decoder.latency_token(prefixes, groups)
+            return self.model.decoder.latency_token(prefixes, [tokens[places[key]] for key in chunk])
 
         keys = list(places)
         lengths = {key: self._prompt_tokens(by_id[key[0]], key[1]) for key in keys}
@@ -151,9 +151,7 @@ class RolloutEngine:
         for chunk, output in self._in_chunks(run_chunk, keys, lengths):
             outputs.append(output)
             order += [i for key in chunk for i in places[key]]
-        inverse = torch.empty(len(order), dtype=torch.long)
-        inverse[torch.tensor(order)] = torch.arange(len(order))
-        return torch.cat(outputs)[inverse.to(tokens.device)]
+        return torch.cat(outputs)[torch.tensor(order, device=tokens.device).argsort()]
 
     def run(self, jobs: Sequence[tuple[Example, Knobs]], progress: Progress | None = None) -> list[Outcome]:
         """Outcomes of (example, knobs) pairs, in order.
@@ -249,8 +247,8 @@ class RolloutEngine:
                 start += len(chunk)
                 continue
             # Behind the handler, where nothing of the failed batch is referred to any more.
-            if self.model.device.type == "cuda":
-                torch.cuda.empty_cache()
+            if self.model.device.type != "cpu":
+                torch.get_device_module(self.model.device).empty_cache()
 
     # Not inference mode, even inside it: a cached prefix may serve a gradient later.
     @torch.inference_mode(False)

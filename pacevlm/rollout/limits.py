@@ -16,9 +16,9 @@ BATCH_SHARE, PREFIX_SHARE = 0.5, 0.25
 # and the copies that its experts read and write.
 WORKING_VECTORS = 64
 # Larger batches than these gain nothing: a CPU's caches are full long before its memory.
-MOST_ROWS = {"cpu": 256, "cuda": 4096}
-MOST_TOKENS = {"cpu": 8192, "cuda": 1 << 18}
-MOST_PREFIX_BYTES = {"cpu": 2 << 30, "cuda": 16 << 30}
+MOST_ROWS = {"cpu": 256, "accelerator": 4096}
+MOST_TOKENS = {"cpu": 8192, "accelerator": 1 << 18}
+MOST_PREFIX_BYTES = {"cpu": 2 << 30, "accelerator": 16 << 30}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class BatchLimits:
         Args:
             given: limits that are settled already, by name; None is chosen too.
         """
-        kind = "cuda" if model.device.type == "cuda" else "cpu"
+        kind = "cpu" if model.device.type == "cpu" else "accelerator"
         num_free = free_bytes(model.device)
         vectors = 2 * model.adapter.num_blocks + WORKING_VECTORS
         token_bytes = vectors * model.d_model * model.dtype.itemsize
@@ -73,9 +73,10 @@ class BatchLimits:
 
 def free_bytes(device: torch.device) -> int:
     """Memory of a device that nobody uses; what the allocator keeps for reuse counts as free."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        free, _ = module.mem_get_info(device)
+        return int(free + module.memory_reserved(device) - module.memory_allocated(device))
     # Systems that do not say what is free say what there is.
     name = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
     return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")

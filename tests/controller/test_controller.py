@@ -107,7 +107,7 @@ def test_a_batch_gives_every_row_what_it_gets_alone(
         {"image_size": (333, 444)},
         {"sizes": RequestSizes((VisionSizes(2, 30), VisionSizes(3, 40), VisionSizes(9, 90)), 12, 100)},
         {"feasible": np.eye(3, 8, dtype=bool).reshape(3, 2, 4)},
-        {"image": Image.new("RGB", (8, 8), (255, 0, 0))},
+        {"picture": open_picture(Image.new("RGB", (8, 8), (255, 0, 0)))},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -125,7 +125,7 @@ def test_stage1_reads_everything_that_it_should(
 @pytest.mark.parametrize(
     ("setting", "change"),
     [
-        ("thumbnail", {"image": Image.new("RGB", (8, 8), (255, 0, 0))}),
+        ("thumbnail", {"picture": open_picture(Image.new("RGB", (8, 8), (255, 0, 0)))}),
         ("feasible_fractions", {"feasible": np.eye(3, 8, dtype=bool).reshape(3, 2, 4)}),
     ],
 )

@@ -124,6 +124,7 @@ def test_stages_see_what_they_may(law_model: ElasticModel, law_examples: list[Ex
     assert view.sizes == law_model.view(example.image, example.question).sizes
     assert tier == space.tiers[-1]
     expected = RolloutEngine(law_model).latency_token_outputs([example], [tier], token[None])
+    assert output.device == expected.device == law_model.adapter.device
     torch.testing.assert_close(output, expected[0], atol=1e-5, rtol=1e-5)
     assert result.knobs == Knobs(space.tiers[-1], space.top_ks[0], space.num_blocks[0])
 

@@ -275,10 +275,10 @@ def test_latency_tokens_together_are_latency_tokens_alone(
     examples, tiers, tokens = token_jobs(law_model, law_examples)
     tokens.requires_grad_()
     together = RolloutEngine(law_model, **limits).latency_token_outputs(examples, tiers, tokens)
-    weights = torch.randn(together.shape, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(together.shape, generator=torch.Generator().manual_seed(1)).to(law_model.device)
     (gradient,) = torch.autograd.grad((together * weights).sum(), tokens)
     for i, (example, tier) in enumerate(zip(examples, tiers, strict=True)):
-        token = tokens[i : i + 1].detach().requires_grad_()
+        token = tokens[i : i + 1].detach().to(law_model.device).requires_grad_()
         # Not through the engine: request by request, as `run_request` does it.
         prompt = law_model.adapter.encode_question(example.question)
         prepared = law_model.adapter.prepare(example.image, prompt, law_model.max_crops[tier])
@@ -290,7 +290,7 @@ def test_latency_tokens_together_are_latency_tokens_alone(
         )
         (lone_gradient,) = torch.autograd.grad((alone[0] * weights[i]).sum(), token)
         scale = max(1.0, float(lone_gradient.abs().max()))
-        torch.testing.assert_close(gradient[i], lone_gradient[0], atol=1e-5 * scale, rtol=0)
+        torch.testing.assert_close(gradient[i], lone_gradient[0].cpu(), atol=1e-5 * scale, rtol=0)
 
 
 def test_gradient_survives_a_run_in_inference_mode(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:

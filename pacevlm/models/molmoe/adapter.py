@@ -75,7 +75,7 @@ class MolmoEAdapter:
     def question_embedding(self, prompt: MolmoEPrompt) -> Tensor:
         """See `Adapter`."""
         ids = torch.tensor(prompt.ids_before + prompt.ids_behind, device=self.device)
-        return F.embedding(ids, self.model.model.transformer.wte.embedding).float().mean(0)
+        return F.embedding(ids, self.model.model.transformer.wte.embedding).float().mean(0).cpu()
 
     def vision_sizes(self, height: int, width: int, max_crops: int) -> VisionSizes:
         """See `Adapter`; raises ImageError."""

@@ -42,8 +42,8 @@ def spread_top_k(top_k: int | Tensor, num_tokens: int) -> tuple[int, Tensor | No
 
 
 def _supports_grouped_mm(x: Tensor, weight: Tensor) -> bool:
-    # The grouped kernel wants rows aligned to 16 bytes; on CUDA it takes bfloat16 only.
-    if x.device.type == "cuda" and x.dtype != torch.bfloat16:
+    # The grouped kernel wants rows aligned to 16 bytes; but for the CPU's it takes bfloat16 only.
+    if x.device.type != "cpu" and x.dtype != torch.bfloat16:
         return False
     return all(width * weight.element_size() % 16 == 0 for width in weight.shape[1:])
 
@@ -69,8 +69,8 @@ def _run_one_token(x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Te
 def _run_one_token_gathered(
     x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor
 ) -> Tensor:
-    # On a CUDA device without a grouped product for this dtype: nothing that depends on which experts are active has to
-    # come back to the host, so that a CUDA graph can hold it.
+    # On an accelerator without a grouped product for this dtype: nothing that depends on which experts are active has
+    # to come back to the host, so that a CUDA graph can hold it.
     active = experts[0]
     inner = swiglu(torch.matmul(gate_up_proj[active], x[0]))
     out = torch.matmul(down_proj[active], inner.unsqueeze(-1)).squeeze(-1)

@@ -17,7 +17,7 @@ from pacevlm.models.molmoe.adapter import MolmoEAdapter
 from pacevlm.models.molmoe.processing import MolmoEProcessor
 
 
-def load_molmoe(folder: Path, device: str | torch.device, dtype: torch.dtype) -> MolmoEAdapter:
+def load_molmoe(folder: Path, device: torch.device, dtype: torch.dtype) -> MolmoEAdapter:
     """Load model and processor from a directory.
 
     Raises:
@@ -61,7 +61,7 @@ def load_molmoe(folder: Path, device: str | torch.device, dtype: torch.dtype) ->
         raise CheckpointError(f"the processor in {folder} cannot be used: {error}") from error
     _check_processor(folder, processor, cast(MolmoEConfig, model.config))
     torch.nn.Module.to(model, device)  # transformers' own `to` is not typed
-    if torch.device(device).type == "cpu" and dtype == torch.float32 and find_spec("numba") is not None:
+    if device.type == "cpu" and dtype == torch.float32 and find_spec("numba") is not None:
         from pacevlm.models.molmoe.compiled_adapter import CompiledMolmoEAdapter
 
         return CompiledMolmoEAdapter(model, processor)

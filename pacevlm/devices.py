@@ -1,0 +1,39 @@
+"""Which devices there are to run on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pacevlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+# Besides the CPU: what torch runs all of a model's operations on, with one interface for memory, streams and events.
+ACCELERATORS = ("cuda", "xpu")
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device that a name means: `cpu`, or an accelerator with an optional number such as `cuda:1`.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    import torch
+
+    there = [torch.device("cpu")]
+    for kind in ACCELERATORS:
+        module = torch.get_device_module(kind)
+        if module.is_available():
+            there += [torch.device(kind, index) for index in range(module.device_count())]
+    try:
+        wanted = torch.device(device) if isinstance(device, str | torch.device) else None
+    except RuntimeError:
+        wanted = None
+    for found in there:
+        if wanted is not None and wanted.type == found.type and wanted.index in (None, found.index or 0):
+            return found if wanted.index is not None else wanted
+    raise ConfigError(
+        f"device is {device!r}, but torch sees {', '.join(map(str, there))} here; set the device (--device, in a run "
+        "--model.device) to one of these"
+    )
