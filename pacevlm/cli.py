@@ -7,8 +7,10 @@ import inspect
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +20,7 @@ import tyro
 
 from pacevlm.config import ImportanceConfig
 from pacevlm.errors import ConfigError, PacevlmError
+from pacevlm.signals import Stopped, stopping_on_signals
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -34,8 +37,8 @@ DEFAULT_DIR = Path("runs/default")
 
 FRESH_HELP = "start over: remove what an earlier run left in the run directory, and its settings."
 
-# Exit codes: 0 done, 1 a fault of pacevlm itself, 2 what the user gave cannot be used, 130 interrupted.
-USAGE_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+# Exit codes: 0 done, 1 a fault of pacevlm itself, 2 what the user gave cannot be used, 128 + n stopped by signal n.
+USAGE_ERROR, SIGNALLED, PIPE_CLOSED = 2, 128, 141
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -127,15 +130,14 @@ def report(arguments: Sequence[str]) -> None:
       pacevlm report --run-dir runs/quickstart
     """
     options = _parse("report", ReportOptions, arguments)
-    from pacevlm.config import config_to_dict, load_config
-    from pacevlm.data.splits import load_splits
-    from pacevlm.pipeline import RunConfig
+    from pacevlm.pipeline.lock import one_writer
     from pacevlm.pipeline.outputs import draw_outputs, read_outputs
+    from pacevlm.pipeline.run_config import load_run_config
 
-    results, records = read_outputs(options.run_dir)
-    config = load_config(options.run_dir / "config.json", RunConfig)
-    examples = list(load_splits(config.data).test)
-    draw_outputs(options.run_dir, results, records, examples=examples, config=config_to_dict(config))
+    read_outputs(options.run_dir)  # or there is nothing to lock and draw
+    config = load_run_config(options.run_dir)
+    with one_writer(options.run_dir):
+        draw_outputs(config)
     _print_results(config)
 
 
@@ -207,21 +209,25 @@ def importance(arguments: Sequence[str]) -> None:
     from pacevlm.evaluation.importance import measure_importance
     from pacevlm.models.embedded import EMBEDDED_DIR
     from pacevlm.pipeline import load_elastic_model
+    from pacevlm.pipeline.lock import one_writer
 
     model_config = ModelConfig(path=config.path, dtype=config.dtype, device=config.device, block_policy="prefix")
     model = load_elastic_model(model_config)
     data = load_splits(DataConfig(config.dataset, num_val=config.num_examples, seed=config.seed))
     examples = list(data.val if config.dataset == "digits" else data.train)[: config.num_examples]
-    with _RichReporter() as reporter:
+    folder = EMBEDDED_DIR if config.path == "embedded" else Path(config.path)
+    partial_path = folder / "elastic.json.partial.jsonl"
+    with one_writer(folder, ".elastic.json.lock"), _RichReporter() as reporter:
         result = measure_importance(
             model,
             examples,
             config.min_num_blocks,
             num_candidates=config.num_candidates,
             progress=lambda done, total: reporter.progress("sets of blocks", done, total),
+            partial_path=partial_path,
         )
-    folder = EMBEDDED_DIR if config.path == "embedded" else Path(config.path)
-    result.save(folder, f"{data.name}, {len(examples)} examples, seed {config.seed}")
+        result.save(folder, f"{data.name}, {len(examples)} examples, seed {config.seed}")
+        partial_path.unlink(missing_ok=True)
     print(f"{'without blocks':<40}  accuracy %   lost %")
     for figure in (result.full, *result.greedy):
         removed = ", ".join(map(str, figure.removed)) or "none"
@@ -259,16 +265,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return _fail(f"there is no command {name!r}; use one of {', '.join(COMMANDS)}, or --help")
     try:
-        COMMANDS[name](rest)
+        with stopping_on_signals():
+            COMMANDS[name](rest)
     except PacevlmError as error:
         if debug:
             raise
         return _fail(str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if debug:
             raise
-        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
-        return INTERRUPTED
+        number = stop.signal if isinstance(stop, Stopped) else signal.SIGINT
+        how = "the same command without --fresh" if "--fresh" in rest else "the same command"
+        with suppress(OSError):  # a terminal that was closed takes no more
+            print(f"\nstopped by {number.name}; {how} goes on where it stopped", file=sys.stderr)
+        return SIGNALLED + number
     except BrokenPipeError:
         # Whoever read the output, such as `head`, has enough. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -344,15 +354,14 @@ def _run_steps(
     until: Literal["profile", "calibrate", "evaluate"],
 ) -> RunConfig:
     """Parse the settings of a run, on top of those its directory holds, and run its steps."""
-    from pacevlm.config import load_config
     from pacevlm.pipeline import RunConfig, run_pipeline
+    from pacevlm.pipeline.run_config import load_run_config
 
     run_dir = _given_run_dir(arguments) or default_dir
-    stored = run_dir / "config.json"
     fresh = "--fresh" in arguments
     config = defaults(run_dir)
-    if stored.exists() and not fresh:
-        config = dataclasses.replace(load_config(stored, RunConfig), run_dir=run_dir)
+    if (run_dir / "config.json").exists() and not fresh:
+        config = load_run_config(run_dir)
 
     # Made here, because its fields are of types that load torch.
     options_type = dataclasses.make_dataclass(
@@ -416,7 +425,11 @@ class _RichReporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        with suppress(OSError):  # a terminal that was closed takes no more
+            self._bars.stop()
+
+    def missing(self, step: str, names: Sequence[str]) -> None:
+        self._say(f"[bold]{step}[/bold]: {', '.join(names)} {'is' if len(names) == 1 else 'are'} gone and made again")
 
     def started(self, step: str) -> None:
         self._say(f"[bold]{step}[/bold]")

@@ -13,7 +13,7 @@ import torch
 from pacevlm.controller.policy import Controller, ControllerPolicy
 from pacevlm.controller.policy_interface import Policy
 from pacevlm.errors import BudgetError, CheckpointError, ConfigError, IdentityError, KnobError
-from pacevlm.files import read_json, write_json_atomic
+from pacevlm.files import find_portable, portable_path, read_json, write_json_atomic
 from pacevlm.images import ImageSource
 from pacevlm.knobs import Knobs, KnobSpace, check_budget_ms
 from pacevlm.latency.drift import DriftCorrection, DriftSettings
@@ -30,7 +30,7 @@ from pacevlm.types import StageTimes
 BUNDLE_NAME = "bundle.json"
 BUNDLE_FOLDER = "bundle"
 FORMAT = "pacevlm-bundle"
-VERSION = 1
+VERSION = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -151,7 +151,8 @@ class Pacer:
         folder = _bundle_folder(path)
         values = _read_bundle(folder / BUNDLE_NAME)
         settings = values["model"]
-        source = _model_folder(os.fspath(model_path or settings["path"]), folder)
+        place = os.fspath(model_path or _find_model(settings, folder))
+        source = EMBEDDED_DIR if place == "embedded" else Path(place)
         model = ElasticModel.from_pretrained(
             source,
             knob_space=values["knob_space"],
@@ -195,7 +196,7 @@ class Pacer:
             controller,
             pacing,
             full_p50_ms=values["full_p50_ms"],
-            model_path=model_path or settings["path"],
+            model_path=place,
             num_threads=values["num_threads"],
         )
 
@@ -211,12 +212,16 @@ class Pacer:
         self.pacing.guardrail.save(folder / "guardrail.json")
         if self.pacing.output_length is not None:
             self.pacing.output_length.save(folder / "output_length.json")
-        source = self.model_path
+        source, absolute_path = self.model_path, None
+        if source != "embedded":
+            # A bundle is a folder of its run directory, with which it moves.
+            source, absolute_path = portable_path(source, folder, folder.absolute().parent)
         content = {
             "format": FORMAT,
             "version": VERSION,
             "model": {
-                "path": source if source == "embedded" else os.path.abspath(source),
+                "path": source,
+                "absolute_path": absolute_path,
                 "identity": model.identity,
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "stage2_after": model.stage2_after,
@@ -357,6 +362,7 @@ def _read_bundle(path: Path) -> dict[str, Any]:
     }
     model_kinds: dict[str, Any] = {
         "path": str,
+        "absolute_path": (str, type(None)),
         "identity": str,
         "dtype": str,
         "stage2_after": int,
@@ -387,12 +393,11 @@ def _read_bundle(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is malformed: {error}; save the bundle again") from error
 
 
-def _model_folder(path: str, bundle: Path) -> Path:
-    """Where a model directory is; a relative one may lie beside the bundle's files, so that both can move together."""
-    if path == "embedded":
-        return EMBEDDED_DIR
-    beside = bundle / path
-    return beside if beside.is_dir() else Path(path)
+def _find_model(settings: dict[str, Any], bundle: Path) -> str:
+    """Where the model is that a bundle was saved with, now that both may have moved."""
+    if settings["path"] == "embedded":
+        return "embedded"
+    return find_portable(settings["path"], settings["absolute_path"], bundle)
 
 
 def _stored_max_crops(folder: Path) -> dict[str, int]:

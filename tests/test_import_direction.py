@@ -22,7 +22,9 @@ PACKAGE = ROOT / "pacevlm"
 
 # From the bottom to the top: a part may import the parts of the layers before its own. Parts that share a layer do not
 # import each other, but for the modules of the vocabulary.
-VOCABULARY = frozenset({"errors", "knobs", "images", "types", "files", "artefact", "config", "identity"})
+VOCABULARY = frozenset(
+    {"errors", "knobs", "images", "types", "files", "artefact", "partial", "signals", "config", "identity"}
+)
 LAYERS: tuple[frozenset[str], ...] = (
     VOCABULARY,
     frozenset({"models", "data", "latency", "controller"}),
