@@ -28,6 +28,7 @@ from pacevlm.evaluation.sweep import build_requests, choose_knobs, fit_baselines
 from pacevlm.files import write_json_atomic
 from pacevlm.pipeline.artefacts import PROFILE_GUARDRAIL_NAME
 from pacevlm.pipeline.context import RunContext
+from pacevlm.pipeline.run_config import load_run_config
 from pacevlm.training.run_record import source_commit
 from pacevlm.types import Example
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pacevlm.errors import DataError, PacevlmError, StorageError
 from pacevlm.files import append_jsonl, read_jsonl
+
+RecordT = TypeVar("RecordT")
 
 
 class PartialFile:
@@ -37,6 +39,7 @@ class PartialFile:
         what: str,
         error: type[PacevlmError] = DataError,
     ) -> None:
+        self._error = error
         self.path = None if path is None else Path(path)
         # Through JSON, as the stored one went: tuples become lists.
         self._header: dict[str, Any] = json.loads(json.dumps(dict(header)))
@@ -47,11 +50,20 @@ class PartialFile:
         try:
             found = read_jsonl(self.path, what, error)
         except error as cause:
-            raise error(f"{cause}; remove the file to begin that piece of work anew") from cause
+            raise error(f"{cause}; remove the file to begin that work anew") from cause
         if found[:1] == [self._header]:
             self.records, self._is_begun = found[1:], True
         else:
             self.remove()
+
+    def read(self, make: Callable[[dict[str, Any]], RecordT]) -> list[RecordT]:
+        """What `make` makes of every record; raises the file's error for one that is malformed."""
+        try:
+            return [make(record) for record in self.records]
+        except (AttributeError, KeyError, TypeError, ValueError) as cause:
+            raise self._error(
+                f"{self.path} holds a line that is malformed ({cause!r}); remove the file to begin that work anew"
+            ) from cause
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Keep one more record; raises StorageError if it could not be written."""

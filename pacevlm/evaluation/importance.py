@@ -203,16 +203,14 @@ def measure_importance(
 
 def _read_scores(partial: PartialFile, num_examples: int) -> dict[tuple[int, ...], list[float]]:
     """By the blocks left out, the scores of the first examples that an interrupted measurement left."""
-    known: dict[tuple[int, ...], list[float]] = {}
-    for record in partial.records:
-        try:
-            scores = [float(score) for score in record["scores"]]
-            known[tuple(map(int, record["removed"]))] = scores
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{partial.path} holds a line that is malformed ({error!r}); remove the file") from error
+
+    def read(record: dict[str, Any]) -> tuple[tuple[int, ...], list[float]]:
+        scores = [float(score) for score in record["scores"]]
         if len(scores) > num_examples or not all(0 <= score <= 1 for score in scores):
-            raise DataError(f"{partial.path} holds scores that are none of these examples; remove the file")
-    return known
+            raise ValueError("these are no scores of these examples")
+        return tuple(map(int, record["removed"])), scores
+
+    return dict(partial.read(read))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from pacevlm.config import EvaluateConfig, config_from_dict, config_to_dict
 from pacevlm.controller.policy_interface import Policy
-from pacevlm.errors import DataError
 from pacevlm.latency.drift import DriftCorrection
 from pacevlm.latency.measuring import without_garbage_collection
 from pacevlm.models.elastic import ElasticModel
@@ -93,8 +92,10 @@ def time_requests(
     runs: dict[tuple[str, int, int], PacedResult] = {}
     factors = np.full((len(budgets_ms), len(examples)), np.nan)
     orders = [[policies[place] for place in rng.permutation(len(policies))] for _ in rounds]
-    for (b, i), record in zip(rounds, partial.records, strict=False):
-        factors[b, i], drift, earlier = _restore(record, pacing)
+    for (b, i), (factor, after, earlier) in zip(
+        rounds, partial.read(lambda record: _restore(record, pacing)), strict=False
+    ):
+        factors[b, i], drift = factor, after
         runs |= {(name, b, i): paced for name, paced in earlier.items()}
     num_rounds = max(1, WINDOW // max(1, len(policies)))
     for start in range(len(partial.records), len(rounds), num_rounds):
@@ -142,12 +143,8 @@ def _describe(
 
 def _restore(record: dict[str, Any], pacing: Pacing) -> tuple[float, DriftCorrection | None, dict[str, PacedResult]]:
     """What a round left: its factor, the correction after it, and its requests by policy."""
-    try:
-        drift = None if record["drift"] is None else DriftCorrection.from_dict(record["drift"])
-        runs = {name: config_from_dict(PacedResult, paced) for name, paced in record["runs"].items()}
-        factor = float(record["factor"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"the interrupted evaluation holds a round that is malformed: {error}; remove it") from error
+    drift = None if record["drift"] is None else DriftCorrection.from_dict(record["drift"])
+    runs = {name: config_from_dict(PacedResult, paced) for name, paced in record["runs"].items()}
     if drift is not None:
         drift.check_guardrail(pacing.guardrail, pacing.kind)
-    return factor, drift, runs
+    return float(record["factor"]), drift, runs

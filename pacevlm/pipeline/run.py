@@ -102,24 +102,32 @@ def run_pipeline(
         log = StepLog(config.run_dir)
         _check_settings(run, log)
         save_run_config(config)
+        # Before any is made again: one step's work may leave half of what another's was.
+        gone = {name: _missing(run, name) for name in STEPS}
         for name in STEPS[: STEPS.index(until) + 1]:
-            if not _is_finished(run, log, name):
+            if not _is_finished(run, log, name, *gone[name]):
                 _do(run, log, name)
     return run
 
 
-def _is_finished(run: RunContext, log: StepLog, name: str) -> bool:
+def _missing(run: RunContext, name: str) -> tuple[list[str], list[str]]:
+    """The source files of a step that are not there, and those that it makes of them."""
+    return (
+        missing_files(run.run_dir, source_files(run.config, name)),
+        missing_files(run.run_dir, made_files(run.config, name)),
+    )
+
+
+def _is_finished(run: RunContext, log: StepLog, name: str, sources: list[str], made: list[str]) -> bool:
     """Whether a step was done with the same settings and its files are there; those that can be are made again."""
     done = log.get(name)
     if done is None or done.changes(step_settings(run, name)):
         return False
-    sources = missing_files(run.run_dir, source_files(run.config, name))
-    missing = sources + missing_files(run.run_dir, made_files(run.config, name))
-    if missing:
-        run.reporter.missing(name, missing)
+    if sources or made:
+        run.reporter.missing(name, sources + made)
     if sources:
         return False
-    if missing:
+    if made:
         _AGAIN[name](run)
     run.reporter.skipped(name, done.facts)
     return True

@@ -283,7 +283,7 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
         "budgets_ms": budgets_ms.tolist(),
     }
     partial = PartialFile(run.run_dir / PARTIAL_NAMES["calibrate"], header, "interrupted calibration")
-    runs = [config_from_dict(PacedResult, record) for record in partial.records]
+    runs = partial.read(lambda record: config_from_dict(PacedResult, record))
 
     def run_one(number: int) -> PacedResult:
         example = run.splits.val[int(order[number % len(order)])]
