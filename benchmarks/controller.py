@@ -21,7 +21,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 from pacevlm.baselines.lookup_table import LookupTable
-from pacevlm.config import load_config
 from pacevlm.controller.policy import ControllerPolicy
 from pacevlm.controller.policy_interface import Policy, PolicyInput
 from pacevlm.evaluation.statistics import bootstrap_mean
@@ -29,14 +28,14 @@ from pacevlm.evaluation.sweep import build_requests, choose_knobs, fit_baselines
 from pacevlm.files import write_json_atomic
 from pacevlm.pipeline.artefacts import PROFILE_GUARDRAIL_NAME
 from pacevlm.pipeline.context import RunContext
-from pacevlm.pipeline.run_config import RunConfig
+from pacevlm.pipeline.run_config import load_run_config
 from pacevlm.training.run_record import source_commit
 from pacevlm.types import Example
 
 
 def open_run(folder: Path, skip_test: int, num_test: int) -> RunContext:
     """A run with other test questions than it was made with."""
-    config = dataclasses.replace(load_config(folder / "config.json", RunConfig), run_dir=folder)
+    config = load_run_config(folder)
     data = dataclasses.replace(config.data, skip_test=skip_test, num_test=num_test)
     return RunContext(dataclasses.replace(config, data=data))
 
@@ -92,7 +91,7 @@ def main() -> None:
         "model": first.config.model.path,
         "dataset": {"name": first.splits.name, "split": "test", "skipped": arguments.skip, "n": len(examples)},
         "guardrail": "profile",
-        "seeds": [load_config(folder / "config.json", RunConfig).train.seed for folder in arguments.run_dirs],
+        "seeds": [load_run_config(folder).train.seed for folder in arguments.run_dirs],
         "budgets": [
             {
                 "fraction": fraction,

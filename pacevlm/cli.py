@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -24,6 +25,7 @@ from pacevlm.checks import check_path
 from pacevlm.config import ImportanceConfig
 from pacevlm.errors import ConfigError, PacevlmError
 from pacevlm.printing import printable, printable_lines
+from pacevlm.signals import Stopped, stopping_on_signals
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -40,9 +42,9 @@ DEFAULT_DIR = Path("runs/default")
 
 FRESH_HELP = "start over: remove what an earlier run left in the run directory, and its settings."
 
-# Exit codes: 0 done, 1 a fault of pacevlm itself, 2 what the user gave cannot be used, 130 interrupted, 141 nobody
-# reads the output any more.
-FAULT, USAGE_ERROR, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
+# Exit codes: 0 done, 1 a fault of pacevlm itself, 2 what the user gave cannot be used, 128 + n stopped by signal n, 141
+# nobody reads the output any more.
+FAULT, USAGE_ERROR, SIGNALLED, PIPE_CLOSED = 1, 2, 128, 141
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -134,15 +136,14 @@ def report(arguments: Sequence[str]) -> None:
       pacevlm report --run-dir runs/quickstart
     """
     options = _parse("report", ReportOptions, arguments)
-    from pacevlm.config import config_to_dict, load_config
-    from pacevlm.data.splits import load_splits
-    from pacevlm.pipeline import RunConfig
+    from pacevlm.pipeline.lock import one_writer
     from pacevlm.pipeline.outputs import draw_outputs, read_outputs
+    from pacevlm.pipeline.run_config import load_run_config
 
-    results, records = read_outputs(options.run_dir)
-    config = load_config(options.run_dir / "config.json", RunConfig)
-    examples = list(load_splits(config.data, config.picture).test)
-    draw_outputs(options.run_dir, results, records, examples=examples, config=config_to_dict(config))
+    read_outputs(options.run_dir)  # or there is nothing to lock and draw
+    config = load_run_config(options.run_dir)
+    with one_writer(options.run_dir):
+        draw_outputs(config)
     _print_results(config)
 
 
@@ -213,23 +214,26 @@ def importance(arguments: Sequence[str]) -> None:
     from pacevlm.evaluation.learnable import importance_warnings
     from pacevlm.models.embedded import EMBEDDED_DIR
     from pacevlm.pipeline import load_elastic_model
+    from pacevlm.pipeline.lock import one_writer
 
     model_config = ModelConfig(path=config.path, dtype=config.dtype, device=config.device, block_policy="prefix")
     model = load_elastic_model(model_config, config.picture)
     data = load_splits(DataConfig(config.dataset, num_val=config.num_examples, seed=config.seed), config.picture)
     examples = list(data.val if config.dataset == "digits" else data.train)[: config.num_examples]
-    with _RichReporter() as reporter:
+    folder = EMBEDDED_DIR if config.path == "embedded" else Path(config.path)
+    partial_path = folder / "elastic.json.partial.jsonl"
+    with one_writer(folder, ".elastic.json.lock"), _RichReporter() as reporter:
         result = measure_importance(
             model,
             examples,
             config.min_num_blocks,
             num_candidates=config.num_candidates,
             progress=lambda done, total: reporter.progress("sets of blocks", done, total),
+            partial_path=partial_path,
         )
-    folder = EMBEDDED_DIR if config.path == "embedded" else Path(config.path)
-    result.save(folder, f"{data.name}, {len(examples)} examples, seed {config.seed}")
-    answer = model.run_static(examples[0].source, examples[0].question, model.knob_space.full).answer
-    with _RichReporter() as reporter:
+        result.save(folder, f"{data.name}, {len(examples)} examples, seed {config.seed}")
+        partial_path.unlink(missing_ok=True)
+        answer = model.run_static(examples[0].source, examples[0].question, model.knob_space.full).answer
         for sentence in importance_warnings(result.full.accuracy.mean, len(examples), examples[0], answer):
             reporter.warned("importance", sentence)
     print(f"{'without blocks':<40}  accuracy %   lost %")
@@ -270,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (Exception, KeyboardInterrupt) as error:
             if debug and not isinstance(error, BrokenPipeError):
                 raise
-            return _end_early(error)
+            return _end_early(error, arguments)
 
 
 def _run_command(arguments: Sequence[str]) -> int:
@@ -283,15 +287,19 @@ def _run_command(arguments: Sequence[str]) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         raise ConfigError(f"there is no command {name!r}; use one of {', '.join(COMMANDS)}, or --help")
-    COMMANDS[name](rest)
+    with stopping_on_signals():
+        COMMANDS[name](rest)
     return 0
 
 
-def _end_early(error: BaseException) -> int:
+def _end_early(error: BaseException, arguments: Sequence[str]) -> int:
     """Say in one sentence why a command ends before it is done; returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
-        return INTERRUPTED
+        number = error.signal if isinstance(error, Stopped) else signal.SIGINT
+        how = "the same command without --fresh" if "--fresh" in arguments else "the same command"
+        with suppress(OSError):  # a terminal that was closed takes no more
+            print(f"\nstopped by {number.name}; {how} goes on where it stopped", file=sys.stderr)
+        return SIGNALLED + number
     if isinstance(error, BrokenPipeError):  # whoever read the output, such as `head`, has enough
         _drop_output()
         return PIPE_CLOSED
@@ -435,14 +443,12 @@ def _read_settings(
     command: str, arguments: Sequence[str], default_dir: Path, defaults: Callable[[Path], RunConfig]
 ) -> tuple[RunConfig, bool]:
     """The settings of a run, and whether it starts over; torch is not needed to refuse wrong ones."""
-    from pacevlm.config import load_config
-    from pacevlm.pipeline import RunConfig
+    from pacevlm.pipeline.run_config import RunConfig, load_run_config
 
     run_dir = _given_run_dir(arguments) or default_dir
-    stored = run_dir / "config.json"
     config = defaults(run_dir)
-    if stored.exists() and "--fresh" not in arguments:
-        config = dataclasses.replace(load_config(stored, RunConfig), run_dir=run_dir)
+    if (run_dir / "config.json").exists() and "--fresh" not in arguments:
+        config = load_run_config(run_dir)
 
     # Made here, because the command line needs no settings of a run before a run is wanted.
     options_type = dataclasses.make_dataclass(
@@ -499,7 +505,11 @@ class _RichReporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        with suppress(OSError):  # a terminal that was closed takes no more
+            self._bars.stop()
+
+    def missing(self, step: str, names: Sequence[str]) -> None:
+        self._say(f"[bold]{step}[/bold]: {', '.join(names)} {'is' if len(names) == 1 else 'are'} gone and made again")
 
     def started(self, step: str) -> None:
         self._say((step, "bold"))

@@ -80,8 +80,9 @@ def read_json(path: str | os.PathLike[str], what: str, error: type[PacevlmError]
     Raises:
         error: the file is missing, unreadable, no regular file or not JSON.
     """
+    content = read_bytes(path, what, error)  # outside the handler: its errors are ValueErrors as well
     try:
-        return parse_json(read_bytes(path, what, error))
+        return parse_json(content)
     except ValueError as cause:
         raise error(f"{what} {os.fspath(path)} is not valid JSON ({cause}); it is damaged or another file") from cause
 
@@ -243,6 +244,32 @@ def sha256_file(path: str | os.PathLike[str], error: type[PacevlmError] = Checkp
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as cause:
         raise error(f"{os.fspath(path)} cannot be read: {cause.strerror or cause}") from cause
+
+
+def portable_path(
+    path: str | os.PathLike[str], origin: str | os.PathLike[str], folder: str | os.PathLike[str]
+) -> tuple[str, str | None]:
+    """How to name a file in another one, so that both can move.
+
+    Args:
+        path: the file to name.
+        origin: the folder that relative names start from.
+        folder: what moves as one; it holds `origin` or is it.
+
+    Returns:
+        A name relative to `origin` if the file lies in the folder or beside it, its absolute path if not; and, for
+        what lies beside, the absolute path, for a folder that moves alone.
+    """
+    absolute, home = os.path.abspath(path), os.path.abspath(folder)
+    if not Path(absolute).is_relative_to(os.path.dirname(home)):
+        return absolute, None
+    return os.path.relpath(absolute, os.path.abspath(origin)), None if Path(absolute).is_relative_to(home) else absolute
+
+
+def find_portable(name: str, absolute: str | None, origin: str | os.PathLike[str]) -> str:
+    """Absolute path of what `portable_path` named, wherever `origin` lies now; it need not exist."""
+    here = os.path.normpath(os.path.join(os.path.abspath(origin), name))
+    return absolute if absolute is not None and not os.path.exists(here) else here
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pacevlm.controller.policy import Controller, ControllerPolicy
 from pacevlm.controller.policy_interface import Policy
 from pacevlm.devices import resolve_device
 from pacevlm.errors import CheckpointError, ConfigError, IdentityError
-from pacevlm.files import sha256_file
+from pacevlm.files import find_portable, portable_path, sha256_file
 from pacevlm.images import ImageSource
 from pacevlm.knobs import Knobs, KnobSpace, check_budget_ms
 from pacevlm.latency.drift import DriftCorrection, DriftSettings
@@ -186,7 +186,8 @@ class Pacer:
         folder = _bundle_folder(path)
         values = _read_bundle(folder)
         settings = values["model"]
-        source = _model_folder(os.fspath(model_path or settings["path"]), folder)
+        place = os.fspath(model_path or _find_model(settings, folder))
+        source = EMBEDDED_DIR if place == "embedded" else Path(place)
         model = ElasticModel.from_pretrained(
             source,
             knob_space=values["knob_space"],
@@ -232,7 +233,7 @@ class Pacer:
             controller,
             pacing,
             full_p50_ms=values["full_p50_ms"],
-            model_path=model_path or settings["path"],
+            model_path=place,
             num_threads=values["num_threads"],
         )
         pacer._loaded_with = {
@@ -257,13 +258,14 @@ class Pacer:
         if self.pacing.output_length is not None:
             self.pacing.output_length.save(folder / OUTPUT_LENGTH_NAME)
             listed.append(OUTPUT_LENGTH_NAME)
-        source = self.model_path
+        source, absolute_path = self.model_path, None
         if source != "embedded":
-            inside = Path(source).resolve().is_relative_to(folder.resolve())
-            source = os.path.relpath(source, folder) if inside else os.path.abspath(source)
+            # A bundle is a folder of its run directory, with which it moves.
+            source, absolute_path = portable_path(source, folder, folder.absolute().parent)
         content = {
             "model": {
                 "path": source,
+                "absolute_path": absolute_path,
                 "identity": model.identity,
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "stage2_after": model.stage2_after,
@@ -391,6 +393,7 @@ def _bundle_folder(path: str | os.PathLike[str]) -> Path:
 
 class _Model(TypedDict):
     path: Text
+    absolute_path: Text | None
     identity: Text
     dtype: Literal["float32", "bfloat16", "float16"]
     stage2_after: Annotated[int, Range(1, 10_000)]
@@ -443,12 +446,11 @@ def _check_scale(folder: Path, model: ElasticModel, pacing: Pacing, full_p50_ms:
         )
 
 
-def _model_folder(path: str, bundle: Path) -> Path:
-    """Where a model directory is; a relative one may lie beside the bundle's files, so that both can move together."""
-    if path == "embedded":
-        return EMBEDDED_DIR
-    beside = bundle / path
-    return beside if beside.is_dir() else Path(path)
+def _find_model(settings: dict[str, Any], bundle: Path) -> str:
+    """Where the model is that a bundle was saved with, now that both may have moved."""
+    if settings["path"] == "embedded":
+        return "embedded"
+    return find_portable(settings["path"], settings["absolute_path"], bundle)
 
 
 def _stored_max_crops(folder: Path) -> dict[str, int]:

@@ -320,7 +320,7 @@ def test_model_and_bundle_move_together(
     folder = changed(model__path="model")
     shutil.copytree(tiny_elastic_dir, folder / "model")
     assert Pacer.from_pretrained(folder).answer(image, QUESTION, 1e9).feasible
-    elsewhere = changed(model__path="/no/such/model")
+    elsewhere = changed(model__path="/no/such/model", model__absolute_path="/no/such/model")
     with pytest.raises(CheckpointError, match="/no/such/model"):
         Pacer.from_pretrained(elsewhere)
     assert Pacer.from_pretrained(elsewhere, model_path=tiny_elastic_dir).model_path == str(tiny_elastic_dir)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from pacevlm.config import (
     LookupConfig,
     ModelConfig,
     ProfileConfig,
-    load_config,
 )
 from pacevlm.errors import ConfigError, DataError, IdentityError
 from pacevlm.evaluation.records import read_records
@@ -31,6 +30,7 @@ from pacevlm.latency.profile import Profile, Sample
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.pacer import Pacer
 from pacevlm.pipeline import STEPS, RunConfig, load_elastic_model, run_pipeline
+from pacevlm.pipeline.run_config import load_run_config
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.pipeline.steps import recalibrate
 from pacevlm.training.train_config import GRPOConfig, TrainConfig
@@ -38,8 +38,16 @@ from pacevlm.types import StageTimes
 
 ARTEFACTS = {
     *("config.json", "steps.json", "profile.json", "estimator.json", "guardrail_profile.json", "guardrail.json"),
-    *("output_length.json", "memory.jsonl", "lookup_table.json", "static.json", "results.json", "records.jsonl"),
-    *("report.html", "pareto.png", "pareto.svg", "knobs.png", "knobs.svg", "bundle/bundle.json"),
+    *(
+        "output_length.json",
+        "memory.jsonl",
+        "lookup_table.json",
+        "static.json",
+        "results.json",
+        "records.jsonl",
+        "shown.json",
+    ),
+    *("shown.json", "report.html", "pareto.png", "pareto.svg", "knobs.png", "knobs.svg", "bundle/bundle.json"),
     *("controller/controller.json", "controller/controller.safetensors", "train/checkpoint.safetensors"),
     *("train/metrics.jsonl", "train/run.json"),
 }
@@ -53,9 +61,14 @@ class Recorder:
         self.warnings: list[tuple[str, str]] = []
         self.interrupt = interrupt
         self.progressed: set[str] = set()
+        self.gone: list[str] = []
 
     def started(self, step: str) -> None:
         self.events.append(("started", step))
+
+    def missing(self, step: str, names: Sequence[str]) -> None:
+        self.events.append(("missing", step))
+        self.gone += names
 
     def skipped(self, step: str, facts: Mapping[str, Any]) -> None:
         self.events.append(("skipped", step))
@@ -124,7 +137,7 @@ def test_a_run_does_every_step_once_and_leaves_its_artefacts(config: RunConfig, 
 
 
 def test_stored_settings_are_those_of_the_run(config: RunConfig, first: Recorder) -> None:
-    assert load_config(config.run_dir / "config.json", RunConfig) == config
+    assert load_run_config(config.run_dir) == config
 
 
 def test_results_and_records_say_the_same(config: RunConfig, first: Recorder) -> None:
@@ -200,7 +213,7 @@ def test_settings_that_would_orphan_later_steps_are_refused(copied: RunConfig, t
         run_pipeline(dataclasses.replace(copied, profile=dataclasses.replace(copied.profile, repeats=2)))
     with pytest.raises(IdentityError, match=r"another model or knob space: model\.identity"):
         run_pipeline(dataclasses.replace(copied, model=dataclasses.replace(copied.model, max_new_tokens=3)))
-    assert load_config(copied.run_dir / "config.json", RunConfig).train.lr == 0.001
+    assert load_run_config(copied.run_dir).train.lr == 0.001
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(config: RunConfig, first: Recorder, copied: RunConfig) -> None:
@@ -233,7 +246,7 @@ def test_starting_over_removes_what_the_run_left_and_nothing_else(copied: RunCon
     changed = dataclasses.replace(copied, profile=dataclasses.replace(copied.profile, seed=1))
     with pytest.raises(KeyboardInterrupt):
         run_pipeline(changed, fresh=True, reporter=Recorder(interrupt=("timed requests", 1)))
-    assert files_of(copied.run_dir) == {"notes.txt", "config.json", "profile.json.partial.jsonl"}
+    assert files_of(copied.run_dir) == {"notes.txt", "config.json", "profile.json.partial.jsonl", ".pacevlm-run.lock"}
 
 
 def test_a_directory_that_is_no_run_is_left_alone(config: RunConfig, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pacevlm.evaluation.statistics import Interval, percentile_interval, resampl
 from pacevlm.knobs import KnobSpace
 from pacevlm.models.block_order import BlockOrder
 from pacevlm.models.elastic import ElasticModel, write_elastic_settings
+from pacevlm.partial import PartialFile
 from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.types import Example
 
@@ -23,6 +24,8 @@ Scores = NDArray[np.float64]
 
 # Enough for the ends of a 95 % interval to two digits, at a hundred sets of a thousand examples within seconds.
 NUM_RESAMPLES = 2000
+# Examples whose scores are kept as soon as they are known.
+CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,11 @@ class _WithoutBlocks(RolloutEngine):
         super().__init__(variant, base.metric, max_rows=limits.max_rows, max_tokens=limits.max_tokens)
         self._views, self._prefixes = base._views, base._prefixes
 
-    def scores(self, examples: Sequence[Example]) -> Scores:
-        """Score of each example, `(examples,)`."""
-        outcomes = self.run([(example, self.model.knob_space.full) for example in examples])
-        return np.array([outcome.accuracy for outcome in outcomes])
+    def scores(self, examples: Sequence[Example]) -> list[float]:
+        """Score of each example."""
+        return [
+            outcome.accuracy for outcome in self.run([(example, self.model.knob_space.full) for example in examples])
+        ]
 
 
 def measure_importance(
@@ -123,6 +127,7 @@ def measure_importance(
     max_rows: int | None = None,
     max_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    partial_path: Path | None = None,
 ) -> ImportanceResult:
     """Find the order in which giving up blocks costs the least accuracy.
 
@@ -142,10 +147,13 @@ def measure_importance(
         metric: scores (answer, reference) between 0 and 1.
         max_rows, max_tokens: most rows, and most prompt tokens, in a batch; as much as fits if None.
         progress: called with (sets measured, sets to measure).
+        partial_path: file to which scores are appended, and from which an interrupted measurement of the same model
+            and examples goes on. The caller removes it once the result is stored.
 
     Raises:
         ConfigError: a number is outside its range.
-        DataError: there are no examples, or two have the same id.
+        DataError: there are no examples, or two have the same id; or the partial file is damaged.
+        StorageError: scores could not be appended.
     """
     num_blocks, first = model.adapter.num_blocks, model.stage2_after
     if not first <= min_num_blocks < num_blocks:
@@ -163,14 +171,25 @@ def measure_importance(
     num_removed = num_blocks - min_num_blocks
     num_sets = 1 + len(blocks) + sum(min(num_candidates, len(blocks) - i) for i in range(1, num_removed))
     num_measured = 0
+    header = {
+        "model_identity": model.identity,
+        "metric": getattr(metric, "__qualname__", repr(metric)),
+        "examples": [[example.example_id, example.content_id, list(example.references)] for example in examples],
+    }
+    partial = PartialFile(partial_path, header, "interrupted measurement of importance")
+    known = _read_scores(partial, len(examples))
 
     def measure(removed: tuple[int, ...]) -> Scores:
         nonlocal num_measured
-        scores = _WithoutBlocks(base, removed).scores(examples)
+        scores = known.setdefault(removed, [])
+        engine = _WithoutBlocks(base, removed) if len(scores) < len(examples) else None
+        while engine is not None and len(scores) < len(examples):
+            scores += engine.scores(examples[len(scores) : len(scores) + CHUNK])
+            partial.append({"removed": list(removed), "scores": scores})
         num_measured += 1
         if progress is not None:
             progress(num_measured, num_sets)
-        return scores
+        return np.array(scores)
 
     search = choose_removal(measure, blocks, num_removed, num_candidates=num_candidates)
     return ImportanceResult(
@@ -180,6 +199,18 @@ def measure_importance(
         single=tuple(_figure((block,), scores, search.full) for block, scores in search.single.items()),
         greedy=tuple(_figure(search.removal[: i + 1], scores, search.full) for i, scores in enumerate(search.greedy)),
     )
+
+
+def _read_scores(partial: PartialFile, num_examples: int) -> dict[tuple[int, ...], list[float]]:
+    """By the blocks left out, the scores of the first examples that an interrupted measurement left."""
+
+    def read(record: dict[str, Any]) -> tuple[tuple[int, ...], list[float]]:
+        scores = [float(score) for score in record["scores"]]
+        if len(scores) > num_examples or not all(0 <= score <= 1 for score in scores):
+            raise ValueError("these are no scores of these examples")
+        return tuple(map(int, record["removed"])), scores
+
+    return dict(partial.read(read))
 
 
 @dataclass(frozen=True, eq=False)

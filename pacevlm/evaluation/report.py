@@ -5,16 +5,18 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from pacevlm.errors import DataError
 from pacevlm.evaluation.plots import plot_knobs, plot_pareto
 from pacevlm.evaluation.summary import interval_text, milliseconds, percent, sort_policies
 from pacevlm.files import write_text_atomic
+from pacevlm.images import load_image
 from pacevlm.knobs import Knobs
 from pacevlm.printing import printable_lines
 
@@ -36,6 +38,21 @@ class AnsweredQuestion:
     knobs: Knobs
     budget_ms: float
     latency_ms: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values ready for JSON, the image as a small PNG."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        picture = base64.b64encode(_thumbnail_png(self.image)).decode("ascii")
+        return {**values, "image": picture, "knobs": str(self.knobs)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AnsweredQuestion:
+        """Inverse of `to_dict`, but for the image's size; raises DataError if values are malformed."""
+        try:
+            image = load_image(base64.b64decode(values["image"], validate=True))
+            return cls(**{**values, "image": image, "knobs": Knobs.parse(values["knobs"])})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"an answered question is malformed: {error}") from error
 
 
 def write_report(
@@ -182,18 +199,22 @@ def _sample(sample: AnsweredQuestion) -> dict[str, Any]:
     facts = f"{sample.knobs}, budget {milliseconds(sample.budget_ms)} ms"
     if sample.latency_ms is not None:
         facts += f", took {milliseconds(sample.latency_ms)} ms"
-    thumbnail = sample.image.convert("RGB")
-    thumbnail.thumbnail(THUMBNAIL_SIZE)
-    stream = BytesIO()
-    thumbnail.save(stream, format="PNG", optimize=True)
     return {
-        "picture": _data_uri(stream.getvalue(), "image/png"),
+        "picture": _data_uri(_thumbnail_png(sample.image), "image/png"),
         "question": sample.question,
         "answer": sample.answer,
         "reference": sample.reference,
         "accuracy": sample.accuracy,
         "facts": facts,
     }
+
+
+def _thumbnail_png(image: Image.Image) -> bytes:
+    thumbnail = image.convert("RGB")
+    thumbnail.thumbnail(THUMBNAIL_SIZE)
+    stream = BytesIO()
+    thumbnail.save(stream, format="PNG", optimize=True)
+    return stream.getvalue()
 
 
 def _data_uri(content: bytes, media_type: str) -> str:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -228,6 +229,7 @@ def evaluate(
     *,
     num_threads: int | None = None,
     progress: Progress | None = None,
+    partial_path: Path | None = None,
 ) -> Evaluation:
     """Run every policy on the same examples and budgets.
 
@@ -240,6 +242,7 @@ def evaluate(
         budgets_ms: one per fraction of `config.budgets`.
         pacing: the same for every policy.
         num_threads: CPU threads of the timed requests; None leaves them.
+        partial_path: keeps the timed requests of an interrupted evaluation; see `time_requests`.
 
     Raises:
         DataError: there are no examples, or budgets and fractions differ in number.
@@ -258,7 +261,7 @@ def evaluate(
         competitors.append(build_oracle(engine, examples, pacing, partial(report, "every configuration")))
     with use_num_threads(num_threads):
         timing = partial(report, "timed requests")
-        timed = time_requests(model, competitors, examples, budgets_ms, pacing, config, timing)
+        timed = time_requests(model, competitors, examples, budgets_ms, pacing, config, timing, partial_path)
     requests = build_requests(engine, examples, budgets_ms, pacing, timed.factors)
     chosen: dict[tuple[str, int], list[Knobs]] = {}
     cells = list(itertools.product(competitors, range(len(budgets_ms))))

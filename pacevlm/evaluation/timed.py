@@ -6,15 +6,18 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pacevlm.config import EvaluateConfig
+from pacevlm.config import EvaluateConfig, config_from_dict, config_to_dict
 from pacevlm.controller.policy_interface import Policy
 from pacevlm.latency.drift import DriftCorrection
 from pacevlm.latency.measuring import without_garbage_collection
 from pacevlm.models.elastic import ElasticModel
+from pacevlm.partial import PartialFile
 from pacevlm.rollout.request import PacedResult, Pacing, run_with_policy
 from pacevlm.types import Example
 
@@ -44,6 +47,7 @@ def time_requests(
     pacing: Pacing,
     config: EvaluateConfig,
     progress: Callable[[int, int], None] | None = None,
+    partial_path: Path | None = None,
 ) -> TimedRequests:
     """Let every policy answer a random part of the examples at every budget, each request alone.
 
@@ -56,6 +60,13 @@ def time_requests(
     Args:
         examples: `config.num_timed` of them are timed.
         progress: called with (requests done, requests to do).
+        partial_path: file to which every round is appended, and from which an interrupted evaluation of the same
+            policies, examples and settings goes on: with what it measured, and with the correction as it was. The
+            caller removes it once everything is written.
+
+    Raises:
+        DataError: that file is damaged.
+        StorageError: a round could not be appended.
     """
     report = progress or (lambda *_: None)
     rng = np.random.default_rng(config.seed)
@@ -70,22 +81,70 @@ def time_requests(
             model, policy, example.image, example.question, budget_ms, pacing, example.example_id, drift=drift
         )
 
+    partial = PartialFile(
+        partial_path, _describe(model, policies, examples, budgets_ms, pacing, config), "interrupted evaluation"
+    )
     model.capture_decode()
     requests = itertools.cycle(itertools.product(rounds, policies))
-    for (b, i), policy in itertools.islice(requests, config.num_warmup if rounds else 0):
+    num_warmup = config.num_warmup if len(partial.records) < len(rounds) else 0
+    for (b, i), policy in itertools.islice(requests, num_warmup):
         run(policy, b, i)
     runs: dict[tuple[str, int, int], PacedResult] = {}
     factors = np.full((len(budgets_ms), len(examples)), np.nan)
+    orders = [[policies[place] for place in rng.permutation(len(policies))] for _ in rounds]
+    for (b, i), (factor, after, earlier) in zip(
+        rounds, partial.read(lambda record: _restore(record, pacing)), strict=False
+    ):
+        factors[b, i], drift = factor, after
+        runs |= {(name, b, i): paced for name, paced in earlier.items()}
     num_rounds = max(1, WINDOW // max(1, len(policies)))
-    for start in range(0, len(rounds), num_rounds):
+    for start in range(len(partial.records), len(rounds), num_rounds):
         with without_garbage_collection():
-            for b, i in rounds[start : start + num_rounds]:
-                order = [policies[place] for place in rng.permutation(len(policies))]
+            for place in range(start, min(start + num_rounds, len(rounds))):
+                b, i = rounds[place]
                 with nullcontext(1.0) if drift is None else drift.held() as factors[b, i]:
-                    for policy in order:
-                        runs[policy.name, b, i] = run(policy, b, i)
+                    paced = {policy.name: run(policy, b, i) for policy in orders[place]}
+                runs |= {(name, b, i): result for name, result in paced.items()}
+                partial.append(
+                    {
+                        "factor": float(factors[b, i]),
+                        "drift": None if drift is None else drift.to_dict(),
+                        "runs": {name: config_to_dict(result) for name, result in paced.items()},
+                    }
+                )
         report(len(runs), len(rounds) * len(policies))
     for row in factors:
         known = row[~np.isnan(row)]
         row[np.isnan(row)] = rng.choice(known, len(row) - len(known)) if len(known) else 1.0
     return TimedRequests(runs, factors)
+
+
+def _describe(
+    model: ElasticModel,
+    policies: Sequence[Policy],
+    examples: Sequence[Example],
+    budgets_ms: Sequence[float],
+    pacing: Pacing,
+    config: EvaluateConfig,
+) -> dict[str, Any]:
+    """What timed requests depend on, ready for JSON."""
+    calibrations = pacing.guardrail.calibrations
+    return {
+        "model_identity": model.identity,
+        "estimator": pacing.guardrail.estimator.fingerprint,
+        "calibrations": {kind: calibration.to_dict() for kind, calibration in calibrations.items()},
+        "kind": pacing.kind,
+        "policies": [policy.name for policy in policies],
+        "examples": [example.example_id for example in examples],
+        "budgets_ms": list(budgets_ms),
+        "settings": config_to_dict(config),
+    }
+
+
+def _restore(record: dict[str, Any], pacing: Pacing) -> tuple[float, DriftCorrection | None, dict[str, PacedResult]]:
+    """What a round left: its factor, the correction after it, and its requests by policy."""
+    drift = None if record["drift"] is None else DriftCorrection.from_dict(record["drift"])
+    runs = {name: config_from_dict(PacedResult, paced) for name, paced in record["runs"].items()}
+    if drift is not None:
+        drift.check_guardrail(pacing.guardrail, pacing.kind)
+    return float(record["factor"]), drift, runs

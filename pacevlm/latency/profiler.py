@@ -212,6 +212,7 @@ def profile_requests(
     device: str | torch.device,
     dtype: str | torch.dtype,
     path: str | os.PathLike[str] | None = None,
+    keep_partial: bool = False,
     progress: Callable[[ProfileProgress], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Profile:
@@ -230,6 +231,7 @@ def profile_requests(
         dtype: of its weights.
         path: where the profile is written. Meanwhile measurements are appended to `<path>.partial.jsonl`, from which an
             interrupted run with the same settings goes on.
+        keep_partial: leave that file to the caller, who removes it once what is made of the profile is written, too.
         progress: called after every measurement.
         clock: seconds, for the time left.
 
@@ -267,7 +269,8 @@ def profile_requests(
     if path is not None:
         profile.save(Path(path))
         assert partial is not None
-        partial.unlink(missing_ok=True)
+        if not keep_partial:
+            partial.unlink(missing_ok=True)
     return profile
 
 
@@ -362,7 +365,10 @@ def _open_partial(path: Path | None, header: Mapping[str, Any]) -> list[Sample]:
         append_jsonl(path, header)
         return []
     numbered = read_numbered_jsonl(path, "interrupted profile", ProfileError)
-    if not numbered or numbered[0][1] != header:
+    if not numbered:  # a kill before its first line was whole
+        append_jsonl(path, header)
+        return []
+    if numbered[0][1] != header:
         raise ProfileError(
             f"{path} was begun for another model, device or settings; remove it, or go on with what it was begun with"
         )

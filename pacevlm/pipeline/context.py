@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Protocol
@@ -11,7 +12,8 @@ import numpy as np
 
 from pacevlm.controller.policy import Controller
 from pacevlm.data.splits import Splits, load_splits
-from pacevlm.errors import DataError
+from pacevlm.errors import DataError, IdentityError, PacevlmError
+from pacevlm.files import sha256_file
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Guardrail
 from pacevlm.latency.measuring import use_num_threads
@@ -43,6 +45,9 @@ class Reporter(Protocol):
     def started(self, step: str) -> None:
         """A step begins."""
 
+    def missing(self, step: str, names: Sequence[str]) -> None:
+        """Files of a finished step are gone from the run directory, and are made again."""
+
     def skipped(self, step: str, facts: Mapping[str, Any]) -> None:
         """A step was finished by an earlier run with the same settings."""
 
@@ -60,6 +65,9 @@ class SilentReporter:
     """Tells nobody; see `Reporter`."""
 
     def started(self, step: str) -> None:
+        """Nothing."""
+
+    def missing(self, step: str, names: Sequence[str]) -> None:
         """Nothing."""
 
     def skipped(self, step: str, facts: Mapping[str, Any]) -> None:
@@ -87,6 +95,7 @@ class RunContext:
     def __init__(self, config: RunConfig, reporter: Reporter | None = None, command: str | None = None) -> None:
         self.config, self.reporter, self.command = config, reporter or SilentReporter(), command
         self.run_dir = config.run_dir
+        self._digests: dict[str, str] = {}
 
     @cached_property
     def model(self) -> ElasticModel:
@@ -102,7 +111,8 @@ class RunContext:
     def engine(self) -> RolloutEngine:
         """The rollout engine, with all outcomes that the run directory remembers."""
         path = self.run_dir / MEMORY_NAME
-        memory = OutcomeMemory.load(path, self.model.identity) if path.exists() else None
+        with saying_how_to_go_on():
+            memory = OutcomeMemory.load(path, self.model.identity) if path.exists() else None
         return RolloutEngine(self.model, memory=memory)
 
     @cached_property
@@ -110,29 +120,34 @@ class RunContext:
         """The fitted estimator; raises IdentityError if it was fitted for another model or device."""
         with use_num_threads(self.config.profile.num_threads):
             facts = collect_device_facts(self.model.device, self.model.dtype)
-        return LatencyEstimator.load(
-            self.run_dir / ESTIMATOR_NAME,
-            model_identity=self.model.identity,
-            knob_space=self.model.knob_space,
-            device=facts,
-        )
+        with saying_how_to_go_on():
+            return LatencyEstimator.load(
+                self.run_dir / ESTIMATOR_NAME,
+                model_identity=self.model.identity,
+                knob_space=self.model.knob_space,
+                device=facts,
+            )
 
     def pacing(self, guardrail_name: str = GUARDRAIL_NAME) -> Pacing:
         """Guardrail and output lengths as the run directory holds them."""
-        lengths = OutputLengthModel.load(self.run_dir / OUTPUT_LENGTH_NAME, model_identity=self.model.identity)
-        guardrail = Guardrail.load(self.run_dir / guardrail_name, self.estimator)
+        estimator = self.estimator
+        with saying_how_to_go_on():
+            lengths = OutputLengthModel.load(self.run_dir / OUTPUT_LENGTH_NAME, model_identity=self.model.identity)
+            guardrail = Guardrail.load(self.run_dir / guardrail_name, estimator)
         return Pacing(guardrail, lengths, self.model.max_new_tokens, self.config.train.budget_kind)
 
     def controller(self) -> Controller:
         """The trained controller."""
-        return Controller.from_pretrained(
-            self.run_dir / CONTROLLER_NAME,
-            model_identity=self.model.identity,
-            knob_space=self.model.knob_space,
-            estimator_fingerprint=self.estimator.fingerprint,
-            d_model=self.model.d_model,
-            device=self.model.device,
-        )
+        estimator = self.estimator
+        with saying_how_to_go_on():
+            return Controller.from_pretrained(
+                self.run_dir / CONTROLLER_NAME,
+                model_identity=self.model.identity,
+                knob_space=self.model.knob_space,
+                estimator_fingerprint=estimator.fingerprint,
+                d_model=self.model.d_model,
+                device=self.model.device,
+            )
 
     @property
     def full_p50_ms(self) -> float:
@@ -161,8 +176,43 @@ class RunContext:
             yield
         finally:
             if len(self.engine.memory) > num_before:
-                self.engine.memory.save(self.run_dir / MEMORY_NAME)
+                try:
+                    self.engine.memory.save(self.run_dir / MEMORY_NAME)
+                except KeyboardInterrupt:
+                    self.engine.memory.save(self.run_dir / MEMORY_NAME)
+                    raise
+
+    def file_identity(self, part: str, name: str) -> str | None:
+        """Digest of the file that a setting names, wherever it lies; the setting itself if it names none.
+
+        A file that is not here any more is the one that the finished steps were made with: they need it no longer, and
+        a step that does says that it is missing.
+        """
+        path: str | None = getattr(getattr(self.config, part), name)
+        if path is None or path == "digits":
+            return path
+        if not os.path.isfile(path):
+            log = StepLog(self.run_dir)
+            finished = (log.get(step) for step in ("evaluate", "profile"))
+            known: str | None = next((step.settings[part].get(name) for step in finished if step is not None), path)
+            return known
+        if path not in self._digests:
+            self._digests[path] = f"sha256 {sha256_file(path, DataError)}"
+        return self._digests[path]
 
     def count(self, what: str) -> Callable[[int, int], None]:
         """A callback that reports the progress of one piece of work."""
         return lambda done, total: self.reporter.progress(what, done, total)
+
+
+@contextmanager
+def saying_how_to_go_on() -> Iterator[None]:
+    """Add to the error about a damaged file of the run directory what to do about it."""
+    try:
+        yield
+    except IdentityError:
+        raise
+    except PacevlmError as error:
+        raise type(error)(
+            f"{error}. Remove the file, and the same command makes it again, or start over with --fresh"
+        ) from error

@@ -1,4 +1,4 @@
-"""What an evaluation leaves to look at: records, results, figures and the report."""
+"""What an evaluation leaves to look at: records, results, what is shown of them, figures and the report."""
 
 from __future__ import annotations
 
@@ -7,65 +7,71 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pacevlm.artefact import check_keys, load_artefact, save_artefact
+from pacevlm.config import config_to_dict
+from pacevlm.errors import DataError
 from pacevlm.evaluation.plots import plot_knobs, plot_pareto
 from pacevlm.evaluation.records import EvaluationRecord, read_records, write_records
 from pacevlm.evaluation.report import AnsweredQuestion, write_report
 from pacevlm.evaluation.summary import RunFacts, build_results, read_results, write_results
+from pacevlm.pipeline.run_config import RunConfig
 from pacevlm.types import Example
 
-RECORDS_NAME, RESULTS_NAME, REPORT_NAME = "records.jsonl", "results.json", "report.html"
+RECORDS_NAME, RESULTS_NAME, SHOWN_NAME, REPORT_NAME = "records.jsonl", "results.json", "shown.json", "report.html"
 PARETO_STEM, KNOBS_STEM = "pareto", "knobs"
-OUTPUT_NAMES = (
-    *(RECORDS_NAME, RESULTS_NAME, REPORT_NAME),
-    *(f"{stem}.{kind}" for stem in (PARETO_STEM, KNOBS_STEM) for kind in ("png", "svg")),
-)
+# What is drawn from the other files, and can be drawn again.
+DRAWN_NAMES = (REPORT_NAME, *(f"{stem}.{kind}" for stem in (PARETO_STEM, KNOBS_STEM) for kind in ("png", "svg")))
 NUM_SHOWN = 8
+_SHOWN_KIND, _SHOWN_SCHEMA_VERSION = "shown answers", 1
 
 
 def write_outputs(
-    run_dir: Path,
+    config: RunConfig,
     records: Sequence[EvaluationRecord],
     facts: RunFacts,
-    *,
-    seed: int,
-    examples: Sequence[Example] = (),
-    config: dict[str, Any] | None = None,
+    examples: Sequence[Example],
     command: str | None = None,
 ) -> dict[str, Any]:
-    """Write records, results, both figures and the report; returns the results.
+    """Write records, results, what is shown of the examples, both figures and the report; returns the results.
 
     Args:
-        seed: of the bootstrap.
-        examples: the evaluated ones, so that the report can show some.
         config: the run's resolved settings.
+        examples: the evaluated ones, of which the report shows some.
         command: the command that ran.
 
     Raises:
         DataError: the records are incomplete.
         StorageError: a file could not be written.
     """
+    run_dir = config.run_dir
     write_records(run_dir / RECORDS_NAME, records)
-    results = build_results(records, facts, seed=seed)
+    results = build_results(records, facts, seed=config.evaluate.seed)
     write_results(run_dir / RESULTS_NAME, results)
-    draw_outputs(run_dir, results, records, examples=examples, config=config, command=command)
+    samples = [sample.to_dict() for sample in answered_questions(records, examples)]
+    shown = {"command": command, "samples": samples}
+    save_artefact(run_dir / SHOWN_NAME, _SHOWN_KIND, _SHOWN_SCHEMA_VERSION, shown, DataError)
+    draw_outputs(config)
     return results
 
 
-def draw_outputs(
-    run_dir: Path,
-    results: dict[str, Any],
-    records: Sequence[EvaluationRecord],
-    *,
-    examples: Sequence[Example] = (),
-    config: dict[str, Any] | None = None,
-    command: str | None = None,
-) -> None:
-    """Draw both figures and the report from results; raises StorageError if a file could not be written."""
+def draw_outputs(config: RunConfig) -> None:
+    """Draw both figures and the report from what an evaluation left in the run directory, without its data set.
+
+    Raises:
+        DataError: a file of the evaluation is missing or damaged.
+        StorageError: a file could not be written.
+    """
+    run_dir = config.run_dir
+    results = read_results(run_dir / RESULTS_NAME)
+    shown = load_artefact(run_dir / SHOWN_NAME, _SHOWN_KIND, _SHOWN_SCHEMA_VERSION, DataError)
+    check_keys(_SHOWN_KIND, shown, {"command", "samples"}, DataError)
     plot_pareto(results, run_dir / PARETO_STEM)
     if all("controller" in budget["policies"] for budget in results["budgets"]):
         plot_knobs(results, run_dir / KNOBS_STEM)
-    samples = answered_questions(records, examples)
-    write_report(results, run_dir / REPORT_NAME, samples=samples, config=config, command=command)
+    settings = config_to_dict(config)
+    del settings["run_dir"]  # it may move
+    samples = [AnsweredQuestion.from_dict(sample) for sample in shown["samples"]]
+    write_report(results, run_dir / REPORT_NAME, samples=samples, config=settings, command=shown["command"])
 
 
 def read_outputs(run_dir: Path) -> tuple[dict[str, Any], list[EvaluationRecord]]:

@@ -6,16 +6,35 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pacevlm.config import config_to_dict, save_config
+from pacevlm.config import config_to_dict
 from pacevlm.devices import resolve_device
 from pacevlm.errors import ConfigError, IdentityError
 from pacevlm.latency.measuring import check_num_threads
-from pacevlm.pipeline.artefacts import CONFIG_NAME, remove_artefacts
+from pacevlm.pipeline.artefacts import (
+    PARTIAL_NAMES,
+    check_directory,
+    made_files,
+    missing_files,
+    remove_artefacts,
+    remove_file,
+    remove_leftovers,
+    source_files,
+)
 from pacevlm.pipeline.checks import check_run
 from pacevlm.pipeline.context import Reporter, RunContext
-from pacevlm.pipeline.run_config import RunConfig
+from pacevlm.pipeline.lock import one_writer
+from pacevlm.pipeline.outputs import draw_outputs
+from pacevlm.pipeline.run_config import RunConfig, save_run_config
 from pacevlm.pipeline.step_log import StepLog
-from pacevlm.pipeline.steps import calibrate_step, evaluate_step, lookup_step, profile_step, train_step
+from pacevlm.pipeline.steps import (
+    calibrate_step,
+    evaluate_step,
+    fit_profile,
+    lookup_step,
+    profile_step,
+    train_step,
+    write_bundle,
+)
 
 _FUNCTIONS: dict[str, Callable[[RunContext], dict[str, Any]]] = {
     "profile": profile_step,
@@ -25,6 +44,14 @@ _FUNCTIONS: dict[str, Callable[[RunContext], dict[str, Any]]] = {
     "evaluate": evaluate_step,
 }
 STEPS = tuple(_FUNCTIONS)
+# Makes what a step leaves from its source files alone, the same as before.
+_AGAIN: dict[str, Callable[[RunContext], Any]] = {
+    "profile": fit_profile,
+    "lookup": lookup_step,
+    "train": train_step,
+    "calibrate": write_bundle,
+    "evaluate": lambda run: draw_outputs(run.config),
+}
 # What is out of date once a step has been done again.
 _DEPENDENT: dict[str, tuple[str, ...]] = {
     "profile": ("train", "calibrate", "evaluate"),
@@ -47,7 +74,9 @@ def run_pipeline(
 ) -> RunContext:
     """Run all steps up to one; those that the run directory holds with the same settings are not run again.
 
-    An interrupted run goes on where it was: timed requests, outcomes and training steps so far are kept.
+    An interrupted run goes on where it was: timed requests, outcomes and training steps so far are kept. A finished
+    step is one whose files are there: what is missing of them is made again. Nothing else may write into the run
+    directory meanwhile.
 
     Args:
         config: all settings.
@@ -60,8 +89,8 @@ def run_pipeline(
         The run's parts, all loaded or to be loaded from its directory.
 
     Raises:
-        ConfigError: the run directory was made with other settings, or there is no such step or device, or fewer CPUs
-            than threads.
+        ConfigError: the run directory was made with other settings, is in use or is something else's; or there is no
+            such step or device, or fewer CPUs than threads.
         IdentityError: the run directory was made for another model or device.
         PacevlmError: whatever a step raises.
     """
@@ -69,37 +98,71 @@ def run_pipeline(
         raise ConfigError(f"there is no step {until!r}; the steps are {', '.join(STEPS)}")
     resolve_device(config.model.device)
     check_num_threads(config.profile.num_threads)
-    run = RunContext(config, reporter, command)
+    check_directory(config, fresh=fresh)
     wanted = STEPS[: STEPS.index(until) + 1]
-    if fresh:
-        check_run(run, wanted)
-        remove_artefacts(config)
-    log = StepLog(config.run_dir)
-    _check_settings(run, log)
-    if not fresh:
-        check_run(run, [name for name in wanted if not _is_done(run, log, name)])
-    save_config(config.run_dir / CONFIG_NAME, config)
-    for name in wanted:
-        settings = step_settings(run, name)
-        done = log.get(name)
-        if done is not None and not done.changes(settings):
-            run.reporter.skipped(name, done.facts)
-            _warn(run, name, done.facts)
-            continue
-        run.reporter.started(name)
-        log.remove(name, *_DEPENDENT[name])
-        started = time.monotonic()
-        facts = _FUNCTIONS[name](run)
-        seconds = time.monotonic() - started
-        log.add(name, settings, seconds, facts)
-        run.reporter.finished(name, seconds, facts)
-        _warn(run, name, facts)
+    with one_writer(config.run_dir):
+        run = RunContext(config, reporter, command)
+        if fresh:
+            check_run(run, wanted)
+            remove_artefacts(config)
+        remove_leftovers(config)
+        log = StepLog(config.run_dir)
+        _check_settings(run, log)
+        # Before any is made again: one step's work may leave half of what another's was.
+        gone = {name: _missing(run, name) for name in STEPS}
+        if not fresh:
+            check_run(run, [name for name in wanted if gone[name][0] or not _is_done(run, log, name)])
+        save_run_config(config)
+        for name in wanted:
+            if not _is_finished(run, log, name, *gone[name]):
+                _do(run, log, name)
     return run
 
 
+def _missing(run: RunContext, name: str) -> tuple[list[str], list[str]]:
+    """The source files of a step that are not there, and those that it makes of them."""
+    return (
+        missing_files(run.run_dir, source_files(run.config, name)),
+        missing_files(run.run_dir, made_files(run.config, name)),
+    )
+
+
 def _is_done(run: RunContext, log: StepLog, name: str) -> bool:
+    """Whether a step was done with the same settings."""
     done = log.get(name)
     return done is not None and not done.changes(step_settings(run, name))
+
+
+def _is_finished(run: RunContext, log: StepLog, name: str, sources: list[str], made: list[str]) -> bool:
+    """Whether a step was done with the same settings and its files are there; those that can be are made again."""
+    done = log.get(name)
+    if done is None or done.changes(step_settings(run, name)):
+        return False
+    if sources or made:
+        run.reporter.missing(name, sources + made)
+    if sources:
+        return False
+    if made:
+        _AGAIN[name](run)
+    run.reporter.skipped(name, done.facts)
+    _warn(run, name, done.facts)
+    return True
+
+
+def _do(run: RunContext, log: StepLog, name: str) -> None:
+    """Run one step, from where it was stopped if it was."""
+    run.reporter.started(name)
+    settings = step_settings(run, name)
+    log.remove(name, *_DEPENDENT[name])
+    _remove_partial(run, *_DEPENDENT[name])
+    started = time.monotonic()
+    facts = _FUNCTIONS[name](run)
+    seconds = time.monotonic() - started
+    log.add(name, settings, seconds, facts)
+    # Only now: a stop before this line finds all that was measured.
+    _remove_partial(run, name)
+    run.reporter.finished(name, seconds, facts)
+    _warn(run, name, facts)
 
 
 def _warn(run: RunContext, name: str, facts: Mapping[str, Any]) -> None:
@@ -107,10 +170,16 @@ def _warn(run: RunContext, name: str, facts: Mapping[str, Any]) -> None:
         run.reporter.warned(name, sentence)
 
 
+def _remove_partial(run: RunContext, *steps: str) -> None:
+    for step in steps:
+        if step in PARTIAL_NAMES:
+            remove_file(run.run_dir / PARTIAL_NAMES[step])
+
+
 def step_settings(run: RunContext, step: str) -> dict[str, Any]:
     """All that a step's outcome depends on, ready for JSON."""
     config = run.config
-    data = config_to_dict(config.data)
+    data = config_to_dict(config.data) | {name: run.file_identity("data", name) for name in ("dataset", "test_dataset")}
     if config.data.dataset == "digits":  # whose parts do not depend on each other's sizes
         data = {
             name: value
@@ -121,7 +190,8 @@ def step_settings(run: RunContext, step: str) -> dict[str, Any]:
     settings: dict[str, Any] = {"model": model, "data": data, "picture": config_to_dict(config.picture)}
     if step == "lookup":
         return settings | {"lookup": config_to_dict(config.lookup)}
-    settings |= {"profile": config_to_dict(config.profile), "controller": config_to_dict(config.controller)}
+    profile = config_to_dict(config.profile) | {"source": run.file_identity("profile", "source")}
+    settings |= {"profile": profile, "controller": config_to_dict(config.controller)}
     if step == "profile":
         return settings
     settings["train"] = config.train.identity()
@@ -131,7 +201,8 @@ def step_settings(run: RunContext, step: str) -> dict[str, Any]:
     if step == "calibrate":
         return settings
     settings |= {"lookup": config_to_dict(config.lookup), "evaluate": config_to_dict(config.evaluate)}
-    return settings | {"data": config_to_dict(config.data)}
+    files = {name: data[name] for name in ("dataset", "test_dataset") if name in data}
+    return settings | {"data": config_to_dict(config.data) | files}
 
 
 def _check_settings(run: RunContext, log: StepLog) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pacevlm.checks import check_path
 from pacevlm.config import (
@@ -16,11 +18,20 @@ from pacevlm.config import (
     ModelConfig,
     PictureConfig,
     ProfileConfig,
+    config_from_dict,
+    config_to_dict,
 )
 from pacevlm.errors import ConfigError
+from pacevlm.files import find_portable, portable_path, read_json, write_json_atomic
 from pacevlm.training.train_config import GRPOConfig, TrainConfig
 
 DEFAULT_RUN_DIR = Path("runs/default")
+CONFIG_NAME = "config.json"
+# Settings that name files or folders, and the words that stand for what is inside the package.
+_PATHS = (("model", "path"), ("data", "dataset"), ("data", "test_dataset"), ("profile", "source"))
+_WITHIN_PACKAGE = ("embedded", "digits")
+# Where files beside the run directory were when it was written, for a run directory that moves without them.
+_ABSOLUTE = "absolute_paths"
 
 
 def train_defaults(steps: int, batch_size: int = 256) -> TrainConfig:
@@ -107,3 +118,52 @@ def quickstart_config(run_dir: Path = Path("runs/quickstart")) -> RunConfig:
         calibrate=CalibrateConfig(num_requests=200),
         evaluate=EvaluateConfig(num_timed=40),
     )
+
+
+# In the run directory ------------------------------------------------------------------------------------------------
+
+
+def save_run_config(config: RunConfig) -> None:
+    """Write the settings into the run directory, so that it can be moved or copied; raises StorageError.
+
+    The directory itself is not named. Files inside it or beside it are named relative to it, all others absolutely.
+    """
+    values = config_to_dict(config)
+    del values["run_dir"]
+    absolute_paths: dict[str, str] = {}
+    for part, name in _PATHS:
+        path = values[part][name]
+        if path is None or path in _WITHIN_PACKAGE:
+            continue
+        values[part][name], absolute = portable_path(path, config.run_dir, config.run_dir)
+        if absolute is not None:
+            absolute_paths[f"{part}.{name}"] = absolute
+    write_json_atomic(config.run_dir / CONFIG_NAME, {**values, _ABSOLUTE: absolute_paths})
+
+
+def load_run_config(run_dir: Path) -> RunConfig:
+    """The settings that a run directory holds, wherever it lies now.
+
+    Raises:
+        ConfigError: the file is missing, damaged or no run's, or a setting is unknown or outside its range.
+    """
+    path = run_dir / CONFIG_NAME
+    values = read_json(path, "settings of a run", ConfigError)
+    if not is_run_config(values):
+        raise ConfigError(f"{path} holds no settings of a run; give another run directory")
+    absolute_paths = values.pop(_ABSOLUTE, {})
+    if not isinstance(absolute_paths, dict):
+        raise ConfigError(f"{path}: {_ABSOLUTE} is {absolute_paths!r}, no mapping; start over with --fresh")
+    for part, name in _PATHS:
+        stored = values[part].get(name)
+        if isinstance(stored, str) and stored not in _WITHIN_PACKAGE:
+            values[part][name] = find_portable(stored, absolute_paths.get(f"{part}.{name}"), run_dir)
+    try:
+        return config_from_dict(RunConfig, {**values, "run_dir": os.fspath(run_dir)})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}; start over with --fresh") from error
+
+
+def is_run_config(values: Any) -> bool:
+    """Whether the content of a `config.json` is a run's and not, say, a model's."""
+    return isinstance(values, dict) and all(isinstance(values.get(name), dict) for name in ("model", "data", "profile"))

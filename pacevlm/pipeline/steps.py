@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 
 from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.baselines.static import StaticPolicy
-from pacevlm.config import config_to_dict
+from pacevlm.config import config_from_dict, config_to_dict
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
 from pacevlm.evaluation.learnable import evaluation_warnings, sweep_warnings, training_warnings
 from pacevlm.evaluation.summary import RunFacts
@@ -22,10 +24,11 @@ from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
 from pacevlm.latency.measuring import use_num_threads, without_garbage_collection
 from pacevlm.latency.output_length import OutputLengthModel
-from pacevlm.latency.profile import Profile, Sample, check_identity, collect_device_facts
+from pacevlm.latency.profile import DeviceFacts, Profile, Sample, check_identity, collect_device_facts
 from pacevlm.latency.profile_summary import summarise_profile
 from pacevlm.latency.profiler import ProfilerSettings, profile_requests, sample_of
 from pacevlm.pacer import Pacer
+from pacevlm.partial import PartialFile
 from pacevlm.pipeline.artefacts import (
     BUNDLE_NAME,
     CONTROLLER_NAME,
@@ -33,17 +36,20 @@ from pacevlm.pipeline.artefacts import (
     GUARDRAIL_NAME,
     LOOKUP_NAME,
     OUTPUT_LENGTH_NAME,
+    PARTIAL_NAMES,
     PROFILE_GUARDRAIL_NAME,
     PROFILE_NAME,
     STATIC_NAME,
+    remove_training,
 )
-from pacevlm.pipeline.context import RunContext
+from pacevlm.pipeline.context import RunContext, saying_how_to_go_on
 from pacevlm.pipeline.outputs import write_outputs
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.rollout.profiling import profiling_run
 from pacevlm.rollout.request import PacedResult, run_with_policy
+from pacevlm.training.checkpoint import load_checkpoint
 from pacevlm.training.metrics_log import read_metrics
-from pacevlm.training.run_record import installed_versions, source_commit
+from pacevlm.training.run_record import installed_versions, source_commit, weights_sha256
 from pacevlm.training.trainer import METRICS_NAME, Trainer
 from pacevlm.types import BudgetKind
 
@@ -55,36 +61,41 @@ NUM_TRANSFER = 25
 
 def profile_step(run: RunContext) -> dict[str, Any]:
     """Time requests, fit and calibrate the estimator, and learn how long answers get."""
-    config, model = run.config.profile, run.model
-    with use_num_threads(config.num_threads):
-        device = collect_device_facts(model.device, model.dtype)
-    settings: dict[str, Any] = {
-        "alpha": config.alpha,
-        "group_by": config.group_by,
-        "seed": config.seed,
-        "trained_top_k": model.trained_top_k,
-        "stage2_after": model.stage2_after,
-        "model_identity": model.identity,
-        "knob_space": model.knob_space,
-        "device": device,
-    }
+    config = run.config.profile
     if config.source is None:
-        profile = _measure_profile(run, config.num_samples, config.repeats)
-        fit = fit_latency(profile, **settings)
+        _measure_profile(run, config.num_samples, config.repeats)
     elif config.transfer:
-        source = Profile.load(config.source)
-        check_identity(source, model_identity=model.identity, knob_space=model.knob_space)
-        estimator = LatencyEstimator.fit(source, trained_top_k=model.trained_top_k, stage2_after=model.stage2_after)
-        # As many for the bounds as these need at least, twice over; the few others carry the estimator over.
-        num_samples = NUM_TRANSFER + 2 * min_num_scores(config.alpha)
-        profile = _measure_profile(run, num_samples, 1)
-        fit = fit_latency(
-            profile, **settings, calibration_share=1 - NUM_TRANSFER / num_samples, transfer_from=estimator
-        )
+        _fit_source(run)  # before anything is measured, or it may turn out to fit nothing here
+        _measure_profile(run, _num_transferred(config.alpha), 1)
     else:
         profile = Profile.load(config.source)
-        fit = fit_latency(profile, **settings)
+        check_identity(
+            profile, model_identity=run.model.identity, knob_space=run.model.knob_space, device=_device_facts(run)
+        )
         profile.save(run.run_dir / PROFILE_NAME)
+    return fit_profile(run)
+
+
+def fit_profile(run: RunContext) -> dict[str, Any]:
+    """Make all that a profile gives from the one in the run directory: estimator, bounds and output lengths."""
+    config, model = run.config.profile, run.model
+    profile = Profile.load(run.run_dir / PROFILE_NAME)
+    settings: dict[str, Any] = {}
+    if config.transfer:
+        settings["transfer_from"] = _fit_source(run)
+        settings["calibration_share"] = 1 - NUM_TRANSFER / _num_transferred(config.alpha)
+    fit = fit_latency(
+        profile,
+        alpha=config.alpha,
+        group_by=config.group_by,
+        seed=config.seed,
+        trained_top_k=model.trained_top_k,
+        stage2_after=model.stage2_after,
+        model_identity=model.identity,
+        knob_space=model.knob_space,
+        device=_device_facts(run),
+        **settings,
+    )
     fit.estimator.save(run.run_dir / ESTIMATOR_NAME)
     fit.guardrail.save(run.run_dir / PROFILE_GUARDRAIL_NAME)
     run.__dict__.pop("estimator", None)
@@ -102,7 +113,26 @@ def profile_step(run: RunContext) -> dict[str, Any]:
     }
 
 
-def _measure_profile(run: RunContext, num_samples: int, repeats: int) -> Profile:
+def _device_facts(run: RunContext) -> DeviceFacts:
+    with use_num_threads(run.config.profile.num_threads):
+        return collect_device_facts(run.model.device, run.model.dtype)
+
+
+def _fit_source(run: RunContext) -> LatencyEstimator:
+    """The estimator of the device whose profile is carried over."""
+    model, path = run.model, run.config.profile.source
+    assert path is not None
+    source = Profile.load(path)
+    check_identity(source, model_identity=model.identity, knob_space=model.knob_space)
+    return LatencyEstimator.fit(source, trained_top_k=model.trained_top_k, stage2_after=model.stage2_after)
+
+
+def _num_transferred(alpha: float) -> int:
+    # As many for the bounds as these need at least, twice over; the few others carry the estimator over.
+    return NUM_TRANSFER + 2 * min_num_scores(alpha)
+
+
+def _measure_profile(run: RunContext, num_samples: int, repeats: int) -> None:
     config, model, train = run.config.profile, run.model, run.splits.train
     requests = [(example.image, example.question) for example in train[: config.num_requests]]
     settings = ProfilerSettings(
@@ -116,7 +146,7 @@ def _measure_profile(run: RunContext, num_samples: int, repeats: int) -> Profile
     )
     # The controller that will be trained, as far as its cost goes.
     stand_in = ControllerConfig(reference_ms=1.0, embedding_scale=1.0, **config_to_dict(run.config.controller))
-    return profile_requests(
+    profile_requests(
         profiling_run(model, requests, stand_in),
         model.knob_space,
         settings,
@@ -124,6 +154,7 @@ def _measure_profile(run: RunContext, num_samples: int, repeats: int) -> Profile
         device=model.device,
         dtype=model.dtype,
         path=run.run_dir / PROFILE_NAME,
+        keep_partial=True,
         progress=lambda state: run.reporter.progress("timed requests", state.num_done, state.num_total),
     )
 
@@ -181,6 +212,8 @@ def train_step(run: RunContext) -> dict[str, Any]:
         run.full_bound_ms,
     )
 
+    _remove_outdated_training(trainer)
+
     def on_step(step: int, metrics: Mapping[str, float], seconds_left: float) -> None:
         note = f"reward {metrics['reward']:.3f}, entropy {metrics['entropy']:.2f}"
         run.reporter.progress("training steps", step, config.steps, note)
@@ -193,6 +226,21 @@ def train_step(run: RunContext) -> dict[str, Any]:
     shown = ("reward", "accuracy", "entropy", "cost/violation_rate", "cost/lambda")
     last = {name: metrics[-1][name] for name in shown if name in metrics[-1]}
     return {"num_steps": trainer.step, **last, "warnings": training_warnings(metrics)}
+
+
+def _remove_outdated_training(trainer: Trainer) -> None:
+    """Clear the folder of a training that nothing can go on from: its profile was made again, or half of it is gone."""
+    folder, path = trainer.config.run_dir, trainer.checkpoint_path
+    if path.exists():
+        with saying_how_to_go_on():
+            checkpoint = load_checkpoint(path)
+        wanted = json.loads(json.dumps(trainer.identity))
+        of_profile = ("estimator", "guardrail", "output_length", "reference_ms")
+        is_profile_same = all(checkpoint.identity.get(name) == wanted[name] for name in of_profile)
+        is_complete = checkpoint.step < trainer.config.steps or (folder / METRICS_NAME).exists()
+        if is_profile_same and is_complete:
+            return
+    remove_training(folder)
 
 
 def _new_controller(run: RunContext, seed: int) -> Controller:
@@ -232,7 +280,15 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
     order = rng.permutation(len(run.splits.val))
     train = run.config.train
     budgets_ms = run.full_bound_ms * rng.uniform(train.min_budget, train.max_budget, config.num_requests)
-    runs: list[PacedResult] = []
+    header = {
+        "model_identity": model.identity,
+        "controller": weights_sha256(controller),
+        "estimator": pacing.guardrail.estimator.fingerprint,
+        "settings": config_to_dict(config),
+        "budgets_ms": budgets_ms.tolist(),
+    }
+    partial = PartialFile(run.run_dir / PARTIAL_NAMES["calibrate"], header, "interrupted calibration")
+    runs = partial.read(lambda record: config_from_dict(PacedResult, record))
 
     def run_one(number: int) -> PacedResult:
         example = run.splits.val[int(order[number % len(order)])]
@@ -240,24 +296,18 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
 
     model.capture_decode()
     with use_num_threads(profile_config.num_threads):
-        for number in range(min(NUM_WARMUP, config.num_requests)):
+        for number in range(min(NUM_WARMUP, config.num_requests - len(runs))):
             run_one(number)
-        for start in range(0, config.num_requests, WINDOW):
+        for start in range(len(runs), config.num_requests, WINDOW):
             with without_garbage_collection():
-                runs += [run_one(number) for number in range(start, min(start + WINDOW, config.num_requests))]
+                for number in range(start, min(start + WINDOW, config.num_requests)):
+                    runs.append(run_one(number))
+                    partial.append(config_to_dict(runs[-1]))
             run.reporter.progress("timed requests", len(runs), config.num_requests)
     samples = [sample_of(paced.result) for paced in runs]
     guardrail = recalibrate(pacing.guardrail, samples, profile_config.alpha)
     guardrail.save(run.run_dir / GUARDRAIL_NAME)
-    pacer = Pacer(
-        model,
-        controller,
-        dataclasses.replace(pacing, guardrail=guardrail),
-        full_p50_ms=run.full_p50_ms,
-        model_path=run.config.model.path,
-        num_threads=profile_config.num_threads,
-    )
-    pacer.save_pretrained(run.run_dir / BUNDLE_NAME)
+    write_bundle(run)
     kept = [paced.budget_met for paced in runs if paced.feasible]
     calibration = guardrail.calibrations[pacing.kind]
     return {
@@ -266,6 +316,19 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
         "coverage_before": coverage(pacing.guardrail, samples),
         "factors": {group: calibration.factor(group) for group in calibration.num_samples},
     }
+
+
+def write_bundle(run: RunContext) -> None:
+    """Write all that answering needs into one folder; raises StorageError."""
+    pacer = Pacer(
+        run.model,
+        run.controller(),
+        run.pacing(),
+        full_p50_ms=run.full_p50_ms,
+        model_path=run.config.model.path,
+        num_threads=run.config.profile.num_threads,
+    )
+    pacer.save_pretrained(run.run_dir / BUNDLE_NAME)
 
 
 def recalibrate(guardrail: Guardrail, samples: Sequence[Sample], alpha: float) -> Guardrail:
@@ -314,6 +377,7 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
             config,
             num_threads=run.config.profile.num_threads,
             progress=run.reporter.progress,
+            partial_path=run.run_dir / PARTIAL_NAMES["evaluate"],
         )
     device = run.estimator.device
     warnings = evaluation_warnings(evaluation.records, examples)
@@ -321,7 +385,7 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
     facts = RunFacts(
         commit=source_commit() or "unknown",
         device=f"{device.device_name}, {device.num_threads} thread{'s' if device.num_threads > 1 else ''}",
-        model=run.config.model.path,
+        model=Path(run.config.model.path).absolute().name,
         dataset_name=run.splits.name,
         dataset_split="test",
         dtype=device.dtype,
@@ -335,15 +399,7 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
         },
         warnings=[*(sentence for step in earlier if step for sentence in step.facts.get("warnings", ())), *warnings],
     )
-    results = write_outputs(
-        run.run_dir,
-        evaluation.records,
-        facts,
-        seed=config.seed,
-        examples=examples,
-        config=config_to_dict(run.config),
-        command=run.command,
-    )
+    results = write_outputs(run.config, evaluation.records, facts, examples, run.command)
     return {
         "num_examples": len(examples),
         "num_timed_requests": evaluation.num_timed_requests,

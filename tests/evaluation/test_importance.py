@@ -139,3 +139,32 @@ def test_bad_settings_are_refused(model: ElasticModel, examples: list[Example]) 
         measure_importance(model, [], 3)
     with pytest.raises(DataError, match="ids of their own"):
         measure_importance(model, [examples[0], examples[0]], 3)
+
+
+def test_a_stopped_measurement_goes_on_and_ends_the_same(
+    model: ElasticModel, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pacevlm.evaluation.importance.CHUNK", 2)
+    whole = measure_importance(model, examples, 4)
+    path, num_sets = tmp_path / "partial.jsonl", 0
+
+    def stop(done: int, total: int) -> None:
+        nonlocal num_sets
+        num_sets = done
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_importance(model, examples, 4, progress=stop, partial_path=path)
+    kept = path.read_bytes()
+    lines = kept.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])  # killed half-way through the last set
+    resumed = measure_importance(model, examples, 4, partial_path=path)
+    assert resumed.to_dict() == whole.to_dict()
+    assert path.read_bytes().startswith(kept)
+    # Other examples are other work.
+    measure_importance(model, examples[1:], 5, partial_path=path)
+    assert not path.read_bytes().startswith(lines[0])
+    path.write_bytes(path.read_bytes() + b'{"removed": [1], "scores": [7]}\n')
+    with pytest.raises(DataError, match="remove the file"):
+        measure_importance(model, examples[1:], 5, partial_path=path)

@@ -122,7 +122,7 @@ class EmbeddedTrainer:
     """
 
     def __init__(
-        self, run_dir: Path, stages: tuple[Stage, ...] = STAGES, seed: int = 0, checkpoint_seconds: float = 120.0
+        self, run_dir: Path, stages: tuple[Stage, ...] = STAGES, seed: int = 0, checkpoint_seconds: float = 45.0
     ) -> None:
         self.run_dir, self.stages, self.seed, self.checkpoint_seconds = run_dir, stages, seed, checkpoint_seconds
         self.rank = dist.get_rank() if dist.is_initialized() else 0
