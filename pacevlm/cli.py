@@ -210,14 +210,18 @@ def importance(arguments: Sequence[str]) -> None:
 
     model_config = ModelConfig(path=config.path, dtype=config.dtype, device=config.device, block_policy="prefix")
     model = load_elastic_model(model_config)
-    data = load_splits(DataConfig(config.dataset, num_val=config.num_examples, seed=config.seed))
+    sizes = {"num_train": config.num_examples, "num_val": config.num_examples}
+    data = load_splits(DataConfig(config.dataset, metric=config.metric, seed=config.seed, **sizes))
     examples = list(data.val if config.dataset == "digits" else data.train)[: config.num_examples]
     with _RichReporter() as reporter:
+        for sentence in data.remarks:
+            reporter.remark(sentence)
         result = measure_importance(
             model,
             examples,
             config.min_num_blocks,
             num_candidates=config.num_candidates,
+            metric=data.metric,
             progress=lambda done, total: reporter.progress("sets of blocks", done, total),
         )
     folder = EMBEDDED_DIR if config.path == "embedded" else Path(config.path)
@@ -437,6 +441,9 @@ class _RichReporter:
                 self._bars.remove_task(task)
             self._tasks = {what: self._bars.add_task(what, total=total, note=note)}
         self._bars.update(self._tasks[what], completed=done, total=total, note=note)
+
+    def remark(self, sentence: str) -> None:
+        self._console.print(sentence, style="yellow", markup=False)
 
     def _say(self, text: str) -> None:
         self._console.print(text)

@@ -38,7 +38,7 @@ from pacevlm.types import StageTimes
 
 ARTEFACTS = {
     *("config.json", "steps.json", "profile.json", "estimator.json", "guardrail_profile.json", "guardrail.json"),
-    *("output_length.json", "memory.jsonl", "lookup_table.json", "static.json", "results.json", "records.jsonl"),
+    *("output_length.json", "outcomes.jsonl", "lookup_table.json", "static.json", "results.json", "records.jsonl"),
     *("report.html", "pareto.png", "pareto.svg", "knobs.png", "knobs.svg", "bundle/bundle.json"),
     *("controller/controller.json", "controller/controller.safetensors", "train/checkpoint.safetensors"),
     *("train/metrics.jsonl", "train/run.json"),
@@ -135,7 +135,7 @@ def test_results_and_records_say_the_same(config: RunConfig, first: Recorder) ->
 
 
 def test_training_met_remembered_outcomes(config: RunConfig, first: Recorder) -> None:
-    memory = read_jsonl(config.run_dir / "memory.jsonl", "memory", DataError)[1:]
+    memory = read_jsonl(config.run_dir / "outcomes.jsonl", "memory", DataError)[1:]
     space = load_elastic_model(config.model).knob_space
     for number in range(config.lookup.num_examples):
         own = {line["knobs"] for line in memory if line["example_id"] == f"digits-train-0-{number}"}
@@ -219,10 +219,10 @@ def test_an_interrupted_run_goes_on_to_the_same_end(config: RunConfig, first: Re
 
 def test_an_interrupted_sweep_keeps_its_outcomes(copied: RunConfig) -> None:
     changed = dataclasses.replace(copied, lookup=LookupConfig(num_examples=8))
-    before = len(read_jsonl(copied.run_dir / "memory.jsonl", "memory", DataError))
+    before = len(read_jsonl(copied.run_dir / "outcomes.jsonl", "memory", DataError))
     with pytest.raises(KeyboardInterrupt):
         run_pipeline(changed, "lookup", reporter=Recorder(interrupt=("answers", 1)))
-    assert len(read_jsonl(copied.run_dir / "memory.jsonl", "memory", DataError)) > before
+    assert len(read_jsonl(copied.run_dir / "outcomes.jsonl", "memory", DataError)) > before
 
 
 def test_starting_over_removes_what_the_run_left_and_nothing_else(copied: RunConfig) -> None:

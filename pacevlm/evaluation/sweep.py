@@ -134,7 +134,7 @@ def exhaustive_sweep(
 ) -> NDArray[np.float64]:
     """Accuracy of every example with every configuration, `(examples, configurations)`.
 
-    The engine remembers the outcomes, so that training on the same examples finds them.
+    The engine stores the answers, so that training on the same examples finds them.
 
     Args:
         progress: called with (rollouts done, rollouts to do).
@@ -294,7 +294,7 @@ def evaluate(
             run = timed.runs.get((policy_name, b, i))
             if run is not None:
                 record = _add_latency(record, run)
-                disagreements += engine.metric(run.result.answer, example.references[0]) != outcome.accuracy
+                disagreements += engine.metric(run.result.answer, example) != outcome.accuracy
             records.append(record)
     return Evaluation(records, len(timed.runs), disagreements)
 

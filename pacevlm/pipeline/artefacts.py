@@ -9,7 +9,7 @@ from pacevlm.pipeline.outputs import OUTPUT_NAMES
 from pacevlm.pipeline.run_config import RunConfig
 from pacevlm.pipeline.step_log import STEP_LOG_NAME
 
-CONFIG_NAME, MEMORY_NAME = "config.json", "memory.jsonl"
+CONFIG_NAME, OUTCOMES_NAME = "config.json", "outcomes.jsonl"
 PROFILE_NAME, ESTIMATOR_NAME, OUTPUT_LENGTH_NAME = "profile.json", "estimator.json", "output_length.json"
 # The guardrail as profiled, which training uses, and as calibrated again on what the controller picks.
 PROFILE_GUARDRAIL_NAME, GUARDRAIL_NAME = "guardrail_profile.json", "guardrail.json"
@@ -36,7 +36,7 @@ def remove_artefacts(config: RunConfig) -> None:
     for name in (CONTROLLER_NAME, BUNDLE_NAME, config.train.run_dir):
         shutil.rmtree(run_dir / name, ignore_errors=True)
     files = (
-        *(STEP_LOG_NAME, CONFIG_NAME, MEMORY_NAME, PROFILE_NAME, f"{PROFILE_NAME}.partial.jsonl", ESTIMATOR_NAME),
+        *(STEP_LOG_NAME, CONFIG_NAME, OUTCOMES_NAME, PROFILE_NAME, f"{PROFILE_NAME}.partial.jsonl", ESTIMATOR_NAME),
         *(OUTPUT_LENGTH_NAME, PROFILE_GUARDRAIL_NAME, GUARDRAIL_NAME, LOOKUP_NAME, STATIC_NAME, *OUTPUT_NAMES),
     )
     for name in files:

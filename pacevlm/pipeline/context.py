@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -22,7 +21,7 @@ from pacevlm.pipeline.artefacts import (
     CONTROLLER_NAME,
     ESTIMATOR_NAME,
     GUARDRAIL_NAME,
-    MEMORY_NAME,
+    OUTCOMES_NAME,
     OUTPUT_LENGTH_NAME,
     PROFILE_GUARDRAIL_NAME,
 )
@@ -30,7 +29,7 @@ from pacevlm.pipeline.loading import load_elastic_model
 from pacevlm.pipeline.run_config import RunConfig
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.rollout.engine import RolloutEngine
-from pacevlm.rollout.memory import OutcomeMemory
+from pacevlm.rollout.outcome_store import OutcomeStore
 from pacevlm.rollout.request import Pacing
 
 # Training questions whose bounds say how large budgets are.
@@ -52,6 +51,9 @@ class Reporter(Protocol):
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """`done` of `total` units of a piece of work are done; `note` holds a few current numbers."""
 
+    def remark(self, sentence: str) -> None:
+        """Something that is no fault but should be known, such as examples that are left out."""
+
 
 class SilentReporter:
     """Tells nobody; see `Reporter`."""
@@ -66,6 +68,9 @@ class SilentReporter:
         """Nothing."""
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Nothing."""
+
+    def remark(self, sentence: str) -> None:
         """Nothing."""
 
 
@@ -90,14 +95,16 @@ class RunContext:
     @cached_property
     def splits(self) -> Splits:
         """The data set in three parts."""
-        return load_splits(self.config.data)
+        splits = load_splits(self.config.data)
+        for sentence in splits.remarks:
+            self.reporter.remark(sentence)
+        return splits
 
     @cached_property
     def engine(self) -> RolloutEngine:
-        """The rollout engine, with all outcomes that the run directory remembers."""
-        path = self.run_dir / MEMORY_NAME
-        memory = OutcomeMemory.load(path, self.model.identity) if path.exists() else None
-        return RolloutEngine(self.model, memory=memory)
+        """The rollout engine, with the run directory's outcome store."""
+        store = OutcomeStore.open(self.run_dir / OUTCOMES_NAME, self.model.identity)
+        return RolloutEngine(self.model, self.splits.metric, store)
 
     @cached_property
     def estimator(self) -> LatencyEstimator:
@@ -145,16 +152,6 @@ class RunContext:
         pacing, full = self.pacing(PROFILE_GUARDRAIL_NAME), (-1, -1, -1)
         views = [self.engine.view(example) for example in self.splits.train[:NUM_BOUNDED]]
         return float(np.median([pacing.upper_bounds_ms(view)[full] for view in views]))
-
-    @contextmanager
-    def remembering(self) -> Iterator[None]:
-        """Keep the outcomes of a piece of work, whether it ends well or is interrupted."""
-        num_before = len(self.engine.memory)
-        try:
-            yield
-        finally:
-            if len(self.engine.memory) > num_before:
-                self.engine.memory.save(self.run_dir / MEMORY_NAME)
 
     def count(self, what: str) -> Callable[[int, int], None]:
         """A callback that reports the progress of one piece of work."""

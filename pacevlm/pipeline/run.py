@@ -11,7 +11,7 @@ from pacevlm.errors import ConfigError, IdentityError
 from pacevlm.pipeline.artefacts import CONFIG_NAME, remove_artefacts
 from pacevlm.pipeline.context import Reporter, RunContext
 from pacevlm.pipeline.run_config import RunConfig
-from pacevlm.pipeline.step_log import StepLog
+from pacevlm.pipeline.step_log import FinishedStep, StepLog
 from pacevlm.pipeline.steps import calibrate_step, evaluate_step, lookup_step, profile_step, train_step
 
 _FUNCTIONS: dict[str, Callable[[RunContext], dict[str, Any]]] = {
@@ -72,9 +72,12 @@ def run_pipeline(
     for name in STEPS[: STEPS.index(until) + 1]:
         settings = step_settings(run, name)
         done = log.get(name)
-        if done is not None and not done.changes(settings):
+        changes = _changes(done, settings)
+        if done is not None and not changes:
             run.reporter.skipped(name, done.facts)
             continue
+        if changes:
+            run.reporter.remark(f"{name} is done again: {'; '.join(changes)}")
         run.reporter.started(name)
         log.remove(name, *_DEPENDENT[name])
         started = time.monotonic()
@@ -87,16 +90,13 @@ def run_pipeline(
 
 def step_settings(run: RunContext, step: str) -> dict[str, Any]:
     """All that a step's outcome depends on, ready for JSON."""
-    config = run.config
-    data = config_to_dict(config.data)
-    if config.data.dataset == "digits":  # whose parts do not depend on each other's sizes
-        data = {
-            name: value
-            for name, value in data.items()
-            if name not in ("num_val", "num_test", "skip_test", "test_dataset")
-        }
+    config, splits = run.config, run.splits
+    # What the parts hold, not where they were read: a changed line or picture counts, a moved file does not.
+    data: dict[str, Any] = {"train": splits.identity["train"]}
     model = {"identity": run.model.identity, "knob_space": run.model.knob_space.to_dict()}
     settings: dict[str, Any] = {"model": model, "data": data}
+    if step != "profile":  # which scores nothing
+        data["metric"] = splits.metric.name
     if step == "lookup":
         return settings | {"lookup": config_to_dict(config.lookup)}
     settings |= {"profile": config_to_dict(config.profile), "controller": config_to_dict(config.controller)}
@@ -105,17 +105,27 @@ def step_settings(run: RunContext, step: str) -> dict[str, Any]:
     settings["train"] = config.train.identity()
     if step == "train":
         return settings
-    settings["calibrate"] = config_to_dict(config.calibrate) | {"num_val": config.data.num_val}
+    settings["calibrate"] = config_to_dict(config.calibrate)
+    data["val"] = splits.identity["val"]
     if step == "calibrate":
         return settings
-    settings |= {"lookup": config_to_dict(config.lookup), "evaluate": config_to_dict(config.evaluate)}
-    return settings | {"data": config_to_dict(config.data)}
+    data["test"] = splits.identity["test"]
+    return settings | {"lookup": config_to_dict(config.lookup), "evaluate": config_to_dict(config.evaluate)}
+
+
+def _changes(done: FinishedStep | None, settings: dict[str, Any]) -> list[str]:
+    """What a finished step was done with that is different now, in words."""
+    changes = done.changes(settings) if done is not None else []
+    for part, name in (("train", "training"), ("val", "validation"), ("test", "test")):
+        text = f"the {name} examples changed (a line, a reference, a question or a picture of the data set)"
+        changes = [text if change.startswith(f"data.{part}.sha256 ") else change for change in changes]
+    return changes
 
 
 def _check_settings(run: RunContext, log: StepLog) -> None:
     for name in _KEPT:
         done = log.get(name)
-        changes = done.changes(step_settings(run, name)) if done is not None else []
+        changes = _changes(done, step_settings(run, name))
         if any(change.startswith("model.") for change in changes):
             raise IdentityError(
                 f"{run.run_dir} was made for another model or knob space: {'; '.join(changes)}. Give another run "

@@ -133,8 +133,7 @@ def _fit_output_length(run: RunContext) -> int:
     rng = np.random.default_rng(config.seed)
     examples = run.splits.train[: config.num_lengths]
     jobs = [(example, model.knob_space[int(rng.integers(len(model.knob_space)))]) for example in examples]
-    with run.remembering():
-        outcomes = run.engine.run(jobs, run.count("answers"))
+    outcomes = run.engine.run(jobs, run.count("answers"))
     views = [run.engine.view(example) for example in examples]
     lengths = OutputLengthModel.fit(
         torch.stack([view.question_embedding for view in views]).detach().double().cpu().numpy(),
@@ -150,10 +149,9 @@ def _fit_output_length(run: RunContext) -> int:
 
 
 def lookup_step(run: RunContext) -> dict[str, Any]:
-    """Run training examples with every configuration; the outcomes are remembered."""
+    """Run training examples with every configuration; the answers are stored."""
     examples = run.splits.train[: run.config.lookup.num_examples]
-    with run.remembering():
-        accuracy = exhaustive_sweep(run.engine, examples, run.count("answers"))
+    accuracy = exhaustive_sweep(run.engine, examples, run.count("answers"))
     space = run.model.knob_space
     return {
         "num_examples": len(examples),
@@ -182,8 +180,7 @@ def train_step(run: RunContext) -> dict[str, Any]:
         note = f"reward {metrics['reward']:.3f}, entropy {metrics['entropy']:.2f}"
         run.reporter.progress("training steps", step, config.steps, note)
 
-    with run.remembering():
-        trainer.run(on_step=on_step)
+    trainer.run(on_step=on_step)
     trainer.result.save_pretrained(run.run_dir / CONTROLLER_NAME)
     # From the file, because a run that was finished before has no step left to report.
     last = read_jsonl(config.run_dir / METRICS_NAME, "training metrics", DataError)[-1]
@@ -284,32 +281,31 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
     """Fit the baselines, run every policy on the test examples and write results, figures and report."""
     config, model, pacing = run.config.evaluate, run.model, run.pacing()
     budgets_ms = [fraction * run.full_p50_ms for fraction in config.budgets]
-    with run.remembering():
-        baselines = fit_baselines(
-            run.engine,
-            run.splits.train[: run.config.lookup.num_examples],
-            budgets_ms,
-            pacing,
-            seed=config.seed,
-            progress=run.count("training answers"),
-        )
-        for policy in baselines:
-            if isinstance(policy, LookupTable):
-                policy.save(run.run_dir / LOOKUP_NAME)
-            elif isinstance(policy, StaticPolicy):
-                policy.save(run.run_dir / STATIC_NAME)
-        examples = list(run.splits.test)
-        evaluation = evaluate(
-            model,
-            run.engine,
-            [ControllerPolicy(run.controller().eval()), *baselines],
-            examples,
-            budgets_ms,
-            pacing,
-            config,
-            num_threads=run.config.profile.num_threads,
-            progress=run.reporter.progress,
-        )
+    baselines = fit_baselines(
+        run.engine,
+        run.splits.train[: run.config.lookup.num_examples],
+        budgets_ms,
+        pacing,
+        seed=config.seed,
+        progress=run.count("training answers"),
+    )
+    for policy in baselines:
+        if isinstance(policy, LookupTable):
+            policy.save(run.run_dir / LOOKUP_NAME)
+        elif isinstance(policy, StaticPolicy):
+            policy.save(run.run_dir / STATIC_NAME)
+    examples = list(run.splits.test)
+    evaluation = evaluate(
+        model,
+        run.engine,
+        [ControllerPolicy(run.controller().eval()), *baselines],
+        examples,
+        budgets_ms,
+        pacing,
+        config,
+        num_threads=run.config.profile.num_threads,
+        progress=run.reporter.progress,
+    )
     device = run.estimator.device
     facts = RunFacts(
         commit=source_commit() or "unknown",

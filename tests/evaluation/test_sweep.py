@@ -180,10 +180,11 @@ def test_records_hold_the_outcome_and_the_prediction_of_their_knobs(
 ) -> None:
     by_id = {example.example_id: example for example in test}
     for record in evaluation.records:
-        outcome = engine.memory.get(record.example_id, record.knobs)
+        example = by_id[record.example_id]
+        outcome = engine.store.get(example.content_id, record.knobs)
         assert outcome is not None
-        assert (record.accuracy, record.metadata["answer"]) == (outcome.accuracy, outcome.answer)
-        sizes = engine.view(by_id[record.example_id]).sizes
+        assert (record.accuracy, record.metadata["answer"]) == (engine.metric(outcome.answer, example), outcome.answer)
+        sizes = engine.view(example).sizes
         predicted = pacing.guardrail.estimator.predict(sizes, record.knobs, outcome.num_output_tokens)
         assert record.predicted_latency_ms == pytest.approx(predicted.e2e_ms)
 
@@ -227,7 +228,7 @@ def test_an_exhaustive_sweep_is_remembered(tiny_elastic: ElasticModel, test: lis
     for i, example in enumerate(test[:2]):
         for knobs in (space.cheapest, space.full, Knobs("medium", 3, 5)):
             alone = tiny_elastic.run_static(example.image, example.question, knobs).answer
-            assert accuracy[i, space.index(knobs)] == engine.metric(alone, example.references[0])
+            assert accuracy[i, space.index(knobs)] == engine.metric(alone, example)
     assert np.array_equal(exhaustive_sweep(engine, test[:2]), accuracy)
     assert engine.num_run == 2 * len(space)
 
