@@ -210,9 +210,11 @@ def importance(arguments: Sequence[str]) -> None:
 
     model_config = ModelConfig(path=config.path, dtype=config.dtype, device=config.device, block_policy="prefix")
     model = load_elastic_model(model_config)
-    sizes = {"num_train": config.num_examples, "num_val": config.num_examples}
-    data = load_splits(DataConfig(config.dataset, metric=config.metric, seed=config.seed, **sizes))
-    examples = list(data.val if config.dataset == "digits" else data.train)[: config.num_examples]
+    number = config.num_examples
+    data = load_splits(
+        DataConfig(config.dataset, metric=config.metric, num_train=number, num_val=number, seed=config.seed)
+    )
+    examples = list(data.val if config.dataset == "digits" else data.train)[:number]
     with _RichReporter() as reporter:
         for sentence in data.remarks:
             reporter.remark(sentence)

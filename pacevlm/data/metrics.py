@@ -52,9 +52,7 @@ class Metric:
             return
         where = example.where or f"example {example.example_id!r}"
         if len(example.choices) < 2:
-            raise DataError(
-                f"{where}: the metric {self.name} needs the field 'choices', a list of at least two options"
-            )
+            raise DataError(f"{where}: the metric {self.name} needs 'choices', a list of at least two options")
         for reference in example.references:
             if _option(reference, example.choices) is None:
                 raise DataError(

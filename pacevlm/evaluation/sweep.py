@@ -242,10 +242,13 @@ def evaluate(
         num_threads: CPU threads of the timed requests; None leaves them.
 
     Raises:
-        DataError: there are no examples, or budgets and fractions differ in number.
+        DataError: there are no examples, two share an id, or budgets and fractions differ in number.
         IdentityError: the pacing was made for another model.
     """
     pacing.check_model(model)
+    ids = {example.example_id for example in examples}
+    if len(ids) != len(examples):
+        raise DataError(f"{len(examples)} examples with {len(ids)} different ids given; records tell them apart by it")
     if not examples or len(budgets_ms) != len(config.budgets):
         raise DataError(
             f"{len(examples)} examples and {len(budgets_ms)} budgets for the fractions {config.budgets}; give at least "

@@ -383,6 +383,9 @@ def test_unusable_input_is_refused(
         evaluate(engine.model, engine, [controller], [], budgets_ms, pacing, CONFIG)
     with pytest.raises(DataError, match="2 budgets"):
         evaluate(engine.model, engine, [controller], test, budgets_ms[:2], pacing, CONFIG)
+    twin = dataclasses.replace(test[1], example_id=test[0].example_id)
+    with pytest.raises(DataError, match="3 examples with 2 different ids"):
+        evaluate(engine.model, engine, [controller], [*test[:2], twin], budgets_ms, pacing, CONFIG)
     other = dataclasses.replace(
         pacing,
         guardrail=dataclasses.replace(
