@@ -227,7 +227,8 @@ def importance(arguments: Sequence[str]) -> None:
             progress=lambda done, total: reporter.progress("sets of blocks", done, total),
         )
     folder = EMBEDDED_DIR if config.path == "embedded" else Path(config.path)
-    result.save(folder, f"{data.name}, {len(examples)} examples, seed {config.seed}")
+    scored = "" if data.metric.name == "exact_match" else f", {data.metric.name}"
+    result.save(folder, f"{data.name}, {len(examples)} examples, seed {config.seed}{scored}")
     print(f"{'without blocks':<40}  accuracy %   lost %")
     for figure in (result.full, *result.greedy):
         removed = ", ".join(map(str, figure.removed)) or "none"

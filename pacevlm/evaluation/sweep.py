@@ -20,6 +20,7 @@ from pacevlm.baselines.random_feasible import RandomFeasiblePolicy
 from pacevlm.baselines.static import StaticPolicy
 from pacevlm.config import EvaluateConfig
 from pacevlm.controller.policy_interface import Policy, PolicyInput
+from pacevlm.data.metrics import Metric
 from pacevlm.errors import DataError
 from pacevlm.evaluation.records import EvaluationRecord
 from pacevlm.evaluation.timed import time_requests
@@ -300,6 +301,23 @@ def evaluate(
                 disagreements += engine.metric(run.result.answer, example) != outcome.accuracy
             records.append(record)
     return Evaluation(records, len(timed.runs), disagreements)
+
+
+def summarise_answers(
+    metric: Metric, records: Sequence[EvaluationRecord], examples: Sequence[Example]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """The metric's numbers of a whole set, for each policy and fraction; empty for a metric that has none."""
+    references = {example.example_id: example.references for example in examples}
+    cells: dict[tuple[str, float], list[EvaluationRecord]] = {}
+    for record in records if metric.summary is not None else ():
+        cells.setdefault((record.policy, record.fraction), []).append(record)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for (policy, fraction), rows in cells.items():
+        assert metric.summary is not None
+        answers = [str(row.metadata["answer"]) for row in rows]
+        numbers = metric.summary(answers, [references[row.example_id] for row in rows])
+        found.setdefault(policy, {})[f"{fraction:g}"] = numbers
+    return found
 
 
 def _predict(pacing: Pacing, requests: Sequence[PolicyInput], outcomes: Sequence[Outcome]) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from pacevlm.config import config_to_dict
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
 from pacevlm.errors import DataError
 from pacevlm.evaluation.summary import RunFacts
-from pacevlm.evaluation.sweep import evaluate, exhaustive_sweep, fit_baselines
+from pacevlm.evaluation.sweep import evaluate, exhaustive_sweep, fit_baselines, summarise_answers
 from pacevlm.files import read_jsonl
 from pacevlm.latency.calibrate import coverage, fit_latency, full_p50_ms
 from pacevlm.latency.conformal import min_num_scores
@@ -338,4 +338,6 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
         "num_disagreements": evaluation.num_disagreements,
         "controller_vs_lookup_table": results["average"].get("controller"),
         "gap_closed": results["gap_closed"],
+        "metric": run.splits.metric.name,
+        "summaries": summarise_answers(run.splits.metric, evaluation.records, examples),
     }

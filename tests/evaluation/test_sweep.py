@@ -16,6 +16,7 @@ from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.baselines.static import StaticPolicy
 from pacevlm.config import EvaluateConfig
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
+from pacevlm.data.metrics import load_metric
 from pacevlm.errors import DataError, IdentityError
 from pacevlm.evaluation import timed
 from pacevlm.evaluation.sweep import (
@@ -26,6 +27,7 @@ from pacevlm.evaluation.sweep import (
     exhaustive_sweep,
     feasible_table,
     fit_baselines,
+    summarise_answers,
 )
 from pacevlm.knobs import Knobs
 from pacevlm.latency.estimator import STAGE_TERMS, LatencyEstimator
@@ -394,3 +396,17 @@ def test_unusable_input_is_refused(
     )
     with pytest.raises(IdentityError):
         evaluate(engine.model, engine, [controller], test, budgets_ms, other, CONFIG)
+
+
+def test_a_metric_summarises_the_answers_of_every_policy_at_every_budget(
+    evaluation: Evaluation, test: list[Example]
+) -> None:
+    summaries = summarise_answers(load_metric("f1"), evaluation.records, test)
+    references = {example.example_id: example.references for example in test}
+    assert set(summaries) == {record.policy for record in evaluation.records}
+    for policy, by_fraction in summaries.items():
+        assert set(by_fraction) == {f"{fraction:g}" for fraction in FRACTIONS}
+        rows = [r for r in evaluation.records if (r.policy, r.fraction) == (policy, FRACTIONS[0])]
+        scores = [load_metric("f1").score(r.metadata["answer"], references[r.example_id], ()) for r in rows]
+        assert by_fraction[f"{FRACTIONS[0]:g}"]["f1"] == pytest.approx(np.mean(scores))
+    assert summarise_answers(load_metric("anls"), evaluation.records, test) == {}
