@@ -56,7 +56,8 @@ def divide_files(config: DataConfig, picture_config: PictureConfig | None = None
     from its content.
 
     Raises:
-        DataError: a file is missing or malformed, or there are too few pictures to give every part one.
+        DataError: a file is missing or malformed, two files give a part the same id, or there are too few pictures to
+            give every part one.
         ImageError: a picture cannot be read, and the settings do not say that such lines are skipped.
     """
     divider = _Divider(config, picture_config or PictureConfig())
@@ -159,6 +160,14 @@ class _Divider:
         chosen["test"] = chosen["test"][config.skip_test :]
         if not all(chosen.values()):
             raise DataError(self._too_few())
+        for part, examples in chosen.items():
+            first: dict[str, Example] = {}
+            for example in examples:
+                if first.setdefault(example.example_id, example) is not example:
+                    raise DataError(
+                        f"{example.where}: id {example.example_id!r} was given at {first[example.example_id].where} "
+                        f"already; the ids of {part} examples must be unique"
+                    )
         notes = [
             f"{number} {name} example{'s' if number > 1 else ''} left out, whose pictures are also {official} pictures"
             for (name, official), number in self.left_out.items()

@@ -216,6 +216,17 @@ def test_with_a_test_file_alone_only_validation_is_set_aside(tmp_path: Path) -> 
     assert load_splits(DataConfig(dataset=train, test_dataset=test)).identity["train"] == splits.identity["train"]
 
 
+def test_ids_that_files_share_stay_apart_or_are_refused(tmp_path: Path) -> None:
+    lines = [{**line, "id": i} for i, line in enumerate(lines_of(tmp_path, 30))]
+    data = write(tmp_path / "data.jsonl", lines)
+    test = write(tmp_path / "test.jsonl", [{**lines_of(tmp_path, 1, first=50)[0], "id": 3}])
+    splits = load_splits(DataConfig(dataset=data, test_dataset=test))
+    assert [e.example_id for e in splits.test] == ["3"]
+    write(tmp_path / "data.jsonl", [{**line, "split": "test"} if line["id"] == 3 else line for line in lines])
+    with pytest.raises(DataError, match=r"id '3' was given at .*; the ids of test examples must be unique"):
+        load_splits(DataConfig(dataset=data, test_dataset=test))
+
+
 def test_lines_that_name_their_part_are_kept_there(tmp_path: Path) -> None:
     lines = lines_of(tmp_path, 30, split="train") + lines_of(tmp_path, 10, first=25, split="test")
     lines += lines_of(tmp_path, 10, first=50)  # name none
