@@ -73,7 +73,7 @@ def main() -> None:
     fractions = first.config.evaluate.budgets
     budgets_ms = [fraction * first.full_p50_ms for fraction in fractions]
     pacing = first.pacing(PROFILE_GUARDRAIL_NAME)
-    with Progress(console=console) as progress, first.remembering():
+    with Progress(console=console) as progress:
         trained_on = first.splits.train[: first.config.lookup.num_examples]
         fitted = fit_baselines(first.engine, trained_on, budgets_ms, pacing, seed=0)
         table = next(policy for policy in fitted if isinstance(policy, LookupTable))

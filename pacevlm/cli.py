@@ -218,20 +218,28 @@ def importance(arguments: Sequence[str]) -> None:
 
     model_config = ModelConfig(path=config.path, dtype=config.dtype, device=config.device, block_policy="prefix")
     model = load_elastic_model(model_config, config.picture)
-    data = load_splits(DataConfig(config.dataset, num_val=config.num_examples, seed=config.seed), config.picture)
-    examples = list(data.val if config.dataset == "digits" else data.train)[: config.num_examples]
+    number = config.num_examples
+    data = load_splits(
+        DataConfig(config.dataset, metric=config.metric, num_train=number, num_val=number, seed=config.seed),
+        config.picture,
+    )
+    examples = list(data.val if config.dataset == "digits" else data.train)[:number]
     folder = EMBEDDED_DIR if config.path == "embedded" else Path(config.path)
     partial_path = folder / "elastic.json.partial.jsonl"
     with one_writer(folder, ".elastic.json.lock"), _RichReporter() as reporter:
+        for sentence in data.remarks:
+            reporter.warned("data", sentence)
         result = measure_importance(
             model,
             examples,
             config.min_num_blocks,
             num_candidates=config.num_candidates,
+            metric=data.metric,
             progress=lambda done, total: reporter.progress("sets of blocks", done, total),
             partial_path=partial_path,
         )
-        result.save(folder, f"{data.name}, {len(examples)} examples, seed {config.seed}")
+        scored = "" if data.metric.name == "exact_match" else f", {data.metric.name}"
+        result.save(folder, f"{data.name}, {len(examples)} examples, seed {config.seed}{scored}")
         partial_path.unlink(missing_ok=True)
         answer = model.run_static(examples[0].source, examples[0].question, model.knob_space.full).answer
         for sentence in importance_warnings(result.full.accuracy.mean, len(examples), examples[0], answer):

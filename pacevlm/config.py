@@ -18,6 +18,8 @@ from pacevlm.files import read_json, write_json_atomic
 from pacevlm.knobs import KnobSpace
 
 ConfigT = TypeVar("ConfigT")
+# The names of `data.metrics.METRICS`.
+MetricName = Literal["exact_match", "vqa", "relaxed", "anls", "multiple_choice", "f1"]
 
 MAX_KNOB = 1024
 """Most experts, blocks or crops that a knob may ask for; no model comes near it."""
@@ -89,15 +91,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which questions the controller learns from and is judged on; the three parts share no image.
+    """Which questions the controller learns from and is judged on; the three parts share no picture.
 
     Attributes:
         dataset: `digits`, the data set inside the package, or a JSON-lines file (image, question, answer per line).
+        val_dataset: JSON-lines file of the validation examples; if None they are set aside from `dataset`.
         test_dataset: JSON-lines file of the test examples; if None they are set aside from `dataset`.
+        metric: scores the answers; what the data set says if None: exact match, for `digits` and files alike.
         num_train: examples to learn from; fewer if a file has fewer.
-        num_val: examples to calibrate the guardrail on; at most a tenth of a file.
-        num_test: examples to judge on; at most a fifth of a file.
+        num_val: examples to calibrate the guardrail on; about a tenth of a file's pictures are set aside.
+        num_test: examples to judge on; about a fifth of a file's pictures are set aside.
         skip_test: test examples left out in front of these, for example those that settings were chosen on.
+        skip_unreadable: leave lines out whose picture cannot be read, and list them, instead of stopping.
         seed: which examples are composed, or how a file is divided.
 
     Raises:
@@ -105,25 +110,31 @@ class DataConfig:
     """
 
     dataset: str = "digits"
+    val_dataset: str | None = None
     test_dataset: str | None = None
+    metric: MetricName | None = None
     num_train: int = 3000
     num_val: int = 400
     num_test: int = 1000
     skip_test: int = 0
+    skip_unreadable: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_path("dataset", self.dataset)
-        if self.test_dataset is not None:
-            check_path("test_dataset", self.test_dataset)
         check_whole(self, 1, MAX_COUNT, "num_train", "num_val", "num_test")
         check_whole(self, 0, MAX_COUNT, "skip_test")
         check_whole(self, 0, MAX_SEED, "seed")
-        if self.dataset == "digits" and self.test_dataset is not None:
-            raise ConfigError(
-                f"test_dataset is {self.test_dataset!r}, but dataset is 'digits', which has a test split of its own; "
-                "leave test_dataset out, or give a file for both"
-            )
+        for name, part in (("val_dataset", "validation"), ("test_dataset", "test")):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            check_path(name, given)
+            if self.dataset == "digits":
+                raise ConfigError(
+                    f"{name} is {given!r}, but dataset is 'digits', which has a {part} split of its own; "
+                    f"leave {name} out, or give a file for both"
+                )
 
 
 @dataclass(frozen=True)
@@ -309,6 +320,7 @@ class ImportanceConfig:
     Attributes:
         path: model directory, or `embedded`; its elastic.json gets the measured order.
         dataset: `digits` or a JSON-lines file.
+        metric: scores the answers; what the data set says if None.
         num_examples: examples that every candidate set of blocks is scored on; of `digits`, from the validation split.
         min_num_blocks: the order ends where so many blocks are left.
         num_candidates: blocks tried per round after the first.
@@ -323,6 +335,7 @@ class ImportanceConfig:
 
     path: str = "embedded"
     dataset: str = "digits"
+    metric: MetricName | None = None
     num_examples: int = 400
     min_num_blocks: int = 8
     num_candidates: int = 6

@@ -19,6 +19,7 @@ from pacevlm.config import (
     ModelConfig,
     ProfileConfig,
 )
+from pacevlm.data.splits import load_splits
 from pacevlm.errors import ConfigError, DataError, IdentityError
 from pacevlm.evaluation.records import read_records
 from pacevlm.evaluation.summary import read_results
@@ -38,15 +39,7 @@ from pacevlm.types import StageTimes
 
 ARTEFACTS = {
     *("config.json", "steps.json", "profile.json", "estimator.json", "guardrail_profile.json", "guardrail.json"),
-    *(
-        "output_length.json",
-        "memory.jsonl",
-        "lookup_table.json",
-        "static.json",
-        "results.json",
-        "records.jsonl",
-        "shown.json",
-    ),
+    *("output_length.json", "outcomes.jsonl", "lookup_table.json", "static.json", "results.json", "records.jsonl"),
     *("shown.json", "report.html", "pareto.png", "pareto.svg", "knobs.png", "knobs.svg", "bundle/bundle.json"),
     *("controller/controller.json", "controller/controller.safetensors", "train/checkpoint.safetensors"),
     *("train/metrics.jsonl", "train/run.json"),
@@ -152,27 +145,23 @@ def test_results_and_records_say_the_same(config: RunConfig, first: Recorder) ->
 
 
 def test_training_met_remembered_outcomes(config: RunConfig, first: Recorder) -> None:
-    memory = read_jsonl(config.run_dir / "memory.jsonl", "memory", DataError)[1:]
-    space = load_elastic_model(config.model).knob_space
-    for number in range(config.lookup.num_examples):
-        own = {line["knobs"] for line in memory if line["example_id"] == f"digits-train-0-{number}"}
+    stored = read_jsonl(config.run_dir / "outcomes.jsonl", "outcome store", DataError)[1:]
+    space, splits = load_elastic_model(config.model).knob_space, load_splits(config.data)
+    for example in splits.train[: config.lookup.num_examples]:
+        own = {line["knobs"] for line in stored if line["content"] == example.content_id}
         assert own == {str(knobs) for knobs in space}
-    assert {line["example_id"].split("-")[1] for line in memory} == {"train", "test"}
+    contents = {line["content"] for line in stored}
+    assert contents <= {example.content_id for example in (*splits.train, *splits.test)}
+    assert contents >= {example.content_id for example in splits.test}
 
 
 def test_a_bundle_answers(config: RunConfig, first: Recorder) -> None:
     pacer = Pacer.from_pretrained(config.run_dir)
-    example = load_splits_test(config)
+    example = load_splits(config.data).test[0]
     assert pacer.num_threads == config.profile.num_threads
     result = pacer.answer(example.image, example.question, budget_ms=10 * pacer.full_p50_ms)
     assert result.knobs in pacer.model.knob_space
     assert result.answer == pacer.model.run_static(example.image, example.question, result.knobs).answer
-
-
-def load_splits_test(config: RunConfig) -> Any:
-    from pacevlm.data.splits import load_splits
-
-    return load_splits(config.data).test[0]
 
 
 def test_a_finished_run_is_not_run_again(copied: RunConfig) -> None:
@@ -235,10 +224,10 @@ def test_an_interrupted_run_goes_on_to_the_same_end(config: RunConfig, first: Re
 
 def test_an_interrupted_sweep_keeps_its_outcomes(copied: RunConfig) -> None:
     changed = dataclasses.replace(copied, lookup=LookupConfig(num_examples=8))
-    before = len(read_jsonl(copied.run_dir / "memory.jsonl", "memory", DataError))
+    before = len(read_jsonl(copied.run_dir / "outcomes.jsonl", "outcome store", DataError))
     with pytest.raises(KeyboardInterrupt):
         run_pipeline(changed, "lookup", reporter=Recorder(interrupt=("answers", 1)))
-    assert len(read_jsonl(copied.run_dir / "memory.jsonl", "memory", DataError)) > before
+    assert len(read_jsonl(copied.run_dir / "outcomes.jsonl", "outcome store", DataError)) > before
 
 
 def test_starting_over_removes_what_the_run_left_and_nothing_else(copied: RunConfig) -> None:

@@ -3,63 +3,91 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, overload
 
 from pacevlm.config import PictureConfig
-from pacevlm.errors import DataError
+from pacevlm.errors import DataError, ImageError
 from pacevlm.types import Example
 
-
-@dataclass(frozen=True)
-class _Line:
-    number: int
-    example_id: str
-    image_path: Path
-    question: str
-    answer: str
-    metadata: dict[str, Any]
+PARTS = ("train", "val", "test")
+_FIELDS = ("id", "image", "question", "answer", "split")
 
 
 class JsonlDataset(Sequence[Example]):
-    """Examples of a JSONL file; lines are checked on construction, images are opened on access.
+    """Examples of a JSONL file; lines are checked on construction, pictures are read when they are wanted.
 
-    Each line is an object with `image` (a path, relative to the file's folder unless absolute), `question` and
-    `answer`, all text, and optionally `id` (text or integer, unique; by default the file's name and line number).
-    Any other field becomes metadata. Empty lines are ignored. Images come as RGB with their EXIF orientation applied.
+    Each line is an object with
+
+    * `image`: a path, relative to the file's folder unless absolute;
+    * `question`: text;
+    * `answer`: a text, a number, or a list of those, all of which count as right;
+    * optionally `id` (text or integer, unique; by default the file's name and line number), `choices` (the options of a
+      multiple-choice question, two or more texts or numbers) and `split` (`train`, `val` or `test`, which is kept).
+
+    Any other field becomes metadata. Empty lines are ignored.
+
+    Args:
+        path: the file.
+        picture_config: how pictures are read.
+        skip_unreadable: leave lines out whose picture is missing, instead of raising.
 
     Raises:
-        DataError: the file is missing, unreadable or without examples, or a line is malformed, repeats an id or names
-            an image that does not exist; the message gives the line number.
+        DataError: the file is missing, unreadable or without examples, or a line is malformed or repeats an id; the
+            message gives the line number.
+        ImageError: a line names an image that does not exist.
+
+    Attributes:
+        splits: the part that each example's line names, or None.
+        own_ids: whether each example's line gives an id.
+        skipped: what was wrong with each line that was left out.
     """
 
-    def __init__(self, path: str | Path, picture_config: PictureConfig | None = None) -> None:
+    def __init__(
+        self, path: str | Path, picture_config: PictureConfig | None = None, *, skip_unreadable: bool = False
+    ) -> None:
         self.path, self.picture_config = Path(path), picture_config or PictureConfig()
+        self.splits: list[str | None] = []
+        self.own_ids: list[bool] = []
+        self.skipped: list[str] = []
+        self._examples: list[Example] = []
+        first_lines: dict[str, int] = {}
+        for number, text in enumerate(self._read().split("\n"), start=1):  # JSON text may hold other line separators
+            if not text.strip():
+                continue
+            try:
+                example, fields = self._parse(number, text)
+            except ImageError as error:
+                if not skip_unreadable:
+                    raise
+                self.skipped.append(str(error))
+                continue
+            first = first_lines.setdefault(example.example_id, number)
+            if first != number:
+                raise DataError(
+                    f"{example.where}: id {example.example_id!r} was given on line {first} already; ids must be unique"
+                )
+            self._examples.append(example)
+            self.splits.append(fields.get("split"))
+            self.own_ids.append("id" in fields)
+        if not self._examples:
+            unreadable = f": the pictures of all {len(self.skipped)} lines are missing" if self.skipped else ""
+            raise DataError(f"the data set {self.path} holds no examples{unreadable}; give one JSON object per line")
+
+    def _read(self) -> str:
         try:
             # A byte order mark is not JSON, but some editors write one.
-            text = self.path.read_text(encoding="utf-8-sig")
+            return self.path.read_text(encoding="utf-8-sig")
         except OSError as error:
             raise DataError(f"cannot read the data set {self.path}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
             line_number = error.object[: error.start].count(b"\n") + 1
             raise DataError(f"{self.path}, line {line_number}: not UTF-8 text; save the file as UTF-8") from error
-        # Not splitlines(): JSON text may hold other line separators unescaped.
-        numbered = enumerate(text.split("\n"), start=1)
-        self._lines = [self._parse(number, line) for number, line in numbered if line.strip()]
-        if not self._lines:
-            raise DataError(f"the data set {self.path} holds no examples; give one JSON object per line")
-        first_lines: dict[str, int] = {}
-        for line in self._lines:
-            first = first_lines.setdefault(line.example_id, line.number)
-            if first != line.number:
-                raise DataError(
-                    f"{self.path}, line {line.number}: id {line.example_id!r} was given on line {first} already; "
-                    "ids must be unique"
-                )
 
-    def _parse(self, number: int, text: str) -> _Line:
+    def _parse(self, number: int, text: str) -> tuple[Example, dict[str, Any]]:
         where = f"{self.path}, line {number}"
         try:
             fields = json.loads(text)
@@ -70,24 +98,34 @@ class JsonlDataset(Sequence[Example]):
         for name in ("image", "question", "answer"):
             if name not in fields:
                 raise DataError(f"{where}: the field {name!r} is missing; image, question and answer are required")
-            value = fields[name]
-            if not isinstance(value, str) or not value.strip():
-                raise DataError(f"{where}: the field {name!r} is {value!r}, but must be text that is not empty")
+        for name in ("image", "question"):
+            if not isinstance(fields[name], str) or not fields[name].strip():
+                raise DataError(f"{where}: the field {name!r} is {fields[name]!r}, but must be text that is not empty")
+        answers = fields["answer"] if isinstance(fields["answer"], list) else [fields["answer"]]
+        references = _texts(answers, f"{where}: the field 'answer'")
         example_id = fields.get("id", f"{self.path.stem}-{number}")
         if isinstance(example_id, bool) or not isinstance(example_id, (str, int)) or example_id == "":
             raise DataError(f"{where}: the field 'id' is {example_id!r}, but must be text or an integer")
+        if fields.get("split", "train") not in PARTS:
+            raise DataError(f"{where}: the field 'split' is {fields['split']!r}, but must be one of {', '.join(PARTS)}")
+        metadata = {key: value for key, value in fields.items() if key not in _FIELDS}
+        if "choices" in fields:
+            choices = fields["choices"] if isinstance(fields["choices"], list) else []
+            metadata["choices"] = _texts(choices, f"{where}: the field 'choices'")
         image_path = self.path.parent / fields["image"]
         try:
             is_file = image_path.is_file()
         except (OSError, ValueError):  # a name too long for the file system, or with a null character
             is_file = False
         if not is_file:
-            raise DataError(f"{where}: there is no image {image_path}; paths are relative to the data set's folder")
-        metadata = {key: value for key, value in fields.items() if key not in ("id", "image", "question", "answer")}
-        return _Line(number, str(example_id), image_path, fields["question"], fields["answer"], metadata)
+            raise ImageError(f"{where}: there is no image {image_path}; paths are relative to the data set's folder")
+        example = Example(
+            str(example_id), image_path, fields["question"], references, metadata, self.picture_config, where
+        )
+        return example, fields
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._examples)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -96,15 +134,24 @@ class JsonlDataset(Sequence[Example]):
     def __getitem__(self, index: slice) -> list[Example]: ...
 
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """The example at a place; its picture is read when it is wanted."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        line = self._lines[index]
-        return Example(
-            line.example_id,
-            line.image_path,
-            line.question,
-            (line.answer,),
-            dict(line.metadata),
-            picture_config=self.picture_config,
-        )
+        return self._examples[index]
+
+
+def _texts(values: list[Any], what: str) -> tuple[str, ...]:
+    """Texts and numbers as texts; raises DataError for anything else, for blank ones and for none at all."""
+    texts = tuple(_number_text(value) if _is_number(value) else value for value in values)
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise DataError(f"{what} is {values!r}, but must be a text, a number, or a list of at least one of them")
+    return texts
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number_text(value: float) -> str:
+    """A number as a person writes it: 7.0 as `7`, 1e3 as `1000`, 0.50 as `0.5`."""
+    if isinstance(value, int):
+        return str(value)
+    digits = format(Decimal(repr(value + 0.0)), "f")  # + 0.0 takes the sign off -0.0
+    return digits.rstrip("0").rstrip(".") if "." in digits else digits

@@ -1,40 +1,34 @@
-"""The three parts of a data set: what is learned from, what calibrates, and what judges."""
+"""The three parts of a data set: what is learned from, what calibrates, and what judges. They share no picture."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
-
-import numpy as np
+from functools import cached_property
+from typing import Any, overload
 
 from pacevlm.config import DataConfig, PictureConfig
 from pacevlm.data.digits import DigitVQA
-from pacevlm.data.jsonl import JsonlDataset
-from pacevlm.errors import DataError
+from pacevlm.data.division import divide_files
+from pacevlm.data.metrics import Metric, load_metric
 from pacevlm.types import Example
 
-# Of a file without a test file beside it, at most these shares are set aside.
-MAX_TEST_SHARE, MAX_VAL_SHARE = 0.2, 0.1
+# Skipped lines that a remark lists; `Splits.skipped` holds all of them.
+NUM_LISTED = 20
 
 
-class Subset(Sequence[Example]):
-    """Some examples of a data set.
+class _Made(Sequence[Example]):
+    """Some examples of a data set that is small and slow to make, each made once, when it is wanted.
 
     Args:
         dataset: the whole data set.
         indices: places in it.
-        keep: whether examples are kept once made, for data sets that are small and slow to make.
-        id_prefix: put in front of every example's id.
     """
 
-    def __init__(
-        self, dataset: Sequence[Example], indices: Sequence[int], *, keep: bool = False, id_prefix: str = ""
-    ) -> None:
-        self.dataset = dataset
-        self.indices = tuple(int(index) for index in indices)
-        self.keep, self.id_prefix = keep, id_prefix
+    def __init__(self, dataset: Sequence[Example], indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, indices
         self._made: dict[int, Example] = {}
 
     def __len__(self) -> int:
@@ -50,68 +44,107 @@ class Subset(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = self.indices[index]
-        if place in self._made:
-            return self._made[place]
-        example = self.dataset[place]
-        if self.id_prefix:
-            example = dataclasses.replace(example, example_id=self.id_prefix + example.example_id)
-        if self.keep:
-            self._made[place] = example
-        return example
+        if place not in self._made:
+            self._made[place] = self.dataset[place]
+        return self._made[place]
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set in three parts.
+    """A data set in three parts that share no picture.
 
     Attributes:
         name: of the data set, for reports.
+        metric: scores its answers.
         train: to learn from.
         val: to calibrate on.
         test: to judge on.
+        notes: sentences on examples that are in no part, and why.
+        skipped: what was wrong with each line whose picture could not be read.
+        made_from: what examples follow from, by part, where they are made and not read; otherwise None.
     """
 
     name: str
+    metric: Metric
     train: Sequence[Example]
     val: Sequence[Example]
     test: Sequence[Example]
+    notes: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    made_from: Mapping[str, Mapping[str, Any]] | None = None
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know: the notes, and how many lines were skipped, with the first of them."""
+        if not self.skipped:
+            return self.notes
+        count = f"{len(self.skipped)} line{'s' if len(self.skipped) > 1 else ''} left out, whose picture cannot be read"
+        shown = "; ".join(self.skipped[:NUM_LISTED])
+        return (*self.notes, f"{count}: {shown}{'; ...' if len(self.skipped) > NUM_LISTED else ''}")
+
+    @cached_property
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What tells each part from any other, by its name and ready for JSON; the order of lines plays no part.
+
+        Content, references and options count, and of test examples also the ids and metadata that reports show.
+        """
+        if self.made_from is not None:
+            return {part: dict(facts) for part, facts in self.made_from.items()}
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        return {part: _identity(examples, with_rows=part == "test") for part, examples in parts.items()}
 
 
-def load_splits(config: DataConfig, picture: PictureConfig | None = None) -> Splits:
-    """Open a data set and divide it; examples of a test file get `test:` in front of their ids, to stay apart.
+def _identity(examples: Sequence[Example], *, with_rows: bool) -> dict[str, Any]:
+    digests = []
+    for example in examples:
+        facts: list[Any] = [example.content_id, example.references, example.choices]
+        facts += [example.example_id, example.metadata] if with_rows else []
+        digests.append(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
+    return {"num_examples": len(examples), "sha256": hashlib.sha256(" ".join(sorted(digests)).encode()).hexdigest()}
+
+
+def load_splits(config: DataConfig, picture_config: PictureConfig | None = None) -> Splits:
+    """Open a data set and divide it.
+
+    The digits have parts of their own, made of different scans. How files are divided: see `divide_files`.
+
+    Args:
+        picture_config: how pictures of files are read.
 
     Args:
         config: which data set, and how it is divided.
         picture: how the pictures of files are read.
 
     Raises:
-        DataError: a file is missing or malformed, or has too few examples to be divided.
+        ConfigError: there is no such metric.
+        DataError: a file is missing or malformed, has too few pictures to be divided, or does not suit the metric.
+        ImageError: a picture cannot be read; the message names file and line.
     """
-    if config.dataset == "digits":
-        places = {
-            "train": range(config.num_train),
-            "val": range(config.num_val),
-            "test": range(config.skip_test, config.skip_test + config.num_test),
-        }
-        parts = {
-            split: Subset(DigitVQA(split, indices.stop, seed=config.seed), indices, keep=True)
-            for split, indices in places.items()
-        }
-        return Splits("digits", **parts)
-    dataset = JsonlDataset(config.dataset, picture)
-    order = np.random.default_rng(config.seed).permutation(len(dataset)).tolist()
-    num_val = min(config.num_val, int(MAX_VAL_SHARE * len(dataset)))
-    val = Subset(dataset, order[:num_val])
-    if config.test_dataset:
-        test_dataset = JsonlDataset(config.test_dataset, picture)
-        test = Subset(test_dataset, range(config.skip_test, len(test_dataset))[: config.num_test], id_prefix="test:")
-        behind = num_val
-    else:
-        behind = num_val + min(config.skip_test + config.num_test, int(MAX_TEST_SHARE * len(dataset)))
-        test = Subset(dataset, order[num_val + config.skip_test : behind])
-    if not val or not test:
-        raise DataError(
-            f"{config.dataset} holds {len(dataset)} examples, too few to be divided; give at least "
-            f"{round(1 / MAX_VAL_SHARE)}"
+    metric = load_metric(config.metric or "exact_match")
+    if config.dataset != "digits":
+        division = divide_files(config, picture_config)
+        splits = Splits(
+            division.name,
+            metric,
+            division.train,
+            division.val,
+            division.test,
+            division.notes,
+            division.skipped,
         )
-    return Splits(dataset.path.name, Subset(dataset, order[behind:][: config.num_train]), val, test)
+        for example in (*splits.train, *splits.val, *splits.test):
+            metric.check(example)
+        return splits
+    places = {
+        "train": range(config.num_train),
+        "val": range(config.num_val),
+        "test": range(config.skip_test, config.skip_test + config.num_test),
+    }
+    parts = {part: _Made(DigitVQA(part, indices.stop, seed=config.seed), indices) for part, indices in places.items()}
+    made_from = {
+        part: {"dataset": "digits", "seed": config.seed, "first": indices.start, "num_examples": len(indices)}
+        for part, indices in places.items()
+    }
+    if metric.needs_choices:
+        metric.check(parts["train"][0])
+    return Splits("digits", metric, parts["train"], parts["val"], parts["test"], made_from=made_from)

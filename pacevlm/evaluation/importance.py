@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pacevlm.data.metrics import exact_match
+from pacevlm.data.metrics import Metric
 from pacevlm.errors import ConfigError, DataError
 from pacevlm.evaluation.statistics import Interval, percentile_interval, resampled_means
 from pacevlm.knobs import KnobSpace
@@ -123,7 +123,7 @@ def measure_importance(
     min_num_blocks: int = 8,
     *,
     num_candidates: int = 6,
-    metric: Callable[[str, str], float] = exact_match,
+    metric: Metric | None = None,
     max_rows: int | None = None,
     max_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -144,7 +144,7 @@ def measure_importance(
         examples: validation examples, the same for every set.
         min_num_blocks: the removal order ends where so many blocks are left.
         num_candidates: blocks tried per round after the first.
-        metric: scores (answer, reference) between 0 and 1.
+        metric: scores the answers; exact match if None.
         max_rows, max_tokens: most rows, and most prompt tokens, in a batch; as much as fits if None.
         progress: called with (sets measured, sets to measure).
         partial_path: file to which scores are appended, and from which an interrupted measurement of the same model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,12 +36,10 @@ def measure_knob_effects(
         "tier_by_family": {family: {tier: accuracy}}, "tier_by_height": {bin: {tier: accuracy}}}`.
     """
     settings = one_knob_at_a_time(engine)
-    wanted = {knobs for values in settings.values() for knobs in values}
-    outcomes = engine.run([(example, knobs) for knobs in sorted(wanted, key=str) for example in examples], progress)
-    accuracy: dict[Knobs, dict[str, float]] = defaultdict(dict)
-    for outcome in outcomes:
-        accuracy[outcome.knobs][outcome.example_id] = outcome.accuracy
-    arrays = {k: np.array([v[e.example_id] for e in examples]) for k, v in accuracy.items()}
+    wanted = sorted({knobs for values in settings.values() for knobs in values}, key=str)
+    outcomes = engine.run([(example, knobs) for knobs in wanted for example in examples], progress)
+    accuracy = np.array([outcome.accuracy for outcome in outcomes]).reshape(len(wanted), len(examples))
+    arrays = dict(zip(wanted, accuracy, strict=True))
     full = engine.model.knob_space.full
     by_knob = {
         knob: [

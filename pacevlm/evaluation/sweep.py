@@ -21,6 +21,7 @@ from pacevlm.baselines.random_feasible import RandomFeasiblePolicy
 from pacevlm.baselines.static import StaticPolicy
 from pacevlm.config import EvaluateConfig
 from pacevlm.controller.policy_interface import Policy, PolicyInput
+from pacevlm.data.metrics import Metric
 from pacevlm.errors import DataError
 from pacevlm.evaluation.records import EvaluationRecord
 from pacevlm.evaluation.timed import time_requests
@@ -135,7 +136,7 @@ def exhaustive_sweep(
 ) -> NDArray[np.float64]:
     """Accuracy of every example with every configuration, `(examples, configurations)`.
 
-    The engine remembers the outcomes, so that training on the same examples finds them.
+    The engine stores the answers, so that training on the same examples finds them.
 
     Args:
         progress: called with (rollouts done, rollouts to do).
@@ -245,10 +246,13 @@ def evaluate(
         partial_path: keeps the timed requests of an interrupted evaluation; see `time_requests`.
 
     Raises:
-        DataError: there are no examples, or budgets and fractions differ in number.
+        DataError: there are no examples, two share an id, or budgets and fractions differ in number.
         IdentityError: the pacing was made for another model.
     """
     pacing.check_model(model)
+    ids = {example.example_id for example in examples}
+    if len(ids) != len(examples):
+        raise DataError(f"{len(examples)} examples with {len(ids)} different ids given; records tell them apart by it")
     if not examples or len(budgets_ms) != len(config.budgets):
         raise DataError(
             f"{len(examples)} examples and {len(budgets_ms)} budgets for the fractions {config.budgets}; give at least "
@@ -297,9 +301,26 @@ def evaluate(
             run = timed.runs.get((policy_name, b, i))
             if run is not None:
                 record = _add_latency(record, run)
-                disagreements += engine.metric(run.result.answer, example.references[0]) != outcome.accuracy
+                disagreements += engine.metric(run.result.answer, example) != outcome.accuracy
             records.append(record)
     return Evaluation(records, len(timed.runs), disagreements)
+
+
+def summarise_answers(
+    metric: Metric, records: Sequence[EvaluationRecord], examples: Sequence[Example]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """The metric's numbers of a whole set, for each policy and fraction; empty for a metric that has none."""
+    references = {example.example_id: example.references for example in examples}
+    cells: dict[tuple[str, float], list[EvaluationRecord]] = {}
+    for record in records if metric.summary is not None else ():
+        cells.setdefault((record.policy, record.fraction), []).append(record)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for (policy, fraction), rows in cells.items():
+        assert metric.summary is not None
+        answers = [str(row.metadata["answer"]) for row in rows]
+        numbers = metric.summary(answers, [references[row.example_id] for row in rows])
+        found.setdefault(policy, {})[f"{fraction:g}"] = numbers
+    return found
 
 
 def _predict(pacing: Pacing, requests: Sequence[PolicyInput], outcomes: Sequence[Outcome]) -> NDArray[np.float64]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from pacevlm.artefact import Range, Text, typed
 from pacevlm.devices import resolve_device
 from pacevlm.errors import CheckpointError, ConfigError, KnobError, QuestionError
-from pacevlm.files import read_json, write_json_atomic
+from pacevlm.files import read_json, sha256_file, write_json_atomic
 from pacevlm.images import ImageSource, Picture, PictureConfig, open_picture
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.models.adapter import Adapter, Prompt
@@ -412,30 +411,21 @@ def write_elastic_settings(folder: Path, **changes: Any) -> None:
 
 
 def model_fingerprint(folder: Path, facts: Mapping[str, Any]) -> str:
-    """A short hash of a checkpoint and of the settings it runs with.
+    """A short hash of all of a checkpoint and of the settings it runs with.
 
-    Of every safetensors file the header (names, shapes, places), the size, and a megabyte at either end are hashed:
-    enough to tell checkpoints apart without reading tens of gigabytes. The processor's files are hashed whole.
+    Every file is read whole, which takes as long as loading it does: a single weight that differs is another model.
 
     Raises:
-        CheckpointError: there is no safetensors file, or one has no readable header.
+        CheckpointError: there is no safetensors file, or a file cannot be read.
     """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256(sha256_file(folder / "config.json").encode())
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} holds no safetensors files; pickled checkpoints are not loaded")
     for file in files:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            if len(start) < 8 or struct.unpack("<Q", start)[0] > size:
-                raise CheckpointError(f"{file} is truncated or not safetensors; copy it again")
-            digest.update(start + stream.read(struct.unpack("<Q", start)[0]) + stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read())
-        digest.update(str(size).encode())
+        digest.update(sha256_file(file).encode())
     for name in PROCESSOR_FILES:
         if (folder / name).is_file():
-            digest.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
+            digest.update(f"{name} {sha256_file(folder / name)}".encode())
     digest.update(json.dumps(facts, sort_keys=True).encode())
     return digest.hexdigest()[:16]

@@ -13,7 +13,7 @@ from pacevlm.pipeline.run_config import CONFIG_NAME, RunConfig, is_run_config
 from pacevlm.pipeline.step_log import STEP_LOG_NAME
 from pacevlm.training.trainer import CHECKPOINT_NAME, METRICS_NAME, RUN_NAME, TENSORBOARD_NAME
 
-MEMORY_NAME = "memory.jsonl"
+OUTCOMES_NAME = "outcomes.jsonl"
 PROFILE_NAME, ESTIMATOR_NAME, OUTPUT_LENGTH_NAME = "profile.json", "estimator.json", "output_length.json"
 # The guardrail as profiled, which training uses, and as calibrated again on what the controller picks.
 PROFILE_GUARDRAIL_NAME, GUARDRAIL_NAME = "guardrail_profile.json", "guardrail.json"
@@ -46,7 +46,7 @@ def made_files(config: RunConfig, step: str) -> tuple[str, ...]:
     """What a step makes of its source files."""
     return {
         "profile": (ESTIMATOR_NAME, PROFILE_GUARDRAIL_NAME, OUTPUT_LENGTH_NAME),
-        "lookup": (MEMORY_NAME,),
+        "lookup": (OUTCOMES_NAME,),
         "train": (f"{config.train.run_dir.name}/{RUN_NAME}", *_CONTROLLER_FILES),
         "calibrate": tuple(f"{BUNDLE_NAME}/{name}" for name in _BUNDLE_FILES),
         "evaluate": DRAWN_NAMES,

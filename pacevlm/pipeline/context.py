@@ -24,7 +24,7 @@ from pacevlm.pipeline.artefacts import (
     CONTROLLER_NAME,
     ESTIMATOR_NAME,
     GUARDRAIL_NAME,
-    MEMORY_NAME,
+    OUTCOMES_NAME,
     OUTPUT_LENGTH_NAME,
     PROFILE_GUARDRAIL_NAME,
 )
@@ -32,7 +32,7 @@ from pacevlm.pipeline.loading import load_elastic_model
 from pacevlm.pipeline.run_config import RunConfig
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.rollout.engine import RolloutEngine
-from pacevlm.rollout.memory import OutcomeMemory
+from pacevlm.rollout.outcome_store import OutcomeStore
 from pacevlm.rollout.request import Pacing
 
 # Training questions whose bounds say how large budgets are.
@@ -55,7 +55,10 @@ class Reporter(Protocol):
         """A step ended well, with what it found."""
 
     def warned(self, step: str, sentence: str) -> None:
-        """Something that a step saw makes its outcome of little use; the sentence says what to check."""
+        """Something that should be known: what makes a step's outcome of little use, or what was left out or changed.
+
+        `step` is `data` for what the data set itself has to say.
+        """
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """`done` of `total` units of a piece of work are done; `note` holds a few current numbers."""
@@ -95,7 +98,6 @@ class RunContext:
     def __init__(self, config: RunConfig, reporter: Reporter | None = None, command: str | None = None) -> None:
         self.config, self.reporter, self.command = config, reporter or SilentReporter(), command
         self.run_dir = config.run_dir
-        self._digests: dict[str, str] = {}
 
     @cached_property
     def model(self) -> ElasticModel:
@@ -105,15 +107,17 @@ class RunContext:
     @cached_property
     def splits(self) -> Splits:
         """The data set in three parts."""
-        return load_splits(self.config.data, self.config.picture)
+        splits = load_splits(self.config.data, self.config.picture)
+        for sentence in splits.remarks:
+            self.reporter.warned("data", sentence)
+        return splits
 
     @cached_property
     def engine(self) -> RolloutEngine:
-        """The rollout engine, with all outcomes that the run directory remembers."""
-        path = self.run_dir / MEMORY_NAME
+        """The rollout engine, with the run directory's outcome store."""
         with saying_how_to_go_on():
-            memory = OutcomeMemory.load(path, self.model.identity) if path.exists() else None
-        return RolloutEngine(self.model, memory=memory)
+            store = OutcomeStore.open(self.run_dir / OUTCOMES_NAME, self.model.identity)
+        return RolloutEngine(self.model, self.splits.metric, store)
 
     @cached_property
     def estimator(self) -> LatencyEstimator:
@@ -168,37 +172,20 @@ class RunContext:
         views = [self.engine.view(example) for example in self.splits.train[:NUM_BOUNDED]]
         return float(np.median([pacing.upper_bounds_ms(view)[full] for view in views]))
 
-    @contextmanager
-    def remembering(self) -> Iterator[None]:
-        """Keep the outcomes of a piece of work, whether it ends well or is interrupted."""
-        num_before = len(self.engine.memory)
-        try:
-            yield
-        finally:
-            if len(self.engine.memory) > num_before:
-                try:
-                    self.engine.memory.save(self.run_dir / MEMORY_NAME)
-                except KeyboardInterrupt:
-                    self.engine.memory.save(self.run_dir / MEMORY_NAME)
-                    raise
+    @cached_property
+    def source_identity(self) -> str | None:
+        """Digest of the profile that `profile.source` names, wherever it lies; None if it names none.
 
-    def file_identity(self, part: str, name: str) -> str | None:
-        """Digest of the file that a setting names, wherever it lies; the setting itself if it names none.
-
-        A file that is not here any more is the one that the finished steps were made with: they need it no longer, and
-        a step that does says that it is missing.
+        One that is not here any more is the one that the finished profile step was made with: later steps need it no
+        longer, and a step that does says that it is missing.
         """
-        path: str | None = getattr(getattr(self.config, part), name)
-        if path is None or path == "digits":
-            return path
+        path = self.config.profile.source
+        if path is None:
+            return None
         if not os.path.isfile(path):
-            log = StepLog(self.run_dir)
-            finished = (log.get(step) for step in ("evaluate", "profile"))
-            known: str | None = next((step.settings[part].get(name) for step in finished if step is not None), path)
-            return known
-        if path not in self._digests:
-            self._digests[path] = f"sha256 {sha256_file(path, DataError)}"
-        return self._digests[path]
+            step = StepLog(self.run_dir).get("profile")
+            return path if step is None else str(step.settings["profile"].get("source", path))
+        return f"sha256 {sha256_file(path, DataError)}"
 
     def count(self, what: str) -> Callable[[int, int], None]:
         """A callback that reports the progress of one piece of work."""

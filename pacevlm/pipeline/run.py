@@ -25,7 +25,7 @@ from pacevlm.pipeline.context import Reporter, RunContext
 from pacevlm.pipeline.lock import one_writer
 from pacevlm.pipeline.outputs import draw_outputs
 from pacevlm.pipeline.run_config import RunConfig, save_run_config
-from pacevlm.pipeline.step_log import StepLog
+from pacevlm.pipeline.step_log import FinishedStep, StepLog
 from pacevlm.pipeline.steps import (
     calibrate_step,
     evaluate_step,
@@ -151,8 +151,11 @@ def _is_finished(run: RunContext, log: StepLog, name: str, sources: list[str], m
 
 def _do(run: RunContext, log: StepLog, name: str) -> None:
     """Run one step, from where it was stopped if it was."""
-    run.reporter.started(name)
     settings = step_settings(run, name)
+    changes = _changes(log.get(name), settings)
+    if changes:
+        run.reporter.warned(name, f"{name} is done again: {'; '.join(changes)}")
+    run.reporter.started(name)
     log.remove(name, *_DEPENDENT[name])
     _remove_partial(run, *_DEPENDENT[name])
     started = time.monotonic()
@@ -178,37 +181,43 @@ def _remove_partial(run: RunContext, *steps: str) -> None:
 
 def step_settings(run: RunContext, step: str) -> dict[str, Any]:
     """All that a step's outcome depends on, ready for JSON."""
-    config = run.config
-    data = config_to_dict(config.data) | {name: run.file_identity("data", name) for name in ("dataset", "test_dataset")}
-    if config.data.dataset == "digits":  # whose parts do not depend on each other's sizes
-        data = {
-            name: value
-            for name, value in data.items()
-            if name not in ("num_val", "num_test", "skip_test", "test_dataset")
-        }
+    config, splits = run.config, run.splits
+    # What the parts hold, not where they were read: a changed line or picture counts, a moved file does not.
+    data: dict[str, Any] = {"train": splits.identity["train"]}
     model = {"identity": run.model.identity, "knob_space": run.model.knob_space.to_dict()}
     settings: dict[str, Any] = {"model": model, "data": data, "picture": config_to_dict(config.picture)}
+    if step != "profile":  # which scores nothing
+        data["metric"] = splits.metric.name
     if step == "lookup":
         return settings | {"lookup": config_to_dict(config.lookup)}
-    profile = config_to_dict(config.profile) | {"source": run.file_identity("profile", "source")}
+    profile = config_to_dict(config.profile) | {"source": run.source_identity}
     settings |= {"profile": profile, "controller": config_to_dict(config.controller)}
     if step == "profile":
         return settings
     settings["train"] = config.train.identity()
     if step == "train":
         return settings
-    settings["calibrate"] = config_to_dict(config.calibrate) | {"num_val": config.data.num_val}
+    settings["calibrate"] = config_to_dict(config.calibrate)
+    data["val"] = splits.identity["val"]
     if step == "calibrate":
         return settings
-    settings |= {"lookup": config_to_dict(config.lookup), "evaluate": config_to_dict(config.evaluate)}
-    files = {name: data[name] for name in ("dataset", "test_dataset") if name in data}
-    return settings | {"data": config_to_dict(config.data) | files}
+    data["test"] = splits.identity["test"]
+    return settings | {"lookup": config_to_dict(config.lookup), "evaluate": config_to_dict(config.evaluate)}
+
+
+def _changes(done: FinishedStep | None, settings: dict[str, Any]) -> list[str]:
+    """What a finished step was done with that is different now, in words."""
+    changes = done.changes(settings) if done is not None else []
+    for part, name in (("train", "training"), ("val", "validation"), ("test", "test")):
+        text = f"the {name} examples changed (a line, a reference, a question or a picture of the data set)"
+        changes = [text if change.startswith(f"data.{part}.sha256 ") else change for change in changes]
+    return changes
 
 
 def _check_settings(run: RunContext, log: StepLog) -> None:
     for name in _KEPT:
         done = log.get(name)
-        changes = done.changes(step_settings(run, name)) if done is not None else []
+        changes = _changes(done, step_settings(run, name))
         if any(change.startswith("model.") for change in changes):
             raise IdentityError(
                 f"{run.run_dir} was made for another model or knob space: {'; '.join(changes)}. Give another run "

@@ -17,7 +17,7 @@ from pacevlm.config import config_from_dict, config_to_dict
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
 from pacevlm.evaluation.learnable import evaluation_warnings, sweep_warnings, training_warnings
 from pacevlm.evaluation.summary import RunFacts
-from pacevlm.evaluation.sweep import evaluate, exhaustive_sweep, fit_baselines
+from pacevlm.evaluation.sweep import evaluate, exhaustive_sweep, fit_baselines, summarise_answers
 from pacevlm.latency.calibrate import coverage, fit_latency, full_p50_ms
 from pacevlm.latency.conformal import min_num_scores
 from pacevlm.latency.estimator import LatencyEstimator
@@ -165,8 +165,7 @@ def _fit_output_length(run: RunContext) -> int:
     rng = np.random.default_rng(config.seed)
     examples = run.splits.train[: config.num_lengths]
     jobs = [(example, model.knob_space[int(rng.integers(len(model.knob_space)))]) for example in examples]
-    with run.remembering():
-        outcomes = run.engine.run(jobs, run.count("answers"))
+    outcomes = run.engine.run(jobs, run.count("answers"))
     views = [run.engine.view(example) for example in examples]
     lengths = OutputLengthModel.fit(
         torch.stack([view.question_embedding for view in views]).detach().double().cpu().numpy(),
@@ -182,12 +181,11 @@ def _fit_output_length(run: RunContext) -> int:
 
 
 def lookup_step(run: RunContext) -> dict[str, Any]:
-    """Run training examples with every configuration; the outcomes are remembered."""
+    """Run training examples with every configuration; the answers are stored."""
     examples = run.splits.train[: run.config.lookup.num_examples]
-    with run.remembering():
-        accuracy = exhaustive_sweep(run.engine, examples, run.count("answers"))
-        space = run.model.knob_space
-        (first,) = run.engine.run([(examples[0], space.full)])  # is remembered by now
+    accuracy = exhaustive_sweep(run.engine, examples, run.count("answers"))
+    space = run.model.knob_space
+    (first,) = run.engine.run([(examples[0], space.full)])  # is remembered by now
     return {
         "num_examples": len(examples),
         "accuracy_full": float(accuracy[:, space.index(space.full)].mean()),
@@ -218,8 +216,7 @@ def train_step(run: RunContext) -> dict[str, Any]:
         note = f"reward {metrics['reward']:.3f}, entropy {metrics['entropy']:.2f}"
         run.reporter.progress("training steps", step, config.steps, note)
 
-    with run.remembering():
-        trainer.run(on_step=on_step)
+    trainer.run(on_step=on_step)
     trainer.result.save_pretrained(run.run_dir / CONTROLLER_NAME)
     # From the file, because a run that was finished before has no step left to report.
     metrics = read_metrics(config.run_dir / METRICS_NAME)
@@ -352,33 +349,32 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
     """Fit the baselines, run every policy on the test examples and write results, figures and report."""
     config, model, pacing = run.config.evaluate, run.model, run.pacing()
     budgets_ms = [fraction * run.full_p50_ms for fraction in config.budgets]
-    with run.remembering():
-        baselines = fit_baselines(
-            run.engine,
-            run.splits.train[: run.config.lookup.num_examples],
-            budgets_ms,
-            pacing,
-            seed=config.seed,
-            progress=run.count("training answers"),
-        )
-        for policy in baselines:
-            if isinstance(policy, LookupTable):
-                policy.save(run.run_dir / LOOKUP_NAME)
-            elif isinstance(policy, StaticPolicy):
-                policy.save(run.run_dir / STATIC_NAME)
-        examples = list(run.splits.test)
-        evaluation = evaluate(
-            model,
-            run.engine,
-            [ControllerPolicy(run.controller().eval()), *baselines],
-            examples,
-            budgets_ms,
-            pacing,
-            config,
-            num_threads=run.config.profile.num_threads,
-            progress=run.reporter.progress,
-            partial_path=run.run_dir / PARTIAL_NAMES["evaluate"],
-        )
+    baselines = fit_baselines(
+        run.engine,
+        run.splits.train[: run.config.lookup.num_examples],
+        budgets_ms,
+        pacing,
+        seed=config.seed,
+        progress=run.count("training answers"),
+    )
+    for policy in baselines:
+        if isinstance(policy, LookupTable):
+            policy.save(run.run_dir / LOOKUP_NAME)
+        elif isinstance(policy, StaticPolicy):
+            policy.save(run.run_dir / STATIC_NAME)
+    examples = list(run.splits.test)
+    evaluation = evaluate(
+        model,
+        run.engine,
+        [ControllerPolicy(run.controller().eval()), *baselines],
+        examples,
+        budgets_ms,
+        pacing,
+        config,
+        num_threads=run.config.profile.num_threads,
+        progress=run.reporter.progress,
+        partial_path=run.run_dir / PARTIAL_NAMES["evaluate"],
+    )
     device = run.estimator.device
     warnings = evaluation_warnings(evaluation.records, examples)
     earlier = [StepLog(run.run_dir).get(name) for name in ("lookup", "train")]
@@ -407,4 +403,6 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
         "controller_vs_lookup_table": results["average"].get("controller"),
         "gap_closed": results["gap_closed"],
         "warnings": warnings,
+        "metric": run.splits.metric.name,
+        "summaries": summarise_answers(run.splits.metric, evaluation.records, examples),
     }

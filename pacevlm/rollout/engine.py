@@ -12,14 +12,14 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from pacevlm.data.metrics import exact_match
-from pacevlm.errors import DataError, IdentityError, MemoryLimitError
+from pacevlm.data.metrics import Metric, load_metric
+from pacevlm.errors import IdentityError, MemoryLimitError
 from pacevlm.knobs import Knobs
 from pacevlm.latency.measuring import use_num_threads
 from pacevlm.models.decoder import Prefix
 from pacevlm.models.elastic import ElasticModel, RequestView
 from pacevlm.rollout.limits import BatchLimits, is_out_of_memory
-from pacevlm.rollout.memory import OutcomeMemory
+from pacevlm.rollout.outcome_store import OutcomeStore, StoredAnswer
 from pacevlm.types import Example, Outcome
 
 Key = TypeVar("Key", bound=Hashable)
@@ -59,14 +59,16 @@ class _PrefixStore(Generic[Key]):
 class RolloutEngine:
     """Runs examples with knobs in large mixed batches.
 
-    Vision features and first blocks are computed once per (example, tier), identical rollouts once, remembered ones
-    not at all; what is left runs as rows of mixed batches, and every row gets what it would have got alone. On a CPU
-    batches run side by side, one on each thread.
+    Vision features and first blocks are computed once per (content, tier), identical rollouts once, stored ones not at
+    all; what is left runs as rows of mixed batches, and every row gets what it would have got alone. On a CPU batches
+    run side by side, one on each thread. The content of an example is its picture and question, whatever its id.
+
+    Answers are stored and scored when they are asked for, so another metric or reference needs no other run.
 
     Args:
         model: the frozen model.
-        metric: scores (answer, reference) between 0 and 1.
-        memory: outcomes to start from; an empty memory if None.
+        metric: scores the answers; exact match if None.
+        store: answers to start from, which those of every batch are added to; an empty one in memory if None.
         max_rows: most rows in a batch.
         max_tokens: most prompt tokens, padding included, in a batch.
         max_prefix_bytes: memory for shared prefixes.
@@ -76,51 +78,46 @@ class RolloutEngine:
 
     Raises:
         ConfigError: a limit is below 1.
-        IdentityError: the memory is another model's.
+        IdentityError: the store is another model's.
 
     Attributes:
         num_run: rollouts that the model ran.
-        num_remembered: rollouts that cost nothing, because they were repeated or remembered.
+        num_remembered: rollouts that cost nothing, because they were repeated or stored.
     """
 
     def __init__(
         self,
         model: ElasticModel,
-        metric: Callable[[str, str], float] = exact_match,
-        memory: OutcomeMemory | None = None,
+        metric: Metric | None = None,
+        store: OutcomeStore | None = None,
         *,
         max_rows: int | None = None,
         max_tokens: int | None = None,
         max_prefix_bytes: int | None = None,
     ) -> None:
-        if memory is not None and memory.model_identity != model.identity:
-            raise IdentityError(f"the memory is of model {memory.model_identity!r}, not of {model.identity!r}")
-        self.model, self.metric = model, metric
-        self.memory = OutcomeMemory(model.identity) if memory is None else memory
+        if store is not None and store.model_identity != model.identity:
+            raise IdentityError(f"the outcome store is of model {store.model_identity!r}, not of {model.identity!r}")
+        self.model, self.metric = model, metric or load_metric("exact_match")
+        self.store = OutcomeStore(model.identity) if store is None else store
         self.limits = BatchLimits.for_model(
             model, max_rows=max_rows, max_tokens=max_tokens, max_prefix_bytes=max_prefix_bytes
         )
         self.num_run = 0
         self.num_remembered = 0
-        self._texts: dict[str, tuple[str, ...]] = {}
         self._views: dict[str, RequestView] = {}
         self._prefixes: _PrefixStore[tuple[str, str]] = _PrefixStore(self.limits.max_prefix_bytes)
 
+    @property
+    def metric_name(self) -> str:
+        """The metric's name."""
+        return self.metric.name
+
     def view(self, example: Example) -> RequestView:
-        """What is known of an example before the vision encoder; computed once.
-
-        Raises:
-            DataError: another example has the same id, as two data sets may bring about.
-        """
-        self._check_id(example)
-        if example.example_id not in self._views:
-            self._views[example.example_id] = self.model.view(example.source, example.question)
-        return self._views[example.example_id]
-
-    def _check_id(self, example: Example) -> None:
-        text = (example.question, *example.references)
-        if self._texts.setdefault(example.example_id, text) != text:
-            raise DataError(f"two examples have the id {example.example_id!r}; ids must be unique")
+        """What is known of an example before the vision encoder; computed once. Raises ImageError and QuestionError."""
+        if example.content_id not in self._views:
+            with example.naming():
+                self._views[example.content_id] = self.model.view(example.source, example.question)
+        return self._views[example.content_id]
 
     def latency_token_outputs(self, examples: Sequence[Example], tiers: Sequence[str], tokens: Tensor) -> Tensor:
         """Latency tokens behind the first blocks, differentiable in `tokens`.
@@ -136,17 +133,17 @@ class RolloutEngine:
         if not examples:
             return tokens
         places: dict[tuple[str, str], list[int]] = {}
-        by_id = {}
+        by_content = {}
         for i, (example, tier) in enumerate(zip(examples, tiers, strict=True)):
-            places.setdefault((example.example_id, tier), []).append(i)
-            by_id[example.example_id] = example
+            places.setdefault((example.content_id, tier), []).append(i)
+            by_content[example.content_id] = example
 
         def run_chunk(chunk: list[tuple[str, str]]) -> Tensor:
-            prefixes = self._shared_prefixes([(by_id[example_id], tier) for example_id, tier in chunk])
+            prefixes = self._shared_prefixes([(by_content[content_id], tier) for content_id, tier in chunk])
             return self.model.decoder.latency_token(prefixes, [tokens[places[key]] for key in chunk])
 
         keys = list(places)
-        lengths = {key: self._prompt_tokens(by_id[key[0]], key[1]) for key in keys}
+        lengths = {key: self._prompt_tokens(by_content[key[0]], key[1]) for key in keys}
         outputs, order = [], []
         for chunk, output in self._in_chunks(run_chunk, keys, lengths):
             outputs.append(output)
@@ -157,19 +154,19 @@ class RolloutEngine:
         """Outcomes of (example, knobs) pairs, in order.
 
         Args:
-            jobs: pairs; repeated and remembered ones cost nothing.
+            jobs: pairs; repeated and stored ones cost nothing.
             progress: called with (rollouts done, rollouts to do) after every batch.
 
         Raises:
             KnobError: knobs are not in the model's knob space.
-            DataError: two examples have the same id.
+            ImageError, QuestionError: the model cannot take an example.
+            StorageError: answers could not be stored.
         """
         fresh: dict[tuple[str, Knobs], Example] = {}
         for example, knobs in jobs:
             self.model.knob_space.index(knobs)
-            self._check_id(example)
-            key = (example.example_id, knobs)
-            if key not in self.memory and key not in fresh:
+            key = (example.content_id, knobs)
+            if key not in self.store and key not in fresh:
                 fresh[key] = example
         self.num_remembered += len(jobs) - len(fresh)
         lengths = {key: self._prompt_tokens(example, key[1].tier) for key, example in fresh.items()}
@@ -183,12 +180,15 @@ class RolloutEngine:
             self.num_run += len(chunk)
             if progress is not None:
                 progress(done, len(todo))
-        outcomes = []
-        for example, knobs in jobs:
-            outcome = self.memory.get(example.example_id, knobs)
-            assert outcome is not None
-            outcomes.append(outcome)
-        return outcomes
+        return [self._outcome(example, knobs) for example, knobs in jobs]
+
+    def _outcome(self, example: Example, knobs: Knobs) -> Outcome:
+        stored = self.store.get(example.content_id, knobs)
+        assert stored is not None
+        accuracy = self.metric(stored.answer, example)
+        return Outcome(
+            example.example_id, knobs, stored.answer, accuracy, stored.num_prompt_tokens, stored.num_output_tokens
+        )
 
     def _prompt_tokens(self, example: Example, tier: str) -> int:
         sizes = self.view(example).sizes
@@ -257,7 +257,7 @@ class RolloutEngine:
         found: dict[tuple[str, str], Prefix] = {}
         missing: dict[tuple[str, str], Example] = {}
         for example, tier in wanted:
-            key = (example.example_id, tier)
+            key = (example.content_id, tier)
             prefix = self._prefixes.get(key)
             if prefix is not None:
                 found[key] = prefix
@@ -271,7 +271,7 @@ class RolloutEngine:
             for key, prefix in zip(chunk, prefixes, strict=True):
                 self._prefixes.put(key, prefix)
                 found[key] = prefix
-        return [found[(example.example_id, tier)] for example, tier in wanted]
+        return [found[(example.content_id, tier)] for example, tier in wanted]
 
     def _run_prefixes(self, wanted: Sequence[tuple[Example, str]]) -> list[Prefix]:
         adapter = self.model.adapter
@@ -300,18 +300,13 @@ class RolloutEngine:
             [knobs.num_blocks for _, knobs in jobs],
             self.model.max_new_tokens,
         )
-        for (example, knobs), prefix, token_ids in zip(jobs, prefixes, generated, strict=True):
-            answer = self.model.adapter.decode(token_ids)
-            self.memory.add(
-                Outcome(
-                    example_id=example.example_id,
-                    knobs=knobs,
-                    answer=answer,
-                    accuracy=float(self.metric(answer, example.references[0])),
-                    num_prompt_tokens=prefix.num_tokens,
-                    num_output_tokens=len(token_ids),
-                )
-            )
+        decode = self.model.adapter.decode
+        self.store.add(
+            [
+                (example.content_id, knobs, StoredAnswer(decode(token_ids), prefix.num_tokens, len(token_ids)))
+                for (example, knobs), prefix, token_ids in zip(jobs, prefixes, generated, strict=True)
+            ]
+        )
 
 
 def _next_chunk(keys: Sequence[Key], start: int, lengths: Mapping[Key, int], limits: BatchLimits) -> list[Key]:

@@ -36,27 +36,32 @@ RolloutProgress = Callable[[int, int], None]
 _ORDER, _BUDGETS, _ACTIONS, _MEASURED, _TIGHTENING = range(5)
 
 
-class Memory(Protocol):
-    """Outcomes that need not be computed again."""
+class Outcomes(Protocol):
+    """Answers that need not be computed again."""
 
     @property
     def model_identity(self) -> str:
         """Identity of the frozen model that they are of."""
 
     def __contains__(self, key: tuple[str, Knobs]) -> bool:
-        """Whether the outcome of (example_id, knobs) is remembered."""
+        """Whether the answer of (content id, knobs) is stored."""
 
 
 class Rollouts(Protocol):
     """What training needs of the frozen model.
 
-    What it answers must depend on the question alone, not on what was asked, batched or cached before: only then does
-    a run that was stopped go on to the bit.
+    What it answers must depend on picture, question and knobs alone, not on what was asked, batched or cached before,
+    and an outcome's accuracy on the answer and the example's references: only then does a run that was stopped go on to
+    the bit.
     """
 
     @property
-    def memory(self) -> Memory:
-        """Outcomes that need not be computed again, and which model they are of."""
+    def store(self) -> Outcomes:
+        """Answers that need not be computed again, and which model they are of."""
+
+    @property
+    def metric_name(self) -> str:
+        """What the outcomes' accuracies are scores of."""
 
     def view(self, example: Example) -> RequestView:
         """What is known of an example before the vision encoder runs."""
@@ -299,7 +304,7 @@ def run_knobs(
                 jobs.append((example, space[index]))
                 sizes.append(request.sizes)
             of_rollout.append(job_of[key])
-    num_remembered = sum((example.example_id, knobs) in engine.memory for example, knobs in jobs)
+    num_remembered = sum((example.content_id, knobs) in engine.store for example, knobs in jobs)
     outcomes = engine.run(jobs, progress)
     if [(outcome.example_id, outcome.knobs) for outcome in outcomes] != [(e.example_id, knobs) for e, knobs in jobs]:
         raise DataError("the rollout engine gave outcomes of other jobs than it was asked for")

@@ -112,8 +112,9 @@ class Trainer:
         if len({example.example_id for example in examples}) != len(examples):
             raise DataError("two examples of the data set share an id; outcomes are told apart by it")
         self.identity: dict[str, Any] = {
-            "model": engine.memory.model_identity,
+            "model": engine.store.model_identity,
             "dataset": dataset_identity(examples),
+            "metric": engine.metric_name,
             "controller": {
                 "settings": controller.config.to_dict(),
                 "d_model": controller.d_model,
@@ -382,7 +383,7 @@ def _check_parts(
 ) -> None:
     """Refuse parts that were made for different models, knob spaces or estimators."""
     model_identities = {
-        "rollout engine": engine.memory.model_identity,
+        "rollout engine": engine.store.model_identity,
         "controller": controller.model_identity,
         "estimator": estimator.model_identity,
         "output length model": output_length.model_identity,

@@ -65,22 +65,70 @@ def test_orientation_is_applied(tmp_path: Path) -> None:
     assert JsonlDataset(path)[0].image.size == (9, 4)
 
 
-def test_images_open_on_access_only(tmp_path: Path) -> None:
-    path = write(tmp_path, GOOD, {**GOOD, "image": "broken.png"})
+def test_pictures_are_read_when_they_are_wanted_and_errors_name_the_line(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD, {**GOOD, "image": "broken.png"}, {**GOOD, "image": "cut.png"})
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    dataset = JsonlDataset(path)
-    assert dataset[0].image.size == (3, 2)
-    with pytest.raises(ImageError, match=r"line 2: cannot read image .*broken\.png"):
-        dataset[1]
-
-
-def test_truncated_image_is_an_image_error(tmp_path: Path) -> None:
-    path = write(tmp_path, {**GOOD, "image": "cut.png"})
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
-    with pytest.raises(ImageError, match="line 1"):
-        JsonlDataset(path)[0]
+    dataset = JsonlDataset(path)
+    assert dataset[0].image.size == (3, 2)
+    for number, name in ((2, "broken"), (3, "cut")):
+        for read in ("image", "picture_id", "content_id"):
+            with pytest.raises(ImageError, match=rf"set\.jsonl, line {number}: .*{name}\.png"):
+                getattr(dataset[number - 1], read)
+    with pytest.raises(ImageError, match=r"line 2: .*broken\.png"):
+        dataset[1].picture  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["missing.png", "null\0.png", "x" * 5000, "."])
+def test_a_picture_that_is_missing_is_an_image_error_or_a_skipped_line(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, GOOD, "", {**GOOD, "image": name}, {**GOOD, "question": "Else?"})
+    with pytest.raises(ImageError, match=r"set\.jsonl, line 3: there is no image"):
+        JsonlDataset(path)
+    dataset = JsonlDataset(path, skip_unreadable=True)
+    assert [example.question for example in dataset] == ["What?", "Else?"]
+    assert len(dataset.skipped) == 1
+    assert "line 3: there is no image" in dataset.skipped[0]
+    with pytest.raises(DataError, match="no examples: the pictures of all 1 lines are missing"):
+        JsonlDataset(write(tmp_path, {**GOOD, "image": name}), skip_unreadable=True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "references"),
+    [
+        ("7", ("7",)),
+        (7, ("7",)),
+        (-7, ("-7",)),
+        (0.5, ("0.5",)),
+        (7.0, ("7",)),
+        (1e3, ("1000",)),
+        (-0.0, ("0",)),
+        (1e-7, ("0.0000001",)),
+        (12345678.9, ("12345678.9",)),
+        (10**20, ("1" + "0" * 20,)),
+        (["yes", 1, 0.25], ("yes", "1", "0.25")),
+        (["yes"] * 10, ("yes",) * 10),
+    ],
+    ids=str,
+)
+def test_an_answer_is_a_text_a_number_or_a_list(tmp_path: Path, answer: Any, references: tuple[str, ...]) -> None:
+    assert JsonlDataset(write(tmp_path, {**GOOD, "answer": answer}))[0].references == references
+
+
+def test_a_number_is_read_however_it_is_written(tmp_path: Path) -> None:
+    lines = [json.dumps(GOOD).replace('"7"', number) for number in ("1e3", "7.00", "0.50", "-0")]
+    assert [example.references for example in JsonlDataset(write(tmp_path, *lines))] == [
+        *(("1000",), ("7",), ("0.5",), ("0",))
+    ]
+
+
+def test_choices_and_split_are_kept(tmp_path: Path) -> None:
+    dataset = JsonlDataset(write(tmp_path, {**GOOD, "choices": ["cat", 7, 0.5], "split": "val"}, GOOD))
+    assert dataset[0].choices == ("cat", "7", "0.5")
+    assert dataset[1].choices == ()
+    assert dataset.splits == ["val", None]
+    assert "split" not in dataset[0].metadata
 
 
 @pytest.mark.parametrize(
@@ -91,13 +139,17 @@ def test_truncated_image_is_an_image_error(tmp_path: Path) -> None:
         ({"image": "a.png", "question": "What?"}, "'answer' is missing"),
         ({"image": "a.png", "answer": "7"}, "'question' is missing"),
         ({"question": "What?", "answer": "7"}, "'image' is missing"),
-        ({**GOOD, "answer": 7}, "'answer' is 7"),
+        *[
+            ({**GOOD, "answer": bad}, "'answer' is")
+            for bad in (True, None, {}, [], "", " ", ["a", True], [["a"]], [""])
+        ],
+        *[(json.dumps(GOOD).replace('"7"', bad), "'answer' is") for bad in ("NaN", "-Infinity", "1e999")],
+        *[({**GOOD, "choices": bad}, "'choices' is") for bad in ("cat", [], [None], 7)],
+        *[({**GOOD, "split": bad}, "'split' is") for bad in ("dev", None, 1, "Train")],
         ({**GOOD, "question": "  "}, "'question' is"),
         ({**GOOD, "id": True}, "'id' is True"),
         ({**GOOD, "id": ""}, "'id' is ''"),
-        ({**GOOD, "image": "missing.png"}, r"no image .*missing\.png"),
-        ({**GOOD, "image": "null\0.png"}, "no image"),
-        ({**GOOD, "image": "x" * 5000}, "no image"),
+        ({**GOOD, "image": ""}, "'image' is ''"),
     ],
 )
 def test_bad_line_is_named(tmp_path: Path, line: str | dict[str, Any], message: str) -> None:

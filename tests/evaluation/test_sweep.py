@@ -16,6 +16,7 @@ from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.baselines.static import StaticPolicy
 from pacevlm.config import EvaluateConfig
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
+from pacevlm.data.metrics import load_metric
 from pacevlm.errors import DataError, IdentityError
 from pacevlm.evaluation import timed
 from pacevlm.evaluation.sweep import (
@@ -26,6 +27,7 @@ from pacevlm.evaluation.sweep import (
     exhaustive_sweep,
     feasible_table,
     fit_baselines,
+    summarise_answers,
 )
 from pacevlm.knobs import Knobs
 from pacevlm.latency.estimator import STAGE_TERMS, LatencyEstimator
@@ -180,10 +182,11 @@ def test_records_hold_the_outcome_and_the_prediction_of_their_knobs(
 ) -> None:
     by_id = {example.example_id: example for example in test}
     for record in evaluation.records:
-        outcome = engine.memory.get(record.example_id, record.knobs)
+        example = by_id[record.example_id]
+        outcome = engine.store.get(example.content_id, record.knobs)
         assert outcome is not None
-        assert (record.accuracy, record.metadata["answer"]) == (outcome.accuracy, outcome.answer)
-        sizes = engine.view(by_id[record.example_id]).sizes
+        assert (record.accuracy, record.metadata["answer"]) == (engine.metric(outcome.answer, example), outcome.answer)
+        sizes = engine.view(example).sizes
         predicted = pacing.guardrail.estimator.predict(sizes, record.knobs, outcome.num_output_tokens)
         assert record.predicted_latency_ms == pytest.approx(predicted.e2e_ms)
 
@@ -227,7 +230,7 @@ def test_an_exhaustive_sweep_is_remembered(tiny_elastic: ElasticModel, test: lis
     for i, example in enumerate(test[:2]):
         for knobs in (space.cheapest, space.full, Knobs("medium", 3, 5)):
             alone = tiny_elastic.run_static(example.image, example.question, knobs).answer
-            assert accuracy[i, space.index(knobs)] == engine.metric(alone, example.references[0])
+            assert accuracy[i, space.index(knobs)] == engine.metric(alone, example)
     assert np.array_equal(exhaustive_sweep(engine, test[:2]), accuracy)
     assert engine.num_run == 2 * len(space)
 
@@ -382,6 +385,9 @@ def test_unusable_input_is_refused(
         evaluate(engine.model, engine, [controller], [], budgets_ms, pacing, CONFIG)
     with pytest.raises(DataError, match="2 budgets"):
         evaluate(engine.model, engine, [controller], test, budgets_ms[:2], pacing, CONFIG)
+    twin = dataclasses.replace(test[1], example_id=test[0].example_id)
+    with pytest.raises(DataError, match="3 examples with 2 different ids"):
+        evaluate(engine.model, engine, [controller], [*test[:2], twin], budgets_ms, pacing, CONFIG)
     other = dataclasses.replace(
         pacing,
         guardrail=dataclasses.replace(
@@ -390,3 +396,17 @@ def test_unusable_input_is_refused(
     )
     with pytest.raises(IdentityError):
         evaluate(engine.model, engine, [controller], test, budgets_ms, other, CONFIG)
+
+
+def test_a_metric_summarises_the_answers_of_every_policy_at_every_budget(
+    evaluation: Evaluation, test: list[Example]
+) -> None:
+    summaries = summarise_answers(load_metric("f1"), evaluation.records, test)
+    references = {example.example_id: example.references for example in test}
+    assert set(summaries) == {record.policy for record in evaluation.records}
+    for policy, by_fraction in summaries.items():
+        assert set(by_fraction) == {f"{fraction:g}" for fraction in FRACTIONS}
+        rows = [r for r in evaluation.records if (r.policy, r.fraction) == (policy, FRACTIONS[0])]
+        scores = [load_metric("f1").score(r.metadata["answer"], references[r.example_id], ()) for r in rows]
+        assert by_fraction[f"{FRACTIONS[0]:g}"]["f1"] == pytest.approx(np.mean(scores))
+    assert summarise_answers(load_metric("anls"), evaluation.records, test) == {}

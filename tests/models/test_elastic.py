@@ -22,7 +22,13 @@ from torch import Tensor
 from pacevlm.errors import CheckpointError, ConfigError, ImageError, KnobError, QuestionError
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.models.block_order import BlockOrder
-from pacevlm.models.elastic import ElasticModel, RequestResult, RequestView, write_elastic_settings
+from pacevlm.models.elastic import (
+    ElasticModel,
+    RequestResult,
+    RequestView,
+    model_fingerprint,
+    write_elastic_settings,
+)
 from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.types import Example
 
@@ -421,3 +427,29 @@ def test_identity_names_weights_and_settings(
     (checkpoint / "processor_config.json").write_text(json.dumps(processor))
     others["normalisation"] = load()
     assert len({same, *others.values()}) == 1 + len(others), others
+
+
+def test_every_byte_of_the_weights_counts(tmp_path: Path) -> None:
+    """Also far from the ends of a file, which are all that a glance at a large one shows."""
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "model-00001-of-00002.safetensors"
+    save_file({"weight": torch.zeros(2 << 20)}, file)
+    save_file({"bias": torch.zeros(4)}, tmp_path / "model-00002-of-00002.safetensors")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    before = model_fingerprint(tmp_path, {"dtype": "float32"})
+    seen = {before, model_fingerprint(tmp_path, {"dtype": "bfloat16"})}
+    content = file.read_bytes()
+    for place in (len(content) // 3, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:place] + b"\x01" + content[place + 1 :])
+        seen.add(model_fingerprint(tmp_path, {"dtype": "float32"}))
+    file.write_bytes(content)
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{ }")
+        seen.add(model_fingerprint(tmp_path, {"dtype": "float32"}))
+        (tmp_path / name).write_text("{}")
+    assert len(seen) == 7
+    assert model_fingerprint(tmp_path, {"dtype": "float32"}) == before
+    for weights in tmp_path.glob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(CheckpointError, match="no safetensors"):
+        model_fingerprint(tmp_path, {})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pacevlm.data.metrics import Metric, load_metric
 from pacevlm.errors import (
     ConfigError,
-    DataError,
     IdentityError,
     ImageError,
     KnobError,
@@ -25,16 +27,15 @@ from pacevlm.knobs import Knobs
 from pacevlm.latency.measuring import use_num_threads
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.rollout.engine import RolloutEngine
-from pacevlm.rollout.memory import OutcomeMemory
+from pacevlm.rollout.outcome_store import OutcomeStore, StoredAnswer
 from pacevlm.types import Example, Outcome
 
 Job = tuple[Example, Knobs]
 TIGHT = [{"max_rows": 1}, {"max_rows": 3}, {"max_tokens": 1}, {"max_tokens": 150}, {"max_prefix_bytes": 1}]
 
 
-def first_letter(answer: str, reference: str) -> float:
-    """A metric that differs from the default one and is not all zero for random answers."""
-    return (len(answer) + len(reference)) % 4 / 4
+# A metric that differs from the default one and is not all zero for random answers.
+LENGTHS = Metric("lengths", lambda answer, references, choices: (len(answer) + len(references[0])) % 4 / 4)
 
 
 def jobs_of(model: ElasticModel, examples: list[Example], num_jobs: int = 24) -> list[Job]:
@@ -51,7 +52,7 @@ def naive(model: ElasticModel, job: Job) -> Outcome:
     example, knobs = job
     result = model.run_static(example.image, example.question, knobs)
     num_prompt_tokens = result.num_image_tokens + result.num_text_tokens
-    accuracy = first_letter(result.answer, example.references[0])
+    accuracy = LENGTHS(result.answer, example)
     return Outcome(example.example_id, knobs, result.answer, accuracy, num_prompt_tokens, result.num_output_tokens)
 
 
@@ -68,7 +69,7 @@ def test_rollouts_are_naive_runs(
 ) -> None:
     jobs = jobs_of(law_model, law_examples)
     end_some_answers_early(law_model, jobs, monkeypatch)
-    engine = RolloutEngine(law_model, first_letter)
+    engine = RolloutEngine(law_model, LENGTHS)
     outcomes = engine.run(jobs)
     assert outcomes == [naive(law_model, job) for job in jobs]
     assert len({o.num_output_tokens for o in outcomes}) > 1
@@ -81,8 +82,8 @@ def test_limits_change_no_outcome(
     tiny_elastic: ElasticModel, law_examples: list[Example], limits: dict[str, int]
 ) -> None:
     jobs = jobs_of(tiny_elastic, law_examples)
-    expected = RolloutEngine(tiny_elastic, first_letter).run(jobs)
-    assert RolloutEngine(tiny_elastic, first_letter, **limits).run(jobs) == expected
+    expected = RolloutEngine(tiny_elastic, LENGTHS).run(jobs)
+    assert RolloutEngine(tiny_elastic, LENGTHS, **limits).run(jobs) == expected
 
 
 def test_work_is_done_once(
@@ -142,7 +143,7 @@ def test_batches_side_by_side_give_what_batches_in_turn_give(
 ) -> None:
     jobs = jobs_of(tiny_elastic, law_examples, 60)
     with use_num_threads(1):
-        expected = RolloutEngine(tiny_elastic, first_letter, max_rows=4).run(jobs)
+        expected = RolloutEngine(tiny_elastic, LENGTHS, max_rows=4).run(jobs)
     seen: list[tuple[int, int]] = []
     generate = tiny_elastic.decoder.generate
 
@@ -153,7 +154,7 @@ def test_batches_side_by_side_give_what_batches_in_turn_give(
     monkeypatch.setattr(tiny_elastic.decoder, "generate", watched)
     progress: list[int] = []
     with use_num_threads(num_threads):
-        engine = RolloutEngine(tiny_elastic, first_letter, max_rows=4)
+        engine = RolloutEngine(tiny_elastic, LENGTHS, max_rows=4)
         assert engine.run(jobs, progress=lambda done, _: progress.append(done)) == expected
         assert torch.get_num_threads() == num_threads
     assert threading.get_ident() not in {thread for thread, _ in seen}
@@ -204,11 +205,11 @@ def test_out_of_memory_halves_batches_and_goes_on(
     jobs = jobs_of(tiny_elastic, law_examples, 40)
     examples, tiers = [example for example, _ in jobs], [knobs.tier for _, knobs in jobs]
     tokens = torch.randn(len(jobs), tiny_elastic.d_model, generator=torch.Generator().manual_seed(0))
-    roomy = RolloutEngine(tiny_elastic, first_letter)
+    roomy = RolloutEngine(tiny_elastic, LENGTHS)
     expected, expected_tokens = roomy.run(jobs), roomy.latency_token_outputs(examples, tiers, tokens)
     device = Memory(tiny_elastic, monkeypatch, error)
     device.num_fitting = 3
-    engine = RolloutEngine(tiny_elastic, first_letter)
+    engine = RolloutEngine(tiny_elastic, LENGTHS)
     before = engine.limits
     assert engine.run(jobs) == expected
     assert engine.num_run == roomy.num_run
@@ -243,22 +244,101 @@ def test_other_faults_are_not_taken_for_a_lack_of_memory(
     assert device.num_failed == 1
 
 
-def test_remembered_outcomes_are_given_back_and_not_run(
-    tiny_elastic: ElasticModel, law_examples: list[Example]
+def test_stored_answers_are_given_back_and_not_run(
+    tiny_elastic: ElasticModel, law_examples: list[Example], tmp_path: Path
 ) -> None:
     jobs = jobs_of(tiny_elastic, law_examples)
-    memory = OutcomeMemory(tiny_elastic.identity)
-    RolloutEngine(tiny_elastic, first_letter, memory).run(jobs[:10])
-    mark = dataclasses.replace(next(iter(memory)), answer="remembered")
-    memory.add(mark)
-    engine = RolloutEngine(tiny_elastic, first_letter, memory)
+    path = tmp_path / "outcomes.jsonl"
+    RolloutEngine(tiny_elastic, LENGTHS, OutcomeStore(tiny_elastic.identity, path)).run(jobs[:10])
+    lines = path.read_text().splitlines()
+    mark = json.loads(lines[1])
+    lines[1] = json.dumps(mark | {"answer": "stored"})
+    path.write_text("\n".join(lines) + "\n")
+    engine = RolloutEngine(tiny_elastic, LENGTHS, OutcomeStore.open(path, tiny_elastic.identity))
     outcomes = engine.run(jobs)
-    assert mark in outcomes
-    fresh = RolloutEngine(tiny_elastic, first_letter).run(jobs)
-    assert [o for o in outcomes if o != mark] == [
-        o for o in fresh if (o.example_id, o.knobs) != (mark.example_id, mark.knobs)
+    fresh = RolloutEngine(tiny_elastic, LENGTHS).run(jobs)
+    marked = [(e.content_id, str(k)) == (mark["content"], mark["knobs"]) for e, k in jobs]
+    assert any(marked)
+    assert all((outcome.answer == "stored") == is_marked for outcome, is_marked in zip(outcomes, marked, strict=True))
+    assert [o for o, m in zip(outcomes, marked, strict=True) if not m] == [
+        o for o, m in zip(fresh, marked, strict=True) if not m
     ]
     assert engine.num_run == len({(e.example_id, k) for e, k in jobs} - {(e.example_id, k) for e, k in jobs[:10]})
+    assert len(path.read_text().splitlines()) == 1 + len({(e.example_id, k) for e, k in jobs})
+
+
+def test_an_interrupted_run_keeps_every_batch_that_was_done(
+    tiny_elastic: ElasticModel, law_examples: list[Example], tmp_path: Path
+) -> None:
+    jobs, path = jobs_of(tiny_elastic, law_examples), tmp_path / "outcomes.jsonl"
+
+    def stop(done: int, total: int) -> None:
+        if done >= 6:
+            raise KeyboardInterrupt
+
+    with use_num_threads(1), pytest.raises(KeyboardInterrupt):
+        RolloutEngine(tiny_elastic, store=OutcomeStore(tiny_elastic.identity, path), max_rows=3).run(jobs, stop)
+    assert len(OutcomeStore.open(path, tiny_elastic.identity)) == 6
+
+
+def test_answers_outlive_metric_and_references_but_scores_do_not(
+    tiny_elastic: ElasticModel, law_examples: list[Example]
+) -> None:
+    jobs, store = jobs_of(tiny_elastic, law_examples), OutcomeStore(tiny_elastic.identity)
+    first = RolloutEngine(tiny_elastic, LENGTHS, store).run(jobs)
+    other = RolloutEngine(tiny_elastic, load_metric("anls"), store)
+    rescored = [load_metric("anls")(o.answer, e) for o, (e, _) in zip(first, jobs, strict=True)]
+    assert [o.accuracy for o in other.run(jobs)] == rescored
+    engine = RolloutEngine(tiny_elastic, store=store)
+    right = [(dataclasses.replace(e, references=("no", o.answer)), k) for (e, k), o in zip(jobs, first, strict=True)]
+    assert all(outcome.accuracy == 1.0 for outcome in engine.run(right))
+    wrong = [(dataclasses.replace(e, references=(o.answer + "!",)), k) for (e, k), o in zip(jobs, first, strict=True)]
+    assert all(outcome.accuracy == 0.0 for outcome in engine.run(wrong))
+    assert other.num_run == engine.num_run == 0
+
+
+def test_what_is_known_belongs_to_picture_and_question(
+    tiny_elastic: ElasticModel, law_examples: list[Example], tmp_path: Path
+) -> None:
+    """Whatever of an example changes, what was known of the old one is not served; and what did not change is."""
+    knobs = tiny_elastic.knob_space.full
+    path = tmp_path / "picture.png"
+    law_examples[3].image.save(path)
+    example = dataclasses.replace(law_examples[3], source=path)
+    engine = RolloutEngine(tiny_elastic, max_prefix_bytes=1 << 20)
+    expected = engine.run([(example, knobs)])[0]
+    token = torch.zeros(1, tiny_elastic.d_model)
+    expected_token = engine.latency_token_outputs([example], ["high"], token)
+
+    same = [
+        dataclasses.replace(example, example_id="other"),
+        dataclasses.replace(example, references=("other",)),
+        dataclasses.replace(example, source=law_examples[3].image),
+        dataclasses.replace(example, metadata={"family": "x"}),
+    ]
+    for other in same:
+        assert engine.run([(other, knobs)])[0].answer == expected.answer
+    assert engine.num_run == 1
+
+    law_examples[2].image.save(path)  # another picture in the same place, and with the same id
+    for other in (dataclasses.replace(example), dataclasses.replace(example, question="2?")):
+        num_run = engine.num_run
+        naive_result = tiny_elastic.run_static(other.image, other.question, knobs)
+        assert engine.run([(other, knobs)])[0].answer == naive_result.answer
+        assert engine.num_run == num_run + 1
+        assert engine.view(other).sizes == tiny_elastic.view(other.image, other.question).sizes
+        assert not torch.equal(engine.latency_token_outputs([other], ["high"], token), expected_token)
+
+
+def test_a_picture_that_cannot_be_read_names_file_and_line(tiny_elastic: ElasticModel, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    example = Example("x", tmp_path / "broken.png", "What?", ("1",), where="set.jsonl, line 7")
+    engine = RolloutEngine(tiny_elastic)
+    with pytest.raises(ImageError, match=r"set\.jsonl, line 7: .*broken\.png"):
+        engine.run([(example, tiny_elastic.knob_space.full)])
+    known = dataclasses.replace(example, known_picture_id="0" * 32)
+    with pytest.raises(ImageError, match=r"set\.jsonl, line 7: .*broken\.png"):
+        engine.view(known)
 
 
 def token_jobs(model: ElasticModel, examples: list[Example]) -> tuple[list[Example], list[str], torch.Tensor]:
@@ -317,17 +397,17 @@ def test_views_are_the_models_and_computed_once(tiny_elastic: ElasticModel, law_
     assert engine.view(law_examples[0]) is view
 
 
-def test_one_id_for_two_examples_is_refused(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+def test_two_examples_may_share_an_id_or_their_content(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
     knobs = tiny_elastic.knob_space.full
-    for other in (
-        dataclasses.replace(law_examples[1], example_id=law_examples[0].example_id),
-        dataclasses.replace(law_examples[0], answer="another"),
-    ):
-        engine = RolloutEngine(tiny_elastic)
-        with pytest.raises(DataError, match="law-0"):
-            engine.run([(law_examples[0], knobs), (other, knobs)])
-        with pytest.raises(DataError, match="law-0"):
-            engine.view(other)
+    one = law_examples[0]
+    others = [
+        dataclasses.replace(law_examples[1], example_id=one.example_id),
+        dataclasses.replace(one, example_id="copy", references=("another",)),
+    ]
+    engine = RolloutEngine(tiny_elastic, LENGTHS)
+    outcomes = engine.run([(example, knobs) for example in (one, *others)])
+    assert outcomes == [naive(tiny_elastic, (example, knobs)) for example in (one, *others)]
+    assert engine.num_run == 2
 
 
 @pytest.mark.parametrize("limits", [{"max_rows": 0}, {"max_tokens": 0}, {"max_prefix_bytes": -1}], ids=str)
@@ -336,9 +416,9 @@ def test_senseless_limits_are_refused(tiny_elastic: ElasticModel, limits: dict[s
         RolloutEngine(tiny_elastic, **limits)
 
 
-def test_anothers_memory_is_refused(tiny_elastic: ElasticModel) -> None:
+def test_anothers_store_is_refused(tiny_elastic: ElasticModel) -> None:
     with pytest.raises(IdentityError, match="another"):
-        RolloutEngine(tiny_elastic, memory=OutcomeMemory("another"))
+        RolloutEngine(tiny_elastic, store=OutcomeStore("another"))
 
 
 def test_foreign_knobs_are_refused_before_any_work(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
@@ -346,8 +426,8 @@ def test_foreign_knobs_are_refused_before_any_work(tiny_elastic: ElasticModel, l
     engine = RolloutEngine(tiny_elastic)
     with pytest.raises(KnobError, match="low/8/6"):
         engine.run([(example, tiny_elastic.knob_space.full), (example, foreign)])
-    assert engine.num_run == engine.num_remembered == len(engine.memory) == 0
-    engine.memory.add(Outcome(example.example_id, foreign, "", 0.0, 1, 1))
+    assert engine.num_run == engine.num_remembered == len(engine.store) == 0
+    engine.store.add([(example.content_id, foreign, StoredAnswer("", 1, 1))])
     with pytest.raises(KnobError, match="low/8/6"):
         engine.run([(example, foreign)])
 

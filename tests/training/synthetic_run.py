@@ -68,7 +68,7 @@ def num_output_tokens_of(example: Example) -> int:
     return LONG_TOKENS if int(example.example_id[1:]) % 12 == 0 else USUAL_TOKENS
 
 
-class SyntheticMemory:
+class SyntheticStore:
     def __init__(self) -> None:
         self.model_identity = MODEL
         self.outcomes: dict[tuple[str, Knobs], Outcome] = {}
@@ -81,7 +81,7 @@ class SyntheticEngine:
     """Answers by law; the latency token's output tells the kind of question and the tier besides the budget."""
 
     def __init__(self) -> None:
-        self.memory = SyntheticMemory()
+        self.store, self.metric_name = SyntheticStore(), "law"
         self.num_run = 0
         self.jobs: list[list[tuple[Example, Knobs]]] = []
         generator = torch.Generator().manual_seed(7)
@@ -102,13 +102,13 @@ class SyntheticEngine:
         self.jobs.append(list(jobs))
         outcomes = []
         for example, knobs in jobs:
-            key = (example.example_id, knobs)
-            if key not in self.memory.outcomes:
+            key = (example.content_id, knobs)
+            if key not in self.store.outcomes:
                 self.num_run += 1
                 accuracy, num_tokens = accuracy_of(example, knobs), num_output_tokens_of(example)
                 answer = "yes" if accuracy else "no"
-                self.memory.outcomes[key] = Outcome(example.example_id, knobs, answer, accuracy, 32, num_tokens)
-            outcomes.append(self.memory.outcomes[key])
+                self.store.outcomes[key] = Outcome(example.example_id, knobs, answer, accuracy, 32, num_tokens)
+            outcomes.append(self.store.outcomes[key])
             if progress is not None:
                 progress(len(outcomes), len(jobs))
         return outcomes

@@ -170,7 +170,7 @@ def test_predictions_are_compared_with_measurements(synthetic: ModuleType, tmp_p
     estimator, engine = synthetic.make_estimator(), synthetic.SyntheticEngine()
 
     def measure(example: Example, knobs: Knobs) -> StageTimes:
-        measured.append((example.example_id, knobs))
+        measured.append((example.content_id, knobs))
         e2e_ms = 1.25 * estimator.predict(engine.view(example).sizes, knobs, 4).e2e_ms
         return StageTimes(0.0, 0.0, 0.0, 0.0, 0.0, (0.1, 0.1, 0.1), e2e_ms)
 
@@ -179,7 +179,7 @@ def test_predictions_are_compared_with_measurements(synthetic: ModuleType, tmp_p
     assert ["latency/ape_p50" in metrics for metrics in steps] == [False, True, False, True]
     assert steps[1]["latency/ape_p50"] == pytest.approx(0.2)
     assert len(set(measured)) == len(measured) == 10
-    assert set(measured) <= set(trainer.engine.memory.outcomes)
+    assert set(measured) <= set(trainer.engine.store.outcomes)
 
 
 def test_a_gradient_that_is_not_finite_is_an_error(synthetic: ModuleType, tmp_path: Path) -> None:
@@ -432,7 +432,7 @@ def test_metrics_without_a_checkpoint_are_not_overwritten(synthetic: ModuleType,
 def test_parts_of_different_models_are_refused(synthetic: ModuleType, tmp_path: Path) -> None:
     trainer = synthetic.make_trainer(tmp_path)
     other_engine = synthetic.SyntheticEngine()
-    other_engine.memory.model_identity = "other"
+    other_engine.store.model_identity = "other"
     other_estimator = dataclasses.replace(trainer.estimator, trained_top_k=7)
     other_guardrail = dataclasses.replace(trainer.guardrail, estimator=other_estimator)
     other_length = dataclasses.replace(trainer.output_length, model_identity="other")
