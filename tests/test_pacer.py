@@ -357,14 +357,15 @@ def test_parts_that_do_not_belong_together_are_refused(
     with pytest.raises(IdentityError, match="another"):
         make_pacer(tiny_elastic, tiny_elastic_dir, lengths=False, estimator=other)
     folder = changed()
-    make_estimator(tiny_elastic, 2e-4).save(folder / "estimator.json")
+    slower = make_estimator(tiny_elastic, 2e-4)
+    slower.save(folder / "estimator.json")
     with pytest.raises(CheckpointError, match=r"estimator\.json is not the file"):
         Pacer.from_pretrained(folder)
     reseal(folder / "bundle.json", json.loads((folder / "bundle.json").read_text()))
     with pytest.raises(IdentityError, match="calibrate anew"):
         Pacer.from_pretrained(folder)
     # A guardrail of that estimator does not make the controller belong to it.
-    swapped = make_pacer(tiny_elastic, tiny_elastic_dir, estimator=make_estimator(tiny_elastic, 2e-4))
+    swapped = make_pacer(tiny_elastic, tiny_elastic_dir, estimator=slower)
     swapped.pacing.guardrail.save(folder / "guardrail.json")
     reseal(folder / "bundle.json", json.loads((folder / "bundle.json").read_text()))
     with pytest.raises(IdentityError, match="latency estimator"):
@@ -386,7 +387,7 @@ def test_missing_and_malformed_files_are_named(bundle: Path, changed: Callable[.
         ({"budget_kind": "ttlt"}, "ttlt"),
         ({"full_p50_ms": -1.0}, "full_p50_ms"),
         ({"full_p50_ms": "fast"}, "full_p50_ms"),
-        ({"knob_space": {"tiers": ["low"]}}, "knob space"),
+        ({"knob_space": {"tiers": ["low"]}}, "knob_space"),
         ({"model__max_crops": None}, "max_crops"),
     ):
         with pytest.raises(CheckpointError, match=message):

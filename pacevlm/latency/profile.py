@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 PROFILE_SCHEMA_VERSION = 4
-MAX_NUM_THREADS = 65_536
+MAX_NUM_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,7 +151,7 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any] | None = None) -> Ch
         # Through JSON, as the stored one went: tuples become lists.
         _check_identity(path, header["identity"], json.loads(json.dumps(dict(identity))))
     tensors = load_safetensors(path)
-    if metadata.get("sha256") != _digest(text, tensors):
+    if metadata != {"checkpoint": text, "sha256": _digest(text, tensors)}:
         raise CheckpointError(f"{path} was changed or damaged since it was written; train from an older one, or anew")
     check_tensors(tensors, path)
     return Checkpoint(header["step"], header["identity"], header["multiplier"], tensors)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pacevlm.errors import CheckpointError, IdentityError, StorageError
-from pacevlm.files import save_safetensors_atomic
+from pacevlm.files import load_safetensors, load_safetensors_metadata, save_safetensors_atomic
 from pacevlm.training.checkpoint import Checkpoint, load_checkpoint, remove_leftovers, save_checkpoint
 
 IDENTITY = {"model": "m", "config": {"lr": 0.1, "values": (1, 2)}}
@@ -105,6 +105,22 @@ def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
     save_safetensors_atomic({"w": torch.ones(2)}, tmp_path / "w", {"checkpoint": "[]"})
     with pytest.raises(CheckpointError, match="must have the keys"):
         load_checkpoint(tmp_path / "w")
+
+
+def test_a_changed_number_and_a_word_too_many_are_refused(saved: Path) -> None:
+    tensors, metadata = load_safetensors(saved), load_safetensors_metadata(saved)
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dim())
+    for changed, words in (
+        ({**tensors, name: tensors[name] + 1.0}, metadata),
+        (tensors, {**metadata, "extra": ""}),
+        (tensors, {**metadata, "checkpoint": metadata["checkpoint"].replace('"step": 2', '"step": 1')}),
+        (tensors, {"checkpoint": metadata["checkpoint"]}),
+    ):
+        save_safetensors_atomic(changed, saved, words)
+        with pytest.raises(CheckpointError, match="was changed or damaged"):
+            load_checkpoint(saved, IDENTITY)
+    save_safetensors_atomic(tensors, saved, metadata)
+    assert load_checkpoint(saved, IDENTITY).step == 2
 
 
 def test_weights_that_do_not_fit_change_nothing(saved: Path) -> None:
