@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 
 from pacevlm.checks import check_path
-from pacevlm.config import ImportanceConfig
+from pacevlm.config import ImportanceConfig, check_model_path
 from pacevlm.errors import ConfigError, PacevlmError
 from pacevlm.printing import printable, printable_lines
 
@@ -184,10 +184,11 @@ def answer(arguments: Sequence[str]) -> None:
     options = _parse("answer", AnswerOptions, arguments)
     from pacevlm.images import load_image
     from pacevlm.knobs import check_budget_ms
-    from pacevlm.pacer import Pacer
 
     budget_ms = check_budget_ms(options.budget_ms)
     image = load_image(options.image)
+    from pacevlm.pacer import Pacer
+
     pacer = Pacer.from_pretrained(options.run_dir, device=options.device)
     pacer.answer(image, options.question, budget_ms)
     if options.drift_state is None:
@@ -209,6 +210,7 @@ def importance(arguments: Sequence[str]) -> None:
       pacevlm importance --path ./MolmoE-1B --dataset questions.jsonl --num-examples 500
     """
     config = _parse("importance", ImportanceConfig, arguments)
+    check_model_path(config.path)
     from pacevlm.config import DataConfig, ModelConfig
     from pacevlm.data.splits import load_splits
     from pacevlm.evaluation.importance import measure_importance
@@ -277,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_command(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
+        print(usage(), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else USAGE_ERROR
     if arguments[0] == "--version":
         print(f"pacevlm {_version()}")
@@ -420,6 +422,7 @@ def _run_steps(
 ) -> RunConfig:
     """Parse the settings of a run, on top of those its directory holds, and run its steps."""
     config, fresh = _read_settings(command, arguments, default_dir, defaults)
+    check_model_path(config.model.path)
     from pacevlm.pipeline import run_pipeline
 
     with _RichReporter() as reporter:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pacevlm.checks import MAX_COUNT, MAX_SEED, as_float, as_int, check_path, check_real, check_whole
-from pacevlm.errors import ConfigError
+from pacevlm.errors import CheckpointError, ConfigError
 from pacevlm.files import read_json, write_json_atomic
 from pacevlm.knobs import KnobSpace
 
@@ -302,6 +302,15 @@ class ImportanceConfig:
         check_whole(self, 1, MAX_COUNT, "num_examples")
         check_whole(self, 1, MAX_KNOB, "min_num_blocks", "num_candidates")
         check_whole(self, 0, MAX_SEED, "seed")
+
+
+def check_model_path(path: str) -> None:
+    """Raise CheckpointError, without waiting for torch, unless there is a model directory, or it is `embedded`."""
+    if path != "embedded" and not Path(path).is_dir():
+        raise CheckpointError(
+            f"there is no model directory {path!r}; give a directory with config.json and safetensors files, or "
+            "'embedded'"
+        )
 
 
 # JSON ----------------------------------------------------------------------------------------------------------------
