@@ -39,19 +39,7 @@ CODES = {0, 2, 130, 141}
 TEXTS = (
     *("", " ", "nan", "inf", "-inf", "-1", "0", "-0", "1e400", "9" * 40, "1.5", "0x10", "1_0", "True", "None", "none"),
     *("é", "日本語", "🙂", "e\u0301", "\x1b[31mred", "\x1b]0;title\x07", "a\nb", "\r\npacevlm: error: forged", "\t"),
-    *(
-        "\x9b",
-        "\u202egnp",
-        "\u2028",
-        "\u200b",
-        "\udcff",
-        "caf\udce9.png",
-        "[bold]x[/bold]",
-        "[/",
-        "%s%n",
-        "{0}",
-        "`id`",
-    ),
+    *("\x9b", "\u202egnp", "\u2028", "\u200b", "\udcff", "caf\udce9.png", "[bold]x[/bold]", "[/", "%s%n", "`id`"),
     *("../..", "/", "/dev/null", "~", "~/x", "x" * 5000, "a/" * 200, "-", "--", "=", "--help=1", "'", '"', "\\", "#"),
 )
 SURROUNDINGS: tuple[dict[str, str], ...] = (

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -43,6 +44,7 @@ FRESH_HELP = "start over: remove what an earlier run left in the run directory, 
 # Exit codes: 0 done, 1 a fault of pacevlm itself, 2 what the user gave cannot be used, 130 interrupted, 141 nobody
 # reads the output any more.
 FAULT, USAGE_ERROR, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
+MIN_COLUMNS = 20
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -294,7 +296,8 @@ def _run_command(arguments: Sequence[str]) -> int:
 def _end_early(error: BaseException) -> int:
     """Say in one sentence why a command ends before it is done; returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+        with suppress(OSError):
+            print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):  # whoever read the output, such as `head`, has enough
         _drop_output()
@@ -333,6 +336,22 @@ def _forgiving_streams() -> Iterator[None]:
             for stream, handling in zip(before, errors, strict=True):
                 if isinstance(stream, io.TextIOWrapper) and not stream.closed:
                     stream.reconfigure(errors=handling)
+
+
+@contextmanager
+def _wide_enough() -> Iterator[None]:
+    """Let the help be no narrower than `MIN_COLUMNS`: columns that hold no word take for ever to lay out."""
+    given = os.environ.get("COLUMNS")
+    narrow = shutil.get_terminal_size().columns < MIN_COLUMNS
+    if narrow:
+        os.environ["COLUMNS"] = str(MIN_COLUMNS)
+    try:
+        yield
+    finally:
+        if narrow and given is None:
+            del os.environ["COLUMNS"]
+        elif narrow and given is not None:
+            os.environ["COLUMNS"] = given
 
 
 def _drop_output() -> None:
@@ -400,13 +419,13 @@ def _parse(
 
     complaint = io.StringIO()
     try:
-        with redirect_stderr(complaint):
+        with redirect_stderr(complaint), _wide_enough():
             return parse(arguments)
     except SystemExit as stop:
         if stop.code == USAGE_ERROR and (shown := [printable(word) for word in arguments]) != list(arguments):
             # Said of the words as they can be shown: as given, they could begin lines of their own in the message.
             complaint = io.StringIO()
-            with redirect_stderr(complaint), redirect_stdout(io.StringIO()), suppress(SystemExit):
+            with _wide_enough(), redirect_stderr(complaint), redirect_stdout(io.StringIO()), suppress(SystemExit):
                 parse(shown)
         if stop.code == USAGE_ERROR:
             print(printable_lines(complaint.getvalue()) or "the arguments cannot be used", end="", file=sys.stderr)

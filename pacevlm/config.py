@@ -163,7 +163,7 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         check_whole(self, 2, MAX_COUNT, "num_requests", "num_samples", "num_lengths")
-        check_whole(self, 1, MAX_COUNT, "repeats")
+        check_whole(self, 1, MAX_COUNT // self.num_samples, "repeats")
         check_whole(self, 0, MAX_COUNT, "max_warmup")
         check_whole(self, 1, MAX_THREADS, "num_threads", optional=True)
         check_real(self, MIN_ALPHA, 1, "alpha", below=True)
