@@ -44,7 +44,7 @@ FRESH_HELP = "start over: remove what an earlier run left in the run directory, 
 # Exit codes: 0 done, 1 a fault of pacevlm itself, 2 what the user gave cannot be used, 130 interrupted, 141 nobody
 # reads the output any more.
 FAULT, USAGE_ERROR, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
-MIN_COLUMNS = 20
+MIN_COLUMNS, MAX_COLUMNS = 20, 400
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -339,18 +339,16 @@ def _forgiving_streams() -> Iterator[None]:
 
 
 @contextmanager
-def _wide_enough() -> Iterator[None]:
-    """Let the help be no narrower than `MIN_COLUMNS`: columns that hold no word take for ever to lay out."""
+def _usual_width() -> Iterator[None]:
+    """Lay the help out in a width that people have: with columns that hold no word, or thousands, it takes minutes."""
     given = os.environ.get("COLUMNS")
-    narrow = shutil.get_terminal_size().columns < MIN_COLUMNS
-    if narrow:
-        os.environ["COLUMNS"] = str(MIN_COLUMNS)
+    os.environ["COLUMNS"] = str(min(max(shutil.get_terminal_size().columns, MIN_COLUMNS), MAX_COLUMNS))
     try:
         yield
     finally:
-        if narrow and given is None:
+        if given is None:
             del os.environ["COLUMNS"]
-        elif narrow and given is not None:
+        else:
             os.environ["COLUMNS"] = given
 
 
@@ -419,13 +417,13 @@ def _parse(
 
     complaint = io.StringIO()
     try:
-        with redirect_stderr(complaint), _wide_enough():
+        with redirect_stderr(complaint), _usual_width():
             return parse(arguments)
     except SystemExit as stop:
         if stop.code == USAGE_ERROR and (shown := [printable(word) for word in arguments]) != list(arguments):
             # Said of the words as they can be shown: as given, they could begin lines of their own in the message.
             complaint = io.StringIO()
-            with _wide_enough(), redirect_stderr(complaint), redirect_stdout(io.StringIO()), suppress(SystemExit):
+            with _usual_width(), redirect_stderr(complaint), redirect_stdout(io.StringIO()), suppress(SystemExit):
                 parse(shown)
         if stop.code == USAGE_ERROR:
             print(printable_lines(complaint.getvalue()) or "the arguments cannot be used", end="", file=sys.stderr)

@@ -299,6 +299,7 @@ def start(*arguments: str | bytes, **changes: Any) -> subprocess.CompletedProces
         ["train", "--train.steps", HOSTILE],
         ["train", "--profile.group-by", HOSTILE],
         ["train", "--run-dir", HOSTILE],
+        ["train", "--run-dir", "\u202egnp", "--help"],
         ["train", "--model.path", HOSTILE],
         ["report", "--run-dir", HOSTILE],
         ["evaluate", "--run-dir", HOSTILE],
@@ -356,10 +357,10 @@ def test_output_needs_no_encoding(encoding: str) -> None:
         (done.stdout + done.stderr).decode(encoding)
 
 
-def test_help_is_laid_out_however_narrow_the_terminal(
+def test_help_is_laid_out_however_wide_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for columns in ("1", "2", "7", "0", "x", "1000"):
+    for columns in ("1", "2", "7", "0", "x", "100000"):
         monkeypatch.setenv("COLUMNS", columns)
         assert run("evaluate", "--help") == 0
         assert run("train", "--train.steps", "many") == 2
