@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import tyro
 from mutations import mutate_bytes, mutate_json, mutate_safetensors, mutate_text, with_fresh_digest
+from pacevlm.rollout.memory import OutcomeMemory
 from PIL import Image
 from result_file import provenance, write_result
 from rich.console import Console
@@ -56,7 +57,6 @@ from pacevlm.models.elastic import ElasticModel, read_elastic_settings
 from pacevlm.pacer import BUNDLE_NAME, Pacer
 from pacevlm.pipeline import RunConfig, load_elastic_model, run_pipeline
 from pacevlm.pipeline.step_log import StepLog
-from pacevlm.rollout.memory import OutcomeMemory
 from pacevlm.rollout.request import Pacing, policy_input
 from pacevlm.training.checkpoint import load_checkpoint
 from pacevlm.training.constraint import ConstraintConfig, PIDLagrangian

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from pacevlm.errors import ConfigError
+from pacevlm.printing import printable
 
 MAX_SEED = 2**32 - 1
 """Largest seed that NumPy's and torch's generators both take."""
@@ -85,7 +86,7 @@ def check_path(name: str, value: object) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise ConfigError(f"{name} is {text!r}, which is not UTF-8 text; rename the file or folder") from None
-    if any(ord(character) < 32 or ord(character) == 127 for character in text):
+    if printable(text) != text:
         raise ConfigError(f"{name} is {text!r}, which holds a control character; rename the file or folder")
 
 

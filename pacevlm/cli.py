@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 
 from pacevlm.checks import check_path
-from pacevlm.config import ImportanceConfig
+from pacevlm.config import ImportanceConfig, check_model_path
 from pacevlm.errors import ConfigError, PacevlmError
 from pacevlm.printing import printable, printable_lines
 from pacevlm.signals import Stopped, stopping_on_signals
@@ -45,6 +46,7 @@ FRESH_HELP = "start over: remove what an earlier run left in the run directory, 
 # Exit codes: 0 done, 1 a fault of pacevlm itself, 2 what the user gave cannot be used, 128 + n stopped by signal n, 141
 # nobody reads the output any more.
 FAULT, USAGE_ERROR, SIGNALLED, PIPE_CLOSED = 1, 2, 128, 141
+MIN_COLUMNS, MAX_COLUMNS = 20, 400
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -183,10 +185,13 @@ def answer(arguments: Sequence[str]) -> None:
       pacevlm answer kitchen.png "Is it on?" --budget-ms 80 --drift-state runs/mine/drift.json
     """
     options = _parse("answer", AnswerOptions, arguments)
+    from pacevlm.images import open_picture
     from pacevlm.knobs import check_budget_ms
-    from pacevlm.pacer import Pacer
 
     budget_ms = check_budget_ms(options.budget_ms)
+    open_picture(options.image)  # before the model loads, which takes seconds
+    from pacevlm.pacer import Pacer
+
     pacer = Pacer.from_pretrained(options.run_dir, device=options.device)
     pacer.answer(options.image, options.question, budget_ms)
     if options.drift_state is None:
@@ -208,6 +213,7 @@ def importance(arguments: Sequence[str]) -> None:
       pacevlm importance --path ./MolmoE-1B --dataset questions.jsonl --num-examples 500
     """
     config = _parse("importance", ImportanceConfig, arguments)
+    check_model_path(config.path)
     from pacevlm.config import DataConfig, ModelConfig
     from pacevlm.data.splits import load_splits
     from pacevlm.evaluation.importance import measure_importance
@@ -287,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_command(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
+        print(usage(), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else USAGE_ERROR
     if arguments[0] == "--version":
         print(f"pacevlm {_version()}")
@@ -345,6 +351,20 @@ def _forgiving_streams() -> Iterator[None]:
             for stream, handling in zip(before, errors, strict=True):
                 if isinstance(stream, io.TextIOWrapper) and not stream.closed:
                     stream.reconfigure(errors=handling)
+
+
+@contextmanager
+def _usual_width() -> Iterator[None]:
+    """Lay the help out in a width that people have: with columns that hold no word, or thousands, it takes minutes."""
+    given = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(min(max(shutil.get_terminal_size().columns, MIN_COLUMNS), MAX_COLUMNS))
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = given
 
 
 def _drop_output() -> None:
@@ -412,13 +432,13 @@ def _parse(
 
     complaint = io.StringIO()
     try:
-        with redirect_stderr(complaint):
+        with redirect_stderr(complaint), _usual_width():
             return parse(arguments)
     except SystemExit as stop:
         if stop.code == USAGE_ERROR and (shown := [printable(word) for word in arguments]) != list(arguments):
             # Said of the words as they can be shown: as given, they could begin lines of their own in the message.
             complaint = io.StringIO()
-            with redirect_stderr(complaint), redirect_stdout(io.StringIO()), suppress(SystemExit):
+            with _usual_width(), redirect_stderr(complaint), redirect_stdout(io.StringIO()), suppress(SystemExit):
                 parse(shown)
         if stop.code == USAGE_ERROR:
             print(printable_lines(complaint.getvalue()) or "the arguments cannot be used", end="", file=sys.stderr)
@@ -434,6 +454,7 @@ def _run_steps(
 ) -> RunConfig:
     """Parse the settings of a run, on top of those its directory holds, and run its steps."""
     config, fresh = _read_settings(command, arguments, default_dir, defaults)
+    check_model_path(config.model.path)
     from pacevlm.pipeline import run_pipeline
 
     with _RichReporter() as reporter:

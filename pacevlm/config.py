@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pacevlm.checks import MAX_COUNT, MAX_SEED, as_float, as_int, check_path, check_real, check_whole
-from pacevlm.errors import ConfigError
+from pacevlm.errors import CheckpointError, ConfigError
 from pacevlm.files import read_json, write_json_atomic
 from pacevlm.knobs import KnobSpace
 
@@ -207,7 +207,7 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         check_whole(self, 2, MAX_COUNT, "num_requests", "num_samples", "num_lengths")
-        check_whole(self, 1, MAX_COUNT, "repeats")
+        check_whole(self, 1, MAX_COUNT // self.num_samples, "repeats")
         check_whole(self, 0, MAX_COUNT, "max_warmup")
         check_whole(self, 1, MAX_THREADS, "num_threads", optional=True)
         check_real(self, MIN_ALPHA, 1, "alpha", below=True)
@@ -350,6 +350,15 @@ class ImportanceConfig:
         check_whole(self, 1, MAX_COUNT, "num_examples")
         check_whole(self, 1, MAX_KNOB, "min_num_blocks", "num_candidates")
         check_whole(self, 0, MAX_SEED, "seed")
+
+
+def check_model_path(path: str) -> None:
+    """Raise CheckpointError, without waiting for torch, unless there is a model directory, or it is `embedded`."""
+    if path != "embedded" and not Path(path).is_dir():
+        raise CheckpointError(
+            f"there is no model directory {path!r}; give a directory with config.json and safetensors files, or "
+            "'embedded'"
+        )
 
 
 # JSON ----------------------------------------------------------------------------------------------------------------

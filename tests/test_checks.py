@@ -121,6 +121,8 @@ def test_knob_spaces_take_whole_numbers_alone() -> None:
         (" ", "is empty"),
         ("a\0b", "control character"),
         ("a\nb", "control character"),
+        ("\u202egnp", "control character"),
+        ("a\x9bb", "control character"),
         ("~/runs", "only a shell"),
         ("caf\udce9", "not UTF-8"),
         (3, "must be a path"),

@@ -261,7 +261,14 @@ def test_wrong_settings_are_refused_without_torch(tmp_path: Path) -> None:
         "print(code, sorted({'torch', 'transformers', 'scipy'} & set(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for words in (["train", "--profile.alpha", "2"], ["quickstart", "--nothing"], ["evaluate", "--run-dir", "x\ny"]):
+    for words in (
+        ["train", "--profile.alpha", "2"],
+        ["quickstart", "--nothing"],
+        ["evaluate", "--run-dir", "x\ny"],
+        ["profile", "--model.path", "missing"],
+        ["importance", "--path", "missing"],
+        ["answer", "missing.png", "Which?", "--budget-ms", "5"],
+    ):
         command = [sys.executable, "-c", program, *words]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, cwd=tmp_path)
         assert done.stdout.strip() == "2 []"
@@ -292,6 +299,7 @@ def start(*arguments: str | bytes, **changes: Any) -> subprocess.CompletedProces
         ["train", "--train.steps", HOSTILE],
         ["train", "--profile.group-by", HOSTILE],
         ["train", "--run-dir", HOSTILE],
+        ["train", "--run-dir", "\u202egnp", "--help"],
         ["train", "--model.path", HOSTILE],
         ["report", "--run-dir", HOSTILE],
         ["evaluate", "--run-dir", HOSTILE],
@@ -347,6 +355,19 @@ def test_output_needs_no_encoding(encoding: str) -> None:
         assert done.returncode == (0 if "--help" in arguments else 2)
         assert b"Traceback" not in done.stdout + done.stderr
         (done.stdout + done.stderr).decode(encoding)
+
+
+def test_help_is_laid_out_however_wide_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for columns in ("1", "2", "7", "0", "x", "100000"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert run("evaluate", "--help") == 0
+        assert run("train", "--train.steps", "many") == 2
+        captured = capsys.readouterr()
+        assert "pacevlm" in captured.out
+        assert captured.err
+        assert os.environ["COLUMNS"] == columns
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pacevlm.artefact import Range, Text, typed
+from pacevlm.checks import as_int
 from pacevlm.devices import resolve_device
 from pacevlm.errors import CheckpointError, ConfigError, KnobError, QuestionError
 from pacevlm.files import read_json, sha256_file, write_json_atomic
@@ -119,7 +120,7 @@ class ElasticModel:
         for num_blocks in knob_space.num_blocks:
             order.kept(num_blocks)
         self.adapter, self.knob_space, self.order = adapter, knob_space, order
-        self.max_crops = {tier: max_crops[tier] for tier in knob_space.tiers}
+        self.max_crops = dict(zip(knob_space.tiers, limits, strict=True))
         self.identity = identity
         self.picture_config = picture_config or PictureConfig()
         self.stage2_after = stage2_after
@@ -400,9 +401,10 @@ def read_elastic_settings(folder: Path) -> dict[str, Any]:
 
 
 def _whole(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    number = as_int(value)
+    if number is None or number < 1:
         raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
-    return value
+    return number
 
 
 def write_elastic_settings(folder: Path, **changes: Any) -> None:
