@@ -25,7 +25,7 @@ from pacevlm.knobs import Knobs, KnobSpace, check_budget_ms
 from pacevlm.latency.drift import DriftCorrection, DriftSettings
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Guardrail
-from pacevlm.latency.measuring import use_num_threads
+from pacevlm.latency.measuring import available_threads, use_num_threads
 from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.latency.profile import MAX_NUM_THREADS, collect_device_facts
 from pacevlm.models.elastic import DEFAULT_MAX_CROPS, ElasticModel, MaxCrops, NewTokens, read_elastic_settings
@@ -172,7 +172,8 @@ class Pacer:
             path: a directory that `save_pretrained` wrote, or a run directory with a `bundle` folder in it.
             device: where the model runs; see `resolve_device`.
             model_path: where the model is, if no longer where the bundle says.
-            any_device: accept latencies that were profiled on another device; budgets then mean little.
+            any_device: accept latencies that were profiled on another device, or with more threads than there are CPUs
+                here; budgets then mean little.
 
         Raises:
             CheckpointError: a file is missing, was changed since the bundle was written, is malformed or of another
@@ -180,7 +181,7 @@ class Pacer:
             IdentityError: the parts were made for different models, knob spaces or devices.
             ProfileError: a latency file is malformed.
             KnobError: the model cannot run the knob space.
-            ConfigError: there is no such device.
+            ConfigError: there is no such device, or there are fewer CPUs than threads were profiled with.
         """
         device = resolve_device(device)
         folder = _bundle_folder(path)
@@ -206,7 +207,10 @@ class Pacer:
                 "weights or its elastic.json changed; give the right one as model_path, or train for this one"
             )
         model.capture_decode()
-        with use_num_threads(values["num_threads"]):
+        num_threads = values["num_threads"]
+        if any_device and num_threads is not None:
+            num_threads = min(num_threads, available_threads())
+        with use_num_threads(num_threads):
             facts = None if any_device else collect_device_facts(device, model.dtype)
         estimator = LatencyEstimator.load(
             folder / ESTIMATOR_NAME, model_identity=model.identity, knob_space=model.knob_space, device=facts
@@ -234,7 +238,7 @@ class Pacer:
             pacing,
             full_p50_ms=values["full_p50_ms"],
             model_path=place,
-            num_threads=values["num_threads"],
+            num_threads=num_threads,
         )
         pacer._loaded_with = {
             "path": os.path.abspath(path),

@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def enough_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let tests use a few threads on any machine."""
-    monkeypatch.setattr("pacevlm.latency.measuring.available_threads", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
 
 
 TINY_TEXTS = ["Which number is the largest? 407", "How many red digits are there?", "red green blue 1 2 3"] * 20

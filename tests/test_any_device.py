@@ -106,7 +106,7 @@ def test_more_threads_than_cpus_are_refused_before_the_first_step(
     assert not any(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="num_threads is 5"), use_num_threads(5):
         pass
-    monkeypatch.undo()
+    monkeypatch.undo()  # from here on, the machine's own
     assert 1 <= measuring.available_threads() <= (os.cpu_count() or 1)
     with use_num_threads(measuring.available_threads()):
         assert torch.get_num_threads() == measuring.available_threads()
@@ -193,7 +193,9 @@ def make_config(run_dir: Path, model: ModelConfig) -> RunConfig:
         run_dir=run_dir,
         model=dataclasses.replace(model, max_new_tokens=2, max_crops=(1, 1, 2)),
         data=DataConfig(num_train=24, num_val=4, num_test=3),
-        profile=ProfileConfig(num_requests=4, num_samples=24, repeats=1, max_warmup=1, num_lengths=24, alpha=0.4),
+        profile=ProfileConfig(
+            num_requests=4, num_samples=24, repeats=1, max_warmup=1, num_lengths=24, alpha=0.4, num_threads=2
+        ),
         lookup=LookupConfig(num_examples=2),
         train=TrainConfig(
             run_dir=Path("train"), steps=2, batch_size=4, budgets_per_example=2, grpo=GRPOConfig(group_size=3)
@@ -231,6 +233,14 @@ def test_a_whole_run_and_its_bundle(
         example = examples[record.example_id]
         answer = pacer.answer(example.image, example.question, 10 * pacer.full_p50_ms)
         assert answer.answer == plain.run_static(example.image, example.question, answer.knobs).answer
+
+    # On a machine with fewer CPUs.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    with pytest.raises(ConfigError, match="num_threads is 2, but this process may use 1 CPUs"):
+        Pacer.from_pretrained(config.run_dir, device=other_device)
+    moved = Pacer.from_pretrained(config.run_dir, device=other_device, any_device=True)
+    assert moved.num_threads == 1
+    assert moved.answer(example.image, example.question, 10 * pacer.full_p50_ms).knobs in moved.model.knob_space
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

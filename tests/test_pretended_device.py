@@ -99,9 +99,3 @@ def test_training_works_there() -> None:
     assert not torch.equal(module.weight.detach().cpu(), before)
     module.load_state_dict(nn.Linear(3, 1).state_dict())
     assert module.weight.device == DEVICE
-
-
-def test_without_it_there_is_no_such_device(pretended: None) -> None:
-    assert torch.xpu.is_available()
-    tensor = there(2)
-    assert tensor.device == DEVICE

@@ -283,3 +283,27 @@ def test_settings_survive_a_dictionary_and_strangers_do_not() -> None:
     for values in ({**config.to_dict(), "depth": 3}, {"reference_ms": 90.0}, [1]):
         with pytest.raises(ConfigError, match="has the settings"):
             ControllerConfig.from_dict(values)
+
+
+def test_masks_and_outputs_may_be_on_any_device(
+    make_controller: Callable, make_request: Callable, other_device: str
+) -> None:
+    requests = with_images([make_request(seed) for seed in range(5)])
+    masks = torch.tensor(np.stack([request.feasible for request in requests]))
+    tiers = tier_masks(masks).int().argmax(dim=1)
+    outputs = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    budgets_ms = [request.budget_ms for request in requests]
+
+    def logits(controller: Controller, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        features, pair_mask = controller.stage1_features(requests), masks[torch.arange(5), tiers]
+        tier_logits = controller.stage1_logits(features, tier_masks(masks).to(device))
+        return tier_logits, controller.stage2_logits(
+            outputs.to(device), budgets_ms, tiers.to(device), pair_mask.to(device)
+        )
+
+    expected = logits(make_controller(opinionated=True), "cpu")
+    controller = make_controller(opinionated=True).to(other_device)
+    for device in ("cpu", other_device):
+        found = logits(controller, device)
+        assert all(values.device.type == other_device for values in found)
+        torch.testing.assert_close([values.cpu() for values in found], list(expected), atol=1e-5, rtol=1e-5)
