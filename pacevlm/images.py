@@ -32,8 +32,10 @@ from pacevlm.picture_sources import array_mode, object_hint, opened_file, source
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray[Any, Any]"
 
 PEAK_BYTES_PER_PIXEL = 20
-"""Most memory that decoding takes at any moment, result included, and preparing it for the model afterwards; of TIFF and
-WebP the file's bytes come on top. JPEG takes 4 to 10 of them, PNG 4 to 8."""
+"""Most memory that decoding takes at any moment, result included, and preparing it for the model afterwards.
+
+JPEG takes 4 to 10 of them, PNG 4 to 8. Of TIFF and WebP the file's bytes come on top.
+"""
 
 # The decoders, by name: no other one can be reached, whatever a file holds.
 _DECODERS: dict[str, type[ImageFile.ImageFile]] = {
