@@ -3,7 +3,8 @@
 Training, evaluation, profiles and answers all come here, so they see the same pixels of every file. `Picture.kind` is
 what the cost of decoding depends on; `pacevlm/picture_headers.py` holds the table of kinds.
 
-Reading a header takes memory that does not depend on the picture. Decoding takes at most `PEAK_BYTES_PER_PIXEL`.
+Reading a header takes memory that does not depend on the picture's pixels, and what is refused by its header takes no
+more. Decoding takes at most `PEAK_BYTES_PER_PIXEL` for each pixel.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ from pacevlm.picture_sources import array_mode, object_hint, opened_file, source
 
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray[Any, Any]"
 
-PEAK_BYTES_PER_PIXEL = 24
-"""Most memory that decoding takes at any moment, result included; JPEG and PNG photos take a third of it."""
+PEAK_BYTES_PER_PIXEL = 20
+"""Most memory that decoding takes at any moment, result included, and preparing it for the model afterwards.
+
+JPEG takes 4 to 10 of them, PNG 4 to 8. Of TIFF and WebP the file's bytes come on top.
+"""
 
 # The decoders, by name: no other one can be reached, whatever a file holds.
 _DECODERS: dict[str, type[ImageFile.ImageFile]] = {

@@ -329,6 +329,7 @@ _TIFF_TAGS = frozenset(
     {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 338, 339, 347}
     | {529, 530, 531, 532}
 )
+_TIFF_LISTS = frozenset({258, 273, 279, 320, 324, 325, 338, 339, 347, 529, 530, 532})
 # None, CCITT, LZW, JPEG, deflate and PackBits, and how many bytes they make of one at most.
 _TIFF_RATIOS = {1: 1, 2: math.inf, 3: math.inf, 4: math.inf, 5: 4096, 7: 4096, 8: 1032, 32946: 1032, 32773: 128}
 _TIFF_SPARE_PIXELS = 1 << 20
@@ -343,8 +344,8 @@ def _tiff(file: BinaryIO, num_bytes: int) -> Header:
         if tag in _TIFF_TAGS and kind in TIFF_SIZES:
             size = count * TIFF_SIZES[kind]
             used += size
-            if used > num_bytes:
-                raise damaged("its TIFF tags are larger than the file")
+            if used > num_bytes or (count != 1 and tag not in _TIFF_LISTS):
+                raise damaged(f"its TIFF tag {tag} has too many values")
             tags[tag] = kind, count, read_bytes(file, place, size)
 
     def numbers(tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:

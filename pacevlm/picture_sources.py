@@ -75,8 +75,9 @@ def _file_behind(image: Image.Image) -> BinaryIO | None:
     except (OSError, ValueError) as error:
         what = error if isinstance(error, ImageError) else f"cannot be read: {error}"
         raise ImageError(f"the image {what}") from error
-    is_whole = sorted(image.size) == sorted((header.width, header.height))
-    return cast(BinaryIO, file) if is_whole else None
+    # PIL can be told to decode a JPEG smaller, and the picture is then what it was told.
+    is_reduced = header.format == "JPEG" and image.size != (header.width, header.height)
+    return None if is_reduced else cast(BinaryIO, file)
 
 
 def _notopened_file(source: str | os.PathLike[str], error: OSError | ValueError) -> ImageError:

@@ -42,27 +42,81 @@ def test_an_rgb_image_is_not_copied() -> None:
     assert load_image(image) is image
 
 
-def test_grey_is_replicated_and_alpha_dropped() -> None:
-    array = pixels(channels=4)
-    assert np.array_equal(np.array(load_image(array)), array[..., :3])
-    assert np.array_equal(np.array(load_image(encoded(Image.fromarray(array)))), array[..., :3])
-    grey = array[..., 0]
+def test_grey_is_replicated() -> None:
+    grey = pixels(channels=1)[..., 0]
     expected = np.repeat(grey[..., None], 3, axis=2)
     for source in (grey, grey[..., None], Image.fromarray(grey), encoded(Image.fromarray(grey))):
         assert np.array_equal(np.array(load_image(source)), expected)
-    grey_alpha = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(array[..., 1])])
-    assert np.array_equal(np.array(load_image(grey_alpha)), expected)
 
 
-def test_palettes_keep_their_colours_with_and_without_transparency() -> None:
+def composed(array: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    """What an RGBA array looks like on a background."""
+    alpha = array[..., 3:].astype(float) / 255
+    return array[..., :3] * alpha + np.array(colour) * (1 - alpha)
+
+
+@pytest.mark.parametrize(
+    ("name", "colour"), [("#ffffff", (255, 255, 255)), ("Black", (0, 0, 0)), ("#0a80f0", (10, 128, 240))]
+)
+def test_transparency_is_composed_on_the_background(name: str, colour: tuple[int, int, int]) -> None:
+    array = pixels(height=300, width=1000, channels=4)
+    array[:50, :, 3], array[50:100, :, 3] = 255, 0
+    image, config = Image.fromarray(array), PictureConfig(background=name)
+    files = [encoded(image), encoded(image, "WEBP", lossless=True, exact=True), encoded(image, "TIFF")]
+    for source in (array, image, *files):
+        loaded = np.array(load_image(source, config))
+        assert np.abs(loaded - composed(array, colour)).max() <= 1
+        assert np.array_equal(loaded[:50], array[:50, :, :3]), "opaque pixels stay as they are"
+        assert (loaded[50:100] == colour).all()
+    grey = array[..., [0, 0, 0, 3]]
+    for source in (_grey_alpha(array), encoded(_grey_alpha(array))):
+        assert np.abs(np.array(load_image(source, config)) - composed(grey, colour)).max() <= 1
+    # Premultiplied colours lose a little where they are nearly transparent.
+    assert np.abs(np.array(load_image(image.convert("RGBa"), config)) - composed(array, colour)).max() <= 2
+
+
+def _grey_alpha(array: np.ndarray) -> Image.Image:
+    return Image.merge("LA", [Image.fromarray(np.ascontiguousarray(array[..., i])) for i in (0, 3)])
+
+
+def test_a_transparent_colour_counts_as_transparency() -> None:
+    red, blue, white = [255, 0, 0], [0, 0, 255], [255, 255, 255]
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putdata([0, 1])
-    expected = [[[255, 0, 0], [0, 0, 255]]]
-    assert np.array(load_image(encoded(image))).tolist() == expected
-    # Transparency as one entry, and as a table of bytes, which PIL warns about on the direct way to RGB.
-    assert np.array(load_image(encoded(image, transparency=0))).tolist() == expected
-    assert np.array(load_image(encoded(image, transparency=bytes([0, 128])))).tolist() == expected
+    assert np.array(load_image(encoded(image))).tolist() == [[red, blue]]
+    assert np.array(load_image(encoded(image, transparency=0))).tolist() == [[white, blue]]
+    assert np.array(load_image(encoded(image, "GIF", transparency=1))).tolist() == [[red, white]]
+    # A table of bytes, which PIL warns about on the direct way to RGB.
+    assert np.array(load_image(encoded(image, transparency=bytes([255, 128])))).tolist() == [[red, [127, 127, 255]]]
+    rgb = Image.fromarray(np.array([[red, blue]], np.uint8))
+    assert np.array(load_image(encoded(rgb, transparency=(255, 0, 0)))).tolist() == [[white, blue]]
+    grey = Image.fromarray(np.array([[7, 9]], np.uint8))
+    assert np.array(load_image(encoded(grey, transparency=9)))[0, :, 0].tolist() == [7, 255]
+    deep = Image.fromarray(np.array([[257, 258]], np.uint16))
+    assert np.array(load_image(encoded(deep, transparency=258)))[0, :, 0].tolist() == [1, 255]
+    assert np.array(load_image(encoded(deep, transparency=1)))[0, :, 0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("colour", [0, 2])
+def test_transparent_colours_of_every_depth(depth: int, colour: int) -> None:
+    if colour == 2 and depth < 8:
+        pytest.skip("PNG has no such files")
+    count = 8 // depth if depth < 8 else 2
+    values = [0] * (count - 1) + [2**depth - 1]
+    channels = 3 if colour == 2 else 1
+    raw = (
+        b"".join(value.to_bytes(depth // 8, "big") * channels for value in values)
+        if depth >= 8
+        else bytes([2**depth - 1])
+    )
+    header = struct.pack(">IIBBBBB", count, 1, depth, colour, 0, 0, 0)
+    for transparent, expected in ((2**depth - 1, [0] * (count - 1) + [200]), (0, [200] * (count - 1) + [255])):
+        key = struct.pack(">H", transparent) * channels
+        content = png((b"IHDR", header), (b"tRNS", key), (b"IDAT", zlib.compress(b"\0" + raw)))
+        loaded = np.array(load_image(content, PictureConfig(background="#c8c8c8")))
+        assert loaded[0, :, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV"])
@@ -170,14 +224,15 @@ def test_paths_that_are_not_files_are_refused(tmp_path: Path) -> None:
         load_image(tmp_path / "pipe")
 
 
-def png_that_claims(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 10)) + chunk(b"IEND", b"")
+def png(*chunks: tuple[bytes, bytes]) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in (*chunks, (b"IEND", b""))
     )
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    return png((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" * 10)))
 
 
 @pytest.mark.parametrize("side", [9_480, 10_001, 100_000])
