@@ -43,9 +43,7 @@ SIGNALS = tuple(
     for name in ("SIGTERM", "SIGKILL", "SIGTERM", "SIGKILL", "SIGHUP", "SIGKILL", "SIGINT", "SIGKILL")
 )
 # Small, but every step takes some seconds on two cores.
-SMALL = {
-    "model.top-ks": "4 8",
-    "model.num-blocks": "12 16",
+SMALL: dict[str, Any] = {
     "data.num-train": 60,
     "data.num-val": 30,
     "data.num-test": 30,
@@ -55,7 +53,7 @@ SMALL = {
     "profile.num-lengths": 60,
     "profile.alpha": 0.1,
     "lookup.num-examples": 30,
-    "train.steps": 20,
+    "train.steps": 10,
     "train.batch-size": 16,
     "train.grpo.group-size": 16,
     "calibrate.num-requests": 60,
@@ -269,12 +267,16 @@ def show(results: dict[str, Any], console: Console) -> None:
 def main() -> None:
     """Parse, run, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded", help="model directory with a knob space in its elastic.json")
     parser.add_argument("--num", type=int, default=20, help="stops")
     parser.add_argument("--folder", type=Path, help="where the runs go; a temporary folder if left out")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     console = Console(stderr=True)
+    SMALL["model.path"] = arguments.model
+    if arguments.model == "embedded":
+        SMALL.update({"model.top-ks": "4 8", "model.num-blocks": "12 16"})
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         first, reference = folder / "first", folder / "reference"
