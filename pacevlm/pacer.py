@@ -264,8 +264,9 @@ class Pacer:
             listed.append(OUTPUT_LENGTH_NAME)
         source, absolute_path = self.model_path, None
         if source != "embedded":
-            # A bundle is a folder of its run directory, with which it moves.
-            source, absolute_path = portable_path(source, folder, folder.absolute().parent)
+            absolute_path = os.path.abspath(source)
+            # A run's bundle is a folder of its run directory, with which it moves.
+            source, _ = portable_path(source, folder, folder.absolute().parent)
         content = {
             "model": {
                 "path": source,

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,10 +27,13 @@ from pacevlm.config import (
     ModelConfig,
     ProfileConfig,
 )
+from pacevlm.controller.policy_interface import Policy
 from pacevlm.data.splits import load_splits
 from pacevlm.errors import ConfigError, DataError, PacevlmError, StorageError
+from pacevlm.evaluation.sweep import choose_knobs
 from pacevlm.evaluation.timed import TimedRequests, time_requests
 from pacevlm.files import read_jsonl
+from pacevlm.knobs import Knobs
 from pacevlm.pacer import Pacer
 from pacevlm.pipeline import STEPS, RunConfig, run_pipeline
 from pacevlm.pipeline.artefacts import PARTIAL_NAMES, made_files, source_files
@@ -262,7 +266,7 @@ def test_timed_requests_are_not_timed_twice(step: str, done: int, moved: Path) -
     (config.run_dir / "steps.json").write_text(json.dumps({name: log[name] for name in STEPS[: STEPS.index(step)]}))
     with pytest.raises(KeyboardInterrupt):
         run_pipeline(config, step, reporter=Reporter((step, what, done)))
-    partial = config.run_dir / PARTIAL_NAMES[step]
+    partial = config.run_dir / PARTIAL_NAMES[step][0]
     kept = partial.read_bytes()
     again = Reporter((step, what, 1))
     with pytest.raises(KeyboardInterrupt):
@@ -328,6 +332,30 @@ def test_a_resumed_evaluation_has_the_rounds_and_the_correction_of_the_one_that_
     assert (resumed.factors > 0).all()
 
 
+def test_choices_are_not_made_twice(moved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = here(moved)
+    log = json.loads((config.run_dir / "steps.json").read_text())
+    (config.run_dir / "steps.json").write_text(json.dumps({name: log[name] for name in STEPS[:4]}))
+    before = (config.run_dir / "records.jsonl").read_text()
+    monkeypatch.setattr("pacevlm.evaluation.sweep.CHUNK", 3)
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(config, reporter=Reporter(("evaluate", "choices", 5)))
+    kept = (config.run_dir / "choices.partial.jsonl").read_text()
+    num_chosen = 0
+
+    def counted(policy: Policy, *rest: Any) -> list[Knobs]:
+        nonlocal num_chosen
+        num_chosen += 1
+        return choose_knobs(policy, *rest)
+
+    monkeypatch.setattr("pacevlm.evaluation.sweep.choose_knobs", counted)
+    run_pipeline(config)
+    assert kept.count("\n") == 1 + 2 * 5
+    assert num_chosen == 2 * (7 * 2 - 5)
+    assert not list(config.run_dir.glob("*.partial.jsonl"))
+    assert (config.run_dir / "records.jsonl").read_text().count("\n") == before.count("\n")
+
+
 def test_other_work_than_a_partial_file_began_is_begun_anew(moved: Path) -> None:
     config = here(moved)
     changed = dataclasses.replace(config, calibrate=CalibrateConfig(num_requests=30))
@@ -344,7 +372,7 @@ def test_a_damaged_partial_file_is_a_sentence(moved: Path) -> None:
     config = dataclasses.replace(here(moved), calibrate=CalibrateConfig(num_requests=30))
     with pytest.raises(KeyboardInterrupt):
         run_pipeline(config, "calibrate", reporter=Reporter(("calibrate", "timed requests", 20)))
-    partial = config.run_dir / PARTIAL_NAMES["calibrate"]
+    partial = config.run_dir / PARTIAL_NAMES["calibrate"][0]
     lines = partial.read_bytes().splitlines(keepends=True)
     for damaged in ([*lines[:2], b"not JSON\n", *lines[2:]], [*lines, b'{"budget_ms": "many"}\n']):
         partial.write_bytes(b"".join(damaged))
@@ -372,7 +400,7 @@ def test_a_process_that_is_stopped_keeps_its_outcomes(number: signal.Signals, mo
         "--profile.max-warmup": "1",
     }
     arguments += [word for pair in settings.items() for word in pair]
-    partial = run_dir / PARTIAL_NAMES["profile"]
+    partial = run_dir / PARTIAL_NAMES["profile"][0]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", STOPPED, *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -472,7 +500,7 @@ def test_a_folder_deleted_half_way_can_be_cleared(gone: list[str], moved: Path) 
     with pytest.raises(KeyboardInterrupt):
         run_pipeline(config, fresh=True, reporter=Reporter(("profile", "timed requests", 1)))
     left = {str(path.relative_to(config.run_dir)) for path in config.run_dir.rglob("*") if path.is_file()}
-    assert left == {"notes.txt", "controller/notes.txt", "config.json", LOCK_NAME, PARTIAL_NAMES["profile"]}
+    assert left == {"notes.txt", "controller/notes.txt", "config.json", LOCK_NAME, PARTIAL_NAMES["profile"][0]}
 
 
 def test_clearing_that_was_stopped_can_be_done_again(moved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,7 +523,7 @@ def test_clearing_that_was_stopped_can_be_done_again(moved: Path, monkeypatch: p
             patched.setattr(Path, "unlink", stopping)
             with pytest.raises(KeyboardInterrupt):
                 run_pipeline(config, fresh=True, reporter=Reporter(("profile", "timed requests", 1)))
-        if (config.run_dir / PARTIAL_NAMES["profile"]).exists():
+        if (config.run_dir / PARTIAL_NAMES["profile"][0]).exists():
             return
     pytest.fail("the directory was never cleared")
 

@@ -24,10 +24,11 @@ from pacevlm.controller.policy_interface import Policy, PolicyInput
 from pacevlm.data.metrics import Metric
 from pacevlm.errors import DataError
 from pacevlm.evaluation.records import EvaluationRecord
-from pacevlm.evaluation.timed import time_requests
+from pacevlm.evaluation.timed import describe_requests, time_requests
 from pacevlm.knobs import Knobs
 from pacevlm.latency.measuring import use_num_threads
 from pacevlm.models.elastic import ElasticModel, RequestView
+from pacevlm.partial import PartialFile
 from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.rollout.request import PacedResult, Pacing
 from pacevlm.types import Example, Outcome
@@ -37,6 +38,10 @@ Progress = Callable[[str, int, int], None]
 # A lookup table is fitted at so many budgets besides those asked for, from half the lowest to 1.5 times the highest:
 # bounds that follow the machine are as good as budgets in between.
 NUM_TABLE_BUDGETS = 32
+# What an unfinished evaluation leaves: timed requests, and choices.
+PARTIAL_NAMES = ("evaluate.partial.jsonl", "choices.partial.jsonl")
+# Examples that a policy chooses for at once, and whose choices are then kept.
+CHUNK = 128
 
 
 # Requests and choices ------------------------------------------------------------------------------------------------
@@ -129,6 +134,37 @@ def choose_knobs(
         Knobs(tier, *policy.choose_compute(request, tier, output))
         for request, tier, output in zip(requests, tiers, outputs, strict=True)
     ]
+
+
+def choose_all(
+    policies: Sequence[Policy],
+    engine: RolloutEngine,
+    examples: Sequence[Example],
+    requests: Sequence[Sequence[PolicyInput]],
+    kept: PartialFile,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[tuple[str, int], list[Knobs]]:
+    """Every policy's choices at every budget, by its name and the budget's place.
+
+    Args:
+        requests: one list per budget, one request per example.
+        kept: choices that were made already; new ones are appended.
+        progress: called with (pairs of policy and budget done, pairs to do).
+    """
+    cells = list(itertools.product(policies, range(len(requests))))
+    chosen: dict[tuple[str, int], list[Knobs]] = {(policy.name, b): [] for policy, b in cells}
+    for name, b, earlier in kept.read(lambda r: (r["policy"], r["budget"], [Knobs.parse(text) for text in r["knobs"]])):
+        chosen[name, b] += earlier
+    for number, (policy, b) in enumerate(cells, start=1):
+        row = chosen[policy.name, b]
+        while len(row) < len(examples):
+            part = slice(len(row), len(row) + CHUNK)
+            new = choose_knobs(policy, engine, examples[part], requests[b][part])
+            kept.append({"policy": policy.name, "budget": b, "knobs": [str(knobs) for knobs in new]})
+            row += new
+        if progress is not None:
+            progress(number, len(cells))
+    return chosen
 
 
 def exhaustive_sweep(
@@ -230,7 +266,7 @@ def evaluate(
     *,
     num_threads: int | None = None,
     progress: Progress | None = None,
-    partial_path: Path | None = None,
+    partial_dir: Path | None = None,
 ) -> Evaluation:
     """Run every policy on the same examples and budgets.
 
@@ -243,7 +279,8 @@ def evaluate(
         budgets_ms: one per fraction of `config.budgets`.
         pacing: the same for every policy.
         num_threads: CPU threads of the timed requests; None leaves them.
-        partial_path: keeps the timed requests of an interrupted evaluation; see `time_requests`.
+        partial_dir: folder that keeps what an interrupted evaluation timed and chose, under `PARTIAL_NAMES`, for the
+            next one with the same settings. The caller removes the files once everything is written.
 
     Raises:
         DataError: there are no examples, two share an id, or budgets and fractions differ in number.
@@ -265,13 +302,26 @@ def evaluate(
         competitors.append(build_oracle(engine, examples, pacing, partial(report, "every configuration")))
     with use_num_threads(num_threads):
         timing = partial(report, "timed requests")
-        timed = time_requests(model, competitors, examples, budgets_ms, pacing, config, timing, partial_path)
+        timed = time_requests(
+            model,
+            competitors,
+            examples,
+            budgets_ms,
+            pacing,
+            config,
+            timing,
+            partial_dir and partial_dir / PARTIAL_NAMES[0],
+        )
     requests = build_requests(engine, examples, budgets_ms, pacing, timed.factors)
-    chosen: dict[tuple[str, int], list[Knobs]] = {}
-    cells = list(itertools.product(competitors, range(len(budgets_ms))))
-    for number, (policy, b) in enumerate(cells, start=1):
-        chosen[policy.name, b] = choose_knobs(policy, engine, examples, requests[b])
-        report("choices", number, len(cells))
+    choices = PartialFile(
+        partial_dir and partial_dir / PARTIAL_NAMES[1],
+        {
+            "factors": timed.factors.tolist(),
+            **describe_requests(model, competitors, examples, budgets_ms, pacing, config),
+        },
+        "interrupted evaluation",
+    )
+    chosen = choose_all(competitors, engine, examples, requests, choices, partial(report, "choices"))
     jobs = [(example, knobs) for row in chosen.values() for example, knobs in zip(examples, row, strict=True)]
     outcomes = iter(engine.run(jobs, partial(report, "answers")))
     records = []

@@ -82,7 +82,7 @@ def time_requests(
         )
 
     partial = PartialFile(
-        partial_path, _describe(model, policies, examples, budgets_ms, pacing, config), "interrupted evaluation"
+        partial_path, describe_requests(model, policies, examples, budgets_ms, pacing, config), "interrupted evaluation"
     )
     model.capture_decode()
     requests = itertools.cycle(itertools.product(rounds, policies))
@@ -119,7 +119,7 @@ def time_requests(
     return TimedRequests(runs, factors)
 
 
-def _describe(
+def describe_requests(
     model: ElasticModel,
     policies: Sequence[Policy],
     examples: Sequence[Example],
@@ -127,7 +127,7 @@ def _describe(
     pacing: Pacing,
     config: EvaluateConfig,
 ) -> dict[str, Any]:
-    """What timed requests depend on, ready for JSON."""
+    """What timed requests, and choices under the same bounds, depend on; ready for JSON."""
     calibrations = pacing.guardrail.calibrations
     return {
         "model_identity": model.identity,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from contextlib import suppress
 from pathlib import Path
 
 from pacevlm.errors import ConfigError, StorageError
+from pacevlm.evaluation import sweep
 from pacevlm.pipeline.lock import LOCK_NAME
 from pacevlm.pipeline.outputs import DRAWN_NAMES, RECORDS_NAME, RESULTS_NAME, SHOWN_NAME
 from pacevlm.pipeline.run_config import CONFIG_NAME, RunConfig, is_run_config
@@ -21,9 +23,11 @@ CONTROLLER_NAME, BUNDLE_NAME = "controller", "bundle"
 LOOKUP_NAME, STATIC_NAME = "lookup_table.json", "static.json"
 # What an unfinished step has measured so far; it goes once the step is finished.
 PARTIAL_NAMES = {
-    "profile": f"{PROFILE_NAME}.partial.jsonl",
-    "calibrate": "calibrate.partial.jsonl",
-    "evaluate": "evaluate.partial.jsonl",
+    "profile": (f"{PROFILE_NAME}.partial.jsonl",),
+    "lookup": (),
+    "train": (),
+    "calibrate": ("calibrate.partial.jsonl",),
+    "evaluate": sweep.PARTIAL_NAMES,
 }
 _CONTROLLER_FILES = (f"{CONTROLLER_NAME}/controller.json", f"{CONTROLLER_NAME}/controller.safetensors")
 _BUNDLE_FILES = ("bundle.json", ESTIMATOR_NAME, GUARDRAIL_NAME, OUTPUT_LENGTH_NAME, *_CONTROLLER_FILES)
@@ -139,7 +143,7 @@ def _file_names(config: RunConfig) -> tuple[str, ...]:
         for name in (*made_files(config, step), *source_files(config, step))
     ]
     return (
-        *(STEP_LOG_NAME, *PARTIAL_NAMES.values(), *steps),
+        *(STEP_LOG_NAME, *itertools.chain(*PARTIAL_NAMES.values()), *steps),
         *(f"{train}/{name}" for name in _TRAIN_FILES),
         CONFIG_NAME,
     )

@@ -175,8 +175,8 @@ def _warn(run: RunContext, name: str, facts: Mapping[str, Any]) -> None:
 
 def _remove_partial(run: RunContext, *steps: str) -> None:
     for step in steps:
-        if step in PARTIAL_NAMES:
-            remove_file(run.run_dir / PARTIAL_NAMES[step])
+        for name in PARTIAL_NAMES[step]:
+            remove_file(run.run_dir / name)
 
 
 def step_settings(run: RunContext, step: str) -> dict[str, Any]:

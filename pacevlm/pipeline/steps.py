@@ -284,7 +284,7 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
         "settings": config_to_dict(config),
         "budgets_ms": budgets_ms.tolist(),
     }
-    partial = PartialFile(run.run_dir / PARTIAL_NAMES["calibrate"], header, "interrupted calibration")
+    partial = PartialFile(run.run_dir / PARTIAL_NAMES["calibrate"][0], header, "interrupted calibration")
     runs = partial.read(lambda record: config_from_dict(PacedResult, record))
 
     def run_one(number: int) -> PacedResult:
@@ -373,7 +373,7 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
         config,
         num_threads=run.config.profile.num_threads,
         progress=run.reporter.progress,
-        partial_path=run.run_dir / PARTIAL_NAMES["evaluate"],
+        partial_dir=run.run_dir,
     )
     device = run.estimator.device
     warnings = evaluation_warnings(evaluation.records, examples)
