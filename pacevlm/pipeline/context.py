@@ -113,6 +113,20 @@ class RunContext:
         return splits
 
     @cached_property
+    def data_identity(self) -> dict[str, Any]:
+        """What each part holds, and the metric's name, wherever the files lie.
+
+        Of files that are not here any more it is what the finished steps say: these need them no longer, and a step
+        that does says what is missing.
+        """
+        data = self.config.data
+        files = [name for name in (data.dataset, data.val_dataset, data.test_dataset) if name not in (None, "digits")]
+        finished = StepLog(self.run_dir).data_settings()
+        if finished and not all(os.path.isfile(str(name)) for name in files):
+            return finished | ({} if data.metric is None else {"metric": data.metric})
+        return {**self.splits.identity, "metric": self.splits.metric.name}
+
+    @cached_property
     def engine(self) -> RolloutEngine:
         """The rollout engine, with the run directory's outcome store."""
         with saying_how_to_go_on():

@@ -181,13 +181,13 @@ def _remove_partial(run: RunContext, *steps: str) -> None:
 
 def step_settings(run: RunContext, step: str) -> dict[str, Any]:
     """All that a step's outcome depends on, ready for JSON."""
-    config, splits = run.config, run.splits
+    config, identity = run.config, run.data_identity
     # What the parts hold, not where they were read: a changed line or picture counts, a moved file does not.
-    data: dict[str, Any] = {"train": splits.identity["train"]}
+    data: dict[str, Any] = {"train": identity.get("train")}
     model = {"identity": run.model.identity, "knob_space": run.model.knob_space.to_dict()}
     settings: dict[str, Any] = {"model": model, "data": data, "picture": config_to_dict(config.picture)}
     if step != "profile":  # which scores nothing
-        data["metric"] = splits.metric.name
+        data["metric"] = identity.get("metric")
     if step == "lookup":
         return settings | {"lookup": config_to_dict(config.lookup)}
     profile = config_to_dict(config.profile) | {"source": run.source_identity}
@@ -198,10 +198,10 @@ def step_settings(run: RunContext, step: str) -> dict[str, Any]:
     if step == "train":
         return settings
     settings["calibrate"] = config_to_dict(config.calibrate)
-    data["val"] = splits.identity["val"]
+    data["val"] = identity.get("val")
     if step == "calibrate":
         return settings
-    data["test"] = splits.identity["test"]
+    data["test"] = identity.get("test")
     return settings | {"lookup": config_to_dict(config.lookup), "evaluate": config_to_dict(config.evaluate)}
 
 

@@ -106,6 +106,12 @@ class StepLog:
             return None
         return FinishedStep(entry["settings"], entry["seconds"], entry["facts"])
 
+    def data_settings(self) -> dict[str, Any]:
+        """What the finished steps were told of the data set's parts and metric."""
+        return {
+            name: value for entry in self._steps.values() for name, value in entry["settings"].get("data", {}).items()
+        }
+
     def add(self, name: str, settings: Mapping[str, Any], seconds: float, facts: Mapping[str, Any]) -> None:
         """Mark a step as finished; raises StorageError."""
         self._steps[name] = {

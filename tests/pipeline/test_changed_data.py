@@ -220,6 +220,18 @@ def test_one_changed_weight_is_another_model(copied: RunConfig) -> None:
         run_pipeline(copied)
 
 
+def test_finished_steps_need_their_data_no_longer(copied: RunConfig) -> None:
+    shutil.rmtree(Path(copied.data.dataset).parent)
+    again = Recorder()
+    run_pipeline(copied, reporter=again)
+    assert (again.ran, again.remarks) == ([], [])
+    with pytest.raises(ConfigError, match=r"data\.metric was 'exact_match', now 'anls'"):
+        run_pipeline(dataclasses.replace(copied, data=dataclasses.replace(copied.data, metric="anls")))
+    more = dataclasses.replace(copied, evaluate=dataclasses.replace(copied.evaluate, budgets=(0.9,)))
+    with pytest.raises(DataError, match=r"cannot read the data set .*data\.jsonl"):
+        run_pipeline(more)
+
+
 def test_lines_that_were_left_out_are_remarked(copied: RunConfig) -> None:
     lines = read_data(copied)
     write_data(Path(copied.data.dataset).parent, [*lines, {**lines[0], "image": "gone.png"}])
