@@ -190,6 +190,8 @@ def settings_of(kind: type, prefix: str = "") -> dict[str, list[list[str]]]:
         optional = type(None) in typing.get_args(hint)
         if typing.get_origin(hint) is typing.Literal:
             values = list(choices)
+        elif choices and typing.get_origin(choices[0]) is typing.Literal:
+            values = list(typing.get_args(choices[0]))
         else:
             values = BY_KIND[choices[0] if optional else hint]
         values = [*BY_NAME.get(path, values), *(["None"] if optional else [])]

@@ -40,6 +40,7 @@ from pacevlm.pipeline.artefacts import PARTIAL_NAMES, made_files, source_files
 from pacevlm.pipeline.context import RunContext, SilentReporter
 from pacevlm.pipeline.lock import LOCK_NAME, one_writer
 from pacevlm.pipeline.run_config import load_run_config
+from pacevlm.pipeline.step_log import StepLog
 from pacevlm.training.grpo import GRPOConfig
 from pacevlm.training.train_config import TrainConfig
 
@@ -256,14 +257,13 @@ def test_what_is_missing_is_called_missing(name: str, moved: Path, capsys: pytes
 
 
 def outcomes(run_dir: Path) -> int:
-    return len(read_jsonl(run_dir / "memory.jsonl", "memory", DataError))
+    return len(read_jsonl(run_dir / "outcomes.jsonl", "outcomes", DataError))
 
 
 @pytest.mark.parametrize(("step", "done"), [("profile", 9), ("calibrate", 20), ("evaluate", 14)])
 def test_timed_requests_are_not_timed_twice(step: str, done: int, moved: Path) -> None:
     config, what = here(moved), "timed requests"
-    log = json.loads((config.run_dir / "steps.json").read_text())
-    (config.run_dir / "steps.json").write_text(json.dumps({name: log[name] for name in STEPS[: STEPS.index(step)]}))
+    StepLog(config.run_dir).remove(*STEPS[STEPS.index(step) :])
     with pytest.raises(KeyboardInterrupt):
         run_pipeline(config, step, reporter=Reporter((step, what, done)))
     partial = config.run_dir / PARTIAL_NAMES[step][0]
@@ -286,8 +286,7 @@ def test_a_stop_behind_the_last_request_loses_none(
     step: str, stopped_in: str, moved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = here(moved)
-    log = json.loads((config.run_dir / "steps.json").read_text())
-    (config.run_dir / "steps.json").write_text(json.dumps({name: log[name] for name in STEPS[: STEPS.index(step)]}))
+    StepLog(config.run_dir).remove(*STEPS[STEPS.index(step) :])
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -334,8 +333,7 @@ def test_a_resumed_evaluation_has_the_rounds_and_the_correction_of_the_one_that_
 
 def test_choices_are_not_made_twice(moved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = here(moved)
-    log = json.loads((config.run_dir / "steps.json").read_text())
-    (config.run_dir / "steps.json").write_text(json.dumps({name: log[name] for name in STEPS[:4]}))
+    StepLog(config.run_dir).remove(*STEPS[4:])
     before = (config.run_dir / "records.jsonl").read_text()
     monkeypatch.setattr("pacevlm.evaluation.sweep.CHUNK", 3)
     with pytest.raises(KeyboardInterrupt):
@@ -364,8 +362,9 @@ def test_other_work_than_a_partial_file_began_is_begun_anew(moved: Path) -> None
     other = dataclasses.replace(config, calibrate=CalibrateConfig(num_requests=31))
     run = run_pipeline(other, "calibrate")
     assert run.run_dir == config.run_dir
-    log = json.loads((config.run_dir / "steps.json").read_text())
-    assert log["calibrate"]["facts"]["num_requests"] == 31
+    step = StepLog(config.run_dir).get("calibrate")
+    assert step is not None
+    assert step.facts["num_requests"] == 31
 
 
 def test_a_damaged_partial_file_is_a_sentence(moved: Path) -> None:
@@ -441,7 +440,7 @@ def test_every_file_of_a_step_is_made_again_when_it_is_gone(moved: Path) -> None
     assert again.gone == made
     for name in made:
         # Times, places and the order of outcomes may differ.
-        if name not in ("train/run.json", "bundle/bundle.json", "memory.jsonl", "report.html") and not name.endswith(
+        if name not in ("train/run.json", "bundle/bundle.json", "outcomes.jsonl", "report.html") and not name.endswith(
             (".svg", ".png")
         ):
             assert (config.run_dir / name).read_bytes() == before[name], name

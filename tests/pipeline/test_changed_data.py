@@ -20,6 +20,7 @@ from pacevlm.errors import ConfigError, DataError, IdentityError
 from pacevlm.evaluation.records import read_records
 from pacevlm.files import read_jsonl
 from pacevlm.pipeline import STEPS, RunConfig, run_pipeline
+from pacevlm.pipeline.step_log import StepLog
 from pacevlm.training.grpo import GRPOConfig
 from pacevlm.training.train_config import TrainConfig
 from pacevlm.types import Example, pixel_digest
@@ -48,7 +49,9 @@ class Recorder:
         pass
 
     def warned(self, step: str, sentence: str) -> None:
-        self.remarks.append(sentence)
+        # A random model's answers are wrong, which is said too.
+        if step == "data" or "is done again" in sentence:
+            self.remarks.append(sentence)
 
 
 def write_data(folder: Path, lines: list[dict[str, Any]] | None = None) -> Path:
@@ -192,8 +195,7 @@ def test_another_metric_is_another_setting_and_answers_stay(copied: RunConfig) -
 
 
 def test_another_metric_before_training_scores_the_stored_answers(copied: RunConfig) -> None:
-    steps = json.loads((copied.run_dir / "steps.json").read_text())
-    (copied.run_dir / "steps.json").write_text(json.dumps({name: steps[name] for name in ("profile", "lookup")}))
+    StepLog(copied.run_dir).remove("train", "calibrate", "evaluate")
     shutil.rmtree(copied.run_dir / "train")
     changed = dataclasses.replace(copied, data=dataclasses.replace(copied.data, metric="anls"))
     again = Recorder()
@@ -204,8 +206,7 @@ def test_another_metric_before_training_scores_the_stored_answers(copied: RunCon
 
 
 def test_training_goes_on_with_no_other_metric(copied: RunConfig) -> None:
-    steps = json.loads((copied.run_dir / "steps.json").read_text())
-    (copied.run_dir / "steps.json").write_text(json.dumps({name: steps[name] for name in ("profile", "lookup")}))
+    StepLog(copied.run_dir).remove("train", "calibrate", "evaluate")
     changed = dataclasses.replace(copied, data=dataclasses.replace(copied.data, metric="anls"))
     with pytest.raises(IdentityError, match=r"metric"):
         run_pipeline(changed, "train")
