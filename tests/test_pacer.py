@@ -24,6 +24,7 @@ from PIL import Image
 
 import pacevlm
 from pacevlm.baselines.full import FullPolicy
+from pacevlm.config import PictureConfig
 from pacevlm.controller.policy import Controller, ControllerConfig
 from pacevlm.errors import (
     BudgetError,
@@ -303,6 +304,13 @@ def test_requests_run_with_the_profiled_threads(pacer: Pacer, image: Image.Image
     finally:
         torch.set_num_threads(before)
     assert seen == [NUM_THREADS]
+
+
+def test_a_bundle_keeps_how_pictures_are_read(tiny_elastic_dir: Path, tmp_path: Path) -> None:
+    picture = PictureConfig("black", 5000)
+    model = ElasticModel.from_pretrained(tiny_elastic_dir, picture_config=picture)
+    make_pacer(model, tiny_elastic_dir, lengths=False).save_pretrained(tmp_path)
+    assert Pacer.from_pretrained(tmp_path).model.picture_config == picture
 
 
 def test_a_bundle_may_do_without_output_lengths(

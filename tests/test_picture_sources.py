@@ -15,10 +15,12 @@ import torch
 from PIL import Image, PngImagePlugin, features
 
 import pacevlm.images
-from pacevlm.config import PictureConfig
+from pacevlm.config import DataConfig, ModelConfig, PictureConfig, config_from_dict, config_to_dict
+from pacevlm.data.splits import load_splits
 from pacevlm.errors import ConfigError, ImageError
 from pacevlm.images import load_image, open_picture
 from pacevlm.models.molmoe.image_processing import MolmoEImageProcessor
+from pacevlm.pipeline import RunConfig, load_elastic_model
 from pacevlm.types import Example
 
 UPRIGHT = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
@@ -300,3 +302,17 @@ def test_backgrounds_that_are_no_colour_are_refused(background: object) -> None:
 def test_pixel_limits_that_are_no_number_are_refused(max_pixels: object) -> None:
     with pytest.raises(ConfigError, match="max_pixels"):
         PictureConfig(max_pixels=max_pixels)
+
+
+def test_settings_reach_every_reader(tmp_path: Path, tiny_elastic_dir: Path) -> None:
+    picture = PictureConfig("black", 5000)
+    config = RunConfig(picture=picture)
+    assert config_from_dict(RunConfig, config_to_dict(config)) == config
+    assert load_elastic_model(ModelConfig(path=str(tiny_elastic_dir)), picture).picture_config == picture
+    (tmp_path / "a.png").write_bytes(KINDS["png with transparency"])
+    (tmp_path / "data.jsonl").write_text('{"image": "a.png", "question": "What?", "answer": "this"}\n' * 40)
+    splits = load_splits(DataConfig(dataset=str(tmp_path / "data.jsonl")), PictureConfig("black"))
+    expected = np.array(load_image(KINDS["png with transparency"], PictureConfig("black")))
+    assert not np.array_equal(expected, np.array(load_image(KINDS["png with transparency"])))
+    for part in (splits.train, splits.val, splits.test):
+        assert np.array_equal(np.array(part[0].image), expected)
