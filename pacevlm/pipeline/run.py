@@ -135,8 +135,8 @@ def _is_finished(run: RunContext, log: StepLog, name: str, sources: list[str], m
 
 def _do(run: RunContext, log: StepLog, name: str) -> None:
     """Run one step, from where it was stopped if it was."""
+    settings = step_settings(run, name)  # a model that cannot be loaded is no step that began
     run.reporter.started(name)
-    settings = step_settings(run, name)
     log.remove(name, *_DEPENDENT[name])
     _remove_partial(run, *_DEPENDENT[name])
     started = time.monotonic()
