@@ -151,7 +151,7 @@ def _is_finished(run: RunContext, log: StepLog, name: str, sources: list[str], m
 
 def _do(run: RunContext, log: StepLog, name: str) -> None:
     """Run one step, from where it was stopped if it was."""
-    settings = step_settings(run, name)
+    settings = step_settings(run, name)  # a model that cannot be loaded is no step that began
     changes = _changes(log.get(name), settings)
     if changes:
         run.reporter.warned(name, f"{name} is done again: {'; '.join(changes)}")
