@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import os
 import shlex
 import sys
@@ -175,12 +176,13 @@ def answer(arguments: Sequence[str]) -> None:
       pacevlm answer kitchen.png "Is it on?" --budget-ms 80 --drift-state runs/mine/drift.json
     """
     options = _parse("answer", AnswerOptions, arguments)
-    from pacevlm.images import load_image
+    from pacevlm.images import open_picture
     from pacevlm.knobs import check_budget_ms
     from pacevlm.pacer import Pacer
 
     budget_ms = check_budget_ms(options.budget_ms)
-    image = load_image(options.image)
+    image = options.image
+    open_picture(image)  # says what is wrong with it before the model is loaded
     pacer = Pacer.from_pretrained(options.run_dir, device=options.device)
     pacer.answer(image, options.question, budget_ms)
     if options.drift_state is None:
@@ -491,29 +493,31 @@ def _answer_sample(config: RunConfig) -> None:
     example = load_splits(config.data).test[0]
     pacer = Pacer.from_pretrained(config.run_dir, device=config.model.device)
     budget_ms = round(0.8 * pacer.full_p50_ms, 1)
-    pacer.answer(example.image, example.question, budget_ms)
+    pacer.answer(example.source, example.question, budget_ms)
     print(f"\nsample question: {example.question} (reference answer: {example.references[0]})")
-    _print_answer(pacer.answer(example.image, example.question, budget_ms))
+    _print_answer(pacer.answer(example.source, example.question, budget_ms))
 
 
 def _print_answer(result: Answer, *, as_json: bool = False, with_drift: bool = False) -> None:
     if as_json:
-        print(json.dumps({**dataclasses.asdict(result), "knobs": str(result.knobs)}))
+        bound_ms = result.upper_bound_ms if math.isfinite(result.upper_bound_ms) else None
+        values = {**dataclasses.asdict(result), "knobs": str(result.knobs), "upper_bound_ms": bound_ms}
+        print(json.dumps(values, allow_nan=False))
         return
     knobs, times = result.knobs, result.times
     if not result.feasible:
-        kept = "no: nothing was expected to fit, so the cheapest knobs ran"
+        kept = f"no: {result.why_infeasible}; the cheapest knobs ran"
     else:
         kept = "yes" if result.budget_met else "no"
     rows = {
         "answer": result.answer,
         "knobs": f"{knobs}  (tier {knobs.tier}, top_k {knobs.top_k}, num_blocks {knobs.num_blocks})",
         "latency": f"{result.measured_ms:.1f} ms of {result.budget_ms:g} ms; predicted {result.predicted_ms:.1f} ms, "
-        f"at most {result.upper_bound_ms:.1f} ms",
+        + (f"at most {result.upper_bound_ms:.1f} ms" if math.isfinite(result.upper_bound_ms) else "nothing promised"),
         "budget met": kept,
-        "stages": f"prepare {times.prepare_ms:.1f}, stage 1 {times.stage1_ms:.1f}, vision {times.vision_ms:.1f}, "
-        f"first block and stage 2 {times.first_block_ms:.1f}, prefill {times.prefill_ms:.1f}, "
-        f"decode {sum(times.decode_ms):.1f} ms ({result.num_output_tokens} tokens)",
+        "stages": f"read {times.read_ms:.1f}, prepare {times.prepare_ms:.1f}, stage 1 {times.stage1_ms:.1f}, "
+        f"vision {times.vision_ms:.1f}, first block and stage 2 {times.first_block_ms:.1f}, "
+        f"prefill {times.prefill_ms:.1f}, decode {sum(times.decode_ms):.1f} ms ({result.num_output_tokens} tokens)",
     }
     if with_drift:
         rows["drift"] = f"bounds were {result.drift_factor:.2f} times the profiled ones"

@@ -64,7 +64,18 @@ class Picture:
 def open_picture(source: ImageSource, config: PictureConfig | None = None) -> Picture:
     """Read and check a picture's header; raises ImageError as `load_image` does, without decoding any pixel."""
     config = config or PictureConfig()
-    # TODO(header only): sizes come of the decoded pixels.
+    if isinstance(source, (bytes, bytearray, memoryview, str, os.PathLike)):
+        num_bytes = len(source) if not isinstance(source, (str, os.PathLike)) else _check_file(source).stat().st_size
+        try:
+            with Image.open(io.BytesIO(source) if not isinstance(source, (str, os.PathLike)) else source) as opened:
+                kind = str(opened.format).lower()
+                kind = "progressive jpeg" if opened.info.get("progressive") else kind
+                turned = opened.getexif().get(_EXIF_ORIENTATION, 1) in range(5, 9)
+                width, height = opened.size[::-1] if turned else opened.size
+        except Exception:
+            _load(source, config)  # says what is wrong
+            raise
+        return Picture(source, width, height, kind, num_bytes, config)
     image = _load(source, config)
     return Picture(image, image.width, image.height, "memory", 0, config)
 

@@ -40,6 +40,7 @@ def tiny_arguments(run_dir: Path, model_dir: Path) -> list[str]:
         "profile.repeats": 1,
         "profile.max-warmup": 1,
         "profile.num-lengths": 24,
+        "profile.max-megapixels": 0.02,
         "profile.alpha": 0.3,
         "lookup.num-examples": 2,
         "train.steps": 1,

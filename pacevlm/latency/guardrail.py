@@ -19,7 +19,13 @@ from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.profile import Sample, check_identity, load_knob_space
 from pacevlm.types import BudgetKind, RequestSizes
 
-GUARDRAIL_SCHEMA_VERSION = 1
+GUARDRAIL_SCHEMA_VERSION = 2
+
+# Pictures of up to so many pixels and larger ones are calibrated apart: among many small pictures, what scatters in a
+# few large ones would hardly count.
+LARGE_PIXELS = 1_000_000
+# Reading what is in memory may take less than the timer can tell.
+MIN_PICTURE_MS = 1e-3
 
 GroupBy = Literal["none", "tier", "top_k", "num_blocks", "knobs"]
 
@@ -33,6 +39,11 @@ def group_of(knobs: Knobs, group_by: GroupBy) -> str:
     if group_by == "none":
         return "all"
     return str(knobs) if group_by == "knobs" else str(getattr(knobs, group_by))
+
+
+def picture_group(num_pixels: int) -> str:
+    """Name of the calibration group that a picture belongs to."""
+    return "large" if num_pixels > LARGE_PIXELS else "small"
 
 
 @dataclass(frozen=True)
@@ -153,12 +164,20 @@ class FeasibilityBatch(NamedTuple):
 class Guardrail:
     """Calibrated upper bounds of one estimator, and the masks that they make.
 
+    A bound is a sum: what reading and preparing the picture is predicted to take, times a factor for its size, and what
+    the rest is predicted to take, times a factor for the knobs. The first factors come from the profile, which times
+    pictures of all kinds and sizes; the second may be calibrated again on requests with any pictures, because what
+    exceeds the picture's own part counts there. So a request like those that calibrated the rest
+    exceeds its bound with probability at most alpha, and one whose picture is only like the profile's with at most
+    twice alpha. Beyond what was profiled every bound is infinite.
+
     Bounds never fall when a knob grows: where the calibration of groups would let a cheaper configuration have the
     higher bound, the dearer one gets it too. So whatever is cheaper than a feasible configuration is feasible.
 
     Attributes:
         group_by: which knobs share a calibration.
-        calibrations: one per budget kind that can be asked for.
+        calibrations: of the rest, one per budget kind that can be asked for.
+        picture: of reading and preparing, grouped by `picture_group`.
 
     Raises:
         ConfigError: the grouping or a budget kind is unknown.
@@ -168,6 +187,7 @@ class Guardrail:
     estimator: LatencyEstimator
     group_by: GroupBy
     calibrations: Mapping[BudgetKind, Calibration]
+    picture: Calibration
     _factors: dict[str, Array] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -184,25 +204,52 @@ class Guardrail:
 
     @classmethod
     def from_samples(
-        cls, estimator: LatencyEstimator, samples: Sequence[Sample], alpha: float, group_by: GroupBy = "tier"
+        cls,
+        estimator: LatencyEstimator,
+        samples: Sequence[Sample],
+        alpha: float,
+        group_by: GroupBy = "tier",
+        picture: Calibration | None = None,
     ) -> Guardrail:
         """Calibrate both budget kinds on measured requests that the estimator was not fitted to.
 
+        Args:
+            picture: how far reading and preparing were bounded before; calibrated on the same samples if None.
+
         Raises as `calibrate` does.
         """
+        picture_ms = np.array([sample.stages.read_ms + sample.stages.prepare_ms for sample in samples])
+        predicted_ms = estimator.split_samples_ms(samples).picture
+        sizes = [picture_group(sample.num_pixels) for sample in samples]
+        if picture is None:
+            picture = calibrate(
+                np.maximum(predicted_ms, MIN_PICTURE_MS), np.maximum(picture_ms, MIN_PICTURE_MS), sizes, alpha
+            )
+        # What exceeds the picture's own bound has to fit the rest's.
+        covered_ms = np.minimum(picture_ms, predicted_ms * [picture.factor(size) for size in sizes])
         groups = [group_of(sample.knobs, group_by) for sample in samples]
         measured_ms: dict[BudgetKind, list[float]] = {
             "e2e": [sample.stages.e2e_ms for sample in samples],
             "ttft": [sample.stages.ttft_ms for sample in samples],
         }
         calibrations = {
-            kind: calibrate(estimator.predict_samples(samples, kind), measured, groups, alpha)
+            kind: calibrate(estimator.split_samples_ms(samples, kind).rest, measured - covered_ms, groups, alpha)
             for kind, measured in measured_ms.items()
         }
-        return cls(estimator, group_by, calibrations)
+        return cls(estimator, group_by, calibrations, picture)
+
+    def bound_samples_ms(self, samples: Sequence[Sample], kind: BudgetKind = "e2e") -> Array:
+        """Bound measured requests with the knobs and output lengths they had, `(samples,)`, each by its own groups."""
+        picture_ms, rest_ms = self.estimator.split_samples_ms(samples, kind)
+        calibration = self._calibration(kind)
+        picture_factors = np.array([self.picture.factor(picture_group(sample.num_pixels)) for sample in samples])
+        factors = np.array([calibration.factor(group_of(sample.knobs, self.group_by)) for sample in samples])
+        return np.asarray(picture_ms * picture_factors + rest_ms * factors)
 
     def upper_bounds_ms(self, sizes: RequestSizes, num_output_tokens_upper: int, kind: BudgetKind = "e2e") -> Array:
         """Bound one request's latency under every configuration, shape `(tiers, top_ks, num_blocks)`, milliseconds.
+
+        All are infinite for a request beyond what was profiled; `LatencyEstimator.beyond` says what of it is.
 
         Args:
             num_output_tokens_upper: bound on the output tokens, for example from `OutputLengthModel.upper`. If it is
@@ -219,13 +266,19 @@ class Guardrail:
         self, sizes: Sequence[RequestSizes], num_output_tokens_upper: ArrayLike, kind: BudgetKind = "e2e"
     ) -> Array:
         """Bound several requests, shape `(batch, tiers, top_ks, num_blocks)`; raises as `upper_bounds_ms` does."""
-        bounds_ms = self.estimator.predict_many(sizes, num_output_tokens_upper, kind)
-        if kind not in self._factors:
-            raise ProfileError(f"this guardrail is calibrated for {sorted(self._factors)}, not for {kind!r} budgets")
-        bounds_ms *= self._factors[kind]
+        picture_ms, rest_ms = self.estimator.split_many_ms(sizes, num_output_tokens_upper, kind)
+        self._calibration(kind)
+        picture_factors = np.array([self.picture.factor(picture_group(request.num_pixels)) for request in sizes])
+        bounds_ms = (picture_ms * picture_factors[:, None])[..., None, None] + rest_ms * self._factors[kind]
         for axis in (1, 2, 3):
             bounds_ms = np.maximum.accumulate(bounds_ms, axis=axis)
-        return bounds_ms
+        bounds_ms[[self.estimator.beyond(request) is not None for request in sizes]] = np.inf
+        return np.asarray(bounds_ms)
+
+    def _calibration(self, kind: BudgetKind) -> Calibration:
+        if kind not in self.calibrations:
+            raise ProfileError(f"this guardrail is calibrated for {sorted(self._factors)}, not for {kind!r} budgets")
+        return self.calibrations[kind]
 
     def feasible_mask(
         self, sizes: RequestSizes, budget_ms: float, num_output_tokens_upper: int, kind: BudgetKind = "e2e"
@@ -265,6 +318,7 @@ class Guardrail:
             "estimator_fingerprint": self.estimator.fingerprint,
             "group_by": self.group_by,
             "calibrations": {kind: calibration.to_dict() for kind, calibration in self.calibrations.items()},
+            "picture": self.picture.to_dict(),
         }
         save_artefact(path, "latency guardrail", GUARDRAIL_SCHEMA_VERSION, content)
 
@@ -277,12 +331,13 @@ class Guardrail:
             IdentityError: it was calibrated for another model, knob space or estimator.
         """
         values = load_artefact(path, "latency guardrail", GUARDRAIL_SCHEMA_VERSION)
-        keys = {"model_identity", "knob_space", "estimator_fingerprint", "group_by", "calibrations"}
+        keys = {"model_identity", "knob_space", "estimator_fingerprint", "group_by", "calibrations", "picture"}
         try:
             check_keys("a guardrail", values, keys)
             knob_space = load_knob_space(values["knob_space"])
             calibrations = {kind: Calibration.from_dict(entry) for kind, entry in values["calibrations"].items()}
-            guardrail = cls(estimator, values["group_by"], calibrations)
+            picture = Calibration.from_dict(values["picture"])
+            guardrail = cls(estimator, values["group_by"], calibrations, picture)
         except (AttributeError, ConfigError, KnobError, ProfileError) as error:
             raise ProfileError(f"the latency guardrail at {path} is corrupt: {error}; calibrate anew") from error
         check_identity(estimator, model_identity=values["model_identity"], knob_space=knob_space)

@@ -25,7 +25,7 @@ from pacevlm.latency.measuring import use_num_threads, without_garbage_collectio
 from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.latency.profile import Profile, Sample, check_identity, collect_device_facts
 from pacevlm.latency.profile_summary import summarise_profile
-from pacevlm.latency.profiler import ProfilerSettings, profile_requests, sample_of
+from pacevlm.latency.profiler import ProfilerSettings, sample_of
 from pacevlm.pacer import Pacer
 from pacevlm.pipeline.artefacts import (
     BUNDLE_NAME,
@@ -40,7 +40,7 @@ from pacevlm.pipeline.artefacts import (
 )
 from pacevlm.pipeline.context import RunContext
 from pacevlm.pipeline.outputs import write_outputs
-from pacevlm.rollout.profiling import profiling_run
+from pacevlm.rollout.profiling import measure_profile
 from pacevlm.rollout.request import PacedResult, run_with_policy
 from pacevlm.training.run_record import installed_versions, source_commit
 from pacevlm.training.trainer import METRICS_NAME, Trainer
@@ -74,12 +74,9 @@ def profile_step(run: RunContext) -> dict[str, Any]:
         source = Profile.load(config.source)
         check_identity(source, model_identity=model.identity, knob_space=model.knob_space)
         estimator = LatencyEstimator.fit(source, trained_top_k=model.trained_top_k, stage2_after=model.stage2_after)
-        # As many for the bounds as these need at least, twice over; the few others carry the estimator over.
-        num_samples = NUM_TRANSFER + 2 * min_num_scores(config.alpha)
-        profile = _measure_profile(run, num_samples, 1)
-        fit = fit_latency(
-            profile, **settings, calibration_share=1 - NUM_TRANSFER / num_samples, transfer_from=estimator
-        )
+        # As many to carry the estimator over as that needs at least, and as many for the bounds.
+        profile = _measure_profile(run, 2 * max(NUM_TRANSFER, min_num_scores(config.alpha)), 1)
+        fit = fit_latency(profile, **settings, transfer_from=estimator)
     else:
         profile = Profile.load(config.source)
         fit = fit_latency(profile, **settings)
@@ -103,7 +100,7 @@ def profile_step(run: RunContext) -> dict[str, Any]:
 
 def _measure_profile(run: RunContext, num_samples: int, repeats: int) -> Profile:
     config, model, train = run.config.profile, run.model, run.splits.train
-    requests = [(example.image, example.question) for example in train[: config.num_requests]]
+    requests = [(example.source, example.question) for example in train[: config.num_requests]]
     settings = ProfilerSettings(
         num_requests=len(requests),
         num_samples=num_samples,
@@ -115,13 +112,13 @@ def _measure_profile(run: RunContext, num_samples: int, repeats: int) -> Profile
     )
     # The controller that will be trained, as far as its cost goes.
     stand_in = ControllerConfig(reference_ms=1.0, embedding_scale=1.0, **config_to_dict(run.config.controller))
-    return profile_requests(
-        profiling_run(model, requests, stand_in),
-        model.knob_space,
+    return measure_profile(
+        model,
+        requests,
         settings,
-        model_identity=model.identity,
-        device=model.device,
-        dtype=model.dtype,
+        max_pixels=round(1e6 * config.max_megapixels),
+        alpha=config.alpha,
+        controller_config=stand_in,
         path=run.run_dir / PROFILE_NAME,
         progress=lambda state: run.reporter.progress("timed requests", state.num_done, state.num_total),
     )
@@ -231,7 +228,7 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
 
     def run_one(number: int) -> PacedResult:
         example = run.splits.val[int(order[number % len(order)])]
-        return run_with_policy(model, policy, example.image, example.question, float(budgets_ms[number]), pacing)
+        return run_with_policy(model, policy, example.source, example.question, float(budgets_ms[number]), pacing)
 
     model.capture_decode()
     with use_num_threads(profile_config.num_threads):
@@ -269,7 +266,8 @@ def recalibrate(guardrail: Guardrail, samples: Sequence[Sample], alpha: float) -
     Raises:
         ProfileError: all samples together are too few for this alpha.
     """
-    fresh = Guardrail.from_samples(guardrail.estimator, samples, alpha, guardrail.group_by)
+    # Pictures keep the profile's bounds, which were calibrated on all kinds and sizes.
+    fresh = Guardrail.from_samples(guardrail.estimator, samples, alpha, guardrail.group_by, guardrail.picture)
     calibrations: dict[BudgetKind, Calibration] = {}
     for kind, new in fresh.calibrations.items():
         old = guardrail.calibrations.get(kind)
@@ -277,7 +275,7 @@ def recalibrate(guardrail: Guardrail, samples: Sequence[Sample], alpha: float) -
         # and with it, since bounds never fall, everything dearer.
         kept = {} if old is None else dict(old.log_margins)
         calibrations[kind] = dataclasses.replace(new, log_margins=kept | dict(new.log_margins))
-    return Guardrail(guardrail.estimator, guardrail.group_by, calibrations)
+    return Guardrail(guardrail.estimator, guardrail.group_by, calibrations, guardrail.picture)
 
 
 def evaluate_step(run: RunContext) -> dict[str, Any]:
