@@ -21,11 +21,9 @@ from pacevlm.types import BudgetKind, RequestSizes
 
 GUARDRAIL_SCHEMA_VERSION = 2
 
-# Pictures of up to so many pixels and larger ones are calibrated apart: among many small pictures, what scatters in a
-# few large ones would hardly count.
+# What the picture's part is calibrated on. In small pictures it takes a millisecond, which a pause of the machine makes
+# many times as much; it would say nothing of large ones.
 LARGE_PIXELS = 1_000_000
-# Reading what is in memory may take less than the timer can tell.
-MIN_PICTURE_MS = 1e-3
 
 GroupBy = Literal["none", "tier", "top_k", "num_blocks", "knobs"]
 
@@ -39,11 +37,6 @@ def group_of(knobs: Knobs, group_by: GroupBy) -> str:
     if group_by == "none":
         return "all"
     return str(knobs) if group_by == "knobs" else str(getattr(knobs, group_by))
-
-
-def picture_group(num_pixels: int) -> str:
-    """Name of the calibration group that a picture belongs to."""
-    return "large" if num_pixels > LARGE_PIXELS else "small"
 
 
 @dataclass(frozen=True)
@@ -164,12 +157,12 @@ class FeasibilityBatch(NamedTuple):
 class Guardrail:
     """Calibrated upper bounds of one estimator, and the masks that they make.
 
-    A bound is a sum: what reading and preparing the picture is predicted to take, times a factor for its size, and what
-    the rest is predicted to take, times a factor for the knobs. The first factors come from the profile, which times
-    pictures of all kinds and sizes; the second may be calibrated again on requests with any pictures, because what
-    exceeds the picture's own part counts there. So a request like those that calibrated the rest
-    exceeds its bound with probability at most alpha, and one whose picture is only like the profile's with at most
-    twice alpha. Beyond what was profiled every bound is infinite.
+    A bound is a sum: what reading and preparing the picture is predicted to take, times one factor, and what the rest
+    is predicted to take, times a factor for the knobs. The first comes from the profile, which times large pictures of
+    all kinds; the others may be calibrated again on requests with any pictures, because what a picture takes beyond its
+    own bound counts there. So a request like those that calibrated the rest exceeds its bound with probability at most
+    alpha, and one whose picture is only like the profile's large ones with at most twice alpha. Beyond what was
+    profiled every bound is infinite.
 
     Bounds never fall when a knob grows: where the calibration of groups would let a cheaper configuration have the
     higher bound, the dearer one gets it too. So whatever is cheaper than a feasible configuration is feasible.
@@ -177,7 +170,7 @@ class Guardrail:
     Attributes:
         group_by: which knobs share a calibration.
         calibrations: of the rest, one per budget kind that can be asked for.
-        picture: of reading and preparing, grouped by `picture_group`.
+        picture: of reading and preparing, one group.
 
     Raises:
         ConfigError: the grouping or a budget kind is unknown.
@@ -218,15 +211,15 @@ class Guardrail:
 
         Raises as `calibrate` does.
         """
-        picture_ms = np.array([sample.stages.read_ms + sample.stages.prepare_ms for sample in samples])
         predicted_ms = estimator.split_samples_ms(samples).picture
-        sizes = [picture_group(sample.num_pixels) for sample in samples]
+        picture_ms = np.array([sample.stages.read_ms + sample.stages.prepare_ms for sample in samples])
         if picture is None:
-            picture = calibrate(
-                np.maximum(predicted_ms, MIN_PICTURE_MS), np.maximum(picture_ms, MIN_PICTURE_MS), sizes, alpha
-            )
+            pixels = np.array([sample.num_pixels for sample in samples])
+            num_large = max(int(np.sum(pixels > LARGE_PIXELS)), min_num_scores(check_alpha(alpha)))
+            large = np.argsort(-pixels, kind="stable")[:num_large]
+            picture = calibrate(predicted_ms[large], picture_ms[large], ["all"] * len(large), alpha)
         # What exceeds the picture's own bound has to fit the rest's.
-        covered_ms = np.minimum(picture_ms, predicted_ms * [picture.factor(size) for size in sizes])
+        covered_ms = np.minimum(picture_ms, predicted_ms * picture.factor("all"))
         groups = [group_of(sample.knobs, group_by) for sample in samples]
         measured_ms: dict[BudgetKind, list[float]] = {
             "e2e": [sample.stages.e2e_ms for sample in samples],
@@ -242,9 +235,8 @@ class Guardrail:
         """Bound measured requests with the knobs and output lengths they had, `(samples,)`, each by its own groups."""
         picture_ms, rest_ms = self.estimator.split_samples_ms(samples, kind)
         calibration = self._calibration(kind)
-        picture_factors = np.array([self.picture.factor(picture_group(sample.num_pixels)) for sample in samples])
         factors = np.array([calibration.factor(group_of(sample.knobs, self.group_by)) for sample in samples])
-        return np.asarray(picture_ms * picture_factors + rest_ms * factors)
+        return np.asarray(picture_ms * self.picture.factor("all") + rest_ms * factors)
 
     def upper_bounds_ms(self, sizes: RequestSizes, num_output_tokens_upper: int, kind: BudgetKind = "e2e") -> Array:
         """Bound one request's latency under every configuration, shape `(tiers, top_ks, num_blocks)`, milliseconds.
@@ -268,8 +260,7 @@ class Guardrail:
         """Bound several requests, shape `(batch, tiers, top_ks, num_blocks)`; raises as `upper_bounds_ms` does."""
         picture_ms, rest_ms = self.estimator.split_many_ms(sizes, num_output_tokens_upper, kind)
         self._calibration(kind)
-        picture_factors = np.array([self.picture.factor(picture_group(request.num_pixels)) for request in sizes])
-        bounds_ms = (picture_ms * picture_factors[:, None])[..., None, None] + rest_ms * self._factors[kind]
+        bounds_ms = (picture_ms * self.picture.factor("all"))[..., None, None] + rest_ms * self._factors[kind]
         for axis in (1, 2, 3):
             bounds_ms = np.maximum.accumulate(bounds_ms, axis=axis)
         bounds_ms[[self.estimator.beyond(request) is not None for request in sizes]] = np.inf

@@ -85,14 +85,36 @@ def test_bounds_are_calibrated_predictions(random_estimator: Any, random_sizes: 
     rng = np.random.default_rng(3)
     estimator, sizes = random_estimator(rng), random_sizes(rng)
     margins = {"low": 0.0, "medium": 0.1, "high": 0.2}
-    picture = flat_calibration(9.0, small=0.5, large=0.3)
+    picture = flat_calibration(9.0, all=0.3)
     guardrail = Guardrail(estimator, "tier", {"e2e": flat_calibration(9.0, **margins)}, picture)
-    for num_pixels, factor in ((900_000, np.exp(0.5)), (1_100_000, np.exp(0.3))):
-        request = dataclasses.replace(sizes, num_pixels=num_pixels)
-        picture_ms, rest_ms = estimator.split_many_ms([request], [7])
-        expected = factor * picture_ms[0][:, None, None] + rest_ms[0] * np.exp([0.0, 0.1, 0.2])[:, None, None]
-        np.testing.assert_allclose(guardrail.upper_bounds_ms(request, 7), expected, rtol=1e-14)
-        assert (estimator.predict_all(request, 7) < expected).all()
+    picture_ms, rest_ms = estimator.split_many_ms([sizes], [7])
+    expected = np.exp(0.3) * picture_ms[0][:, None, None] + rest_ms[0] * np.exp([0.0, 0.1, 0.2])[:, None, None]
+    np.testing.assert_allclose(guardrail.upper_bounds_ms(sizes, 7), expected, rtol=1e-14)
+
+
+def test_the_pictures_part_is_calibrated_on_large_ones(make_device: Any, make_profile: Any) -> None:
+    rng = np.random.default_rng(14)
+    estimator = LatencyEstimator.fit(make_profile(make_device().measure(rng, 200)), trained_top_k=8)
+
+    def slowed(sample: Sample, factor: float) -> Sample:
+        times = sample.stages
+        part_ms = {name: factor * getattr(times, name) for name in ("read_ms", "prepare_ms")}
+        grown_ms = sum(part_ms.values()) - times.read_ms - times.prepare_ms
+        return dataclasses.replace(sample, stages=dataclasses.replace(times, **part_ms, e2e_ms=times.e2e_ms + grown_ms))
+
+    # Large pictures take 1.5 times as long as predicted, small ones 40 times: that is not how large ones scatter.
+    large = [slowed(s, 1.5) for s in make_device().measure(rng, 300) if s.num_pixels > 1_000_000]
+    small = [slowed(s, 40.0) for s in make_device().measure(rng, 300) if s.num_pixels <= 1_000_000]
+    guardrail = Guardrail.from_samples(estimator, large + small, 0.1, "none")
+    assert guardrail.picture.factor("all") == pytest.approx(1.5, rel=1e-3)
+    # Small ones are covered all the same: what exceeds their picture's part counts in the rest.
+    late = [
+        s.stages.e2e_ms > bound
+        for s, bound in zip(large + small, guardrail.bound_samples_ms(large + small), strict=True)
+    ]
+    assert np.mean(late) <= 0.1
+    # Without large ones, the largest that there are.
+    assert Guardrail.from_samples(estimator, small, 0.1, "none").picture.factor("all") == pytest.approx(40, rel=1e-3)
 
 
 def test_bounds_never_fall_when_a_knob_grows(space: KnobSpace, random_estimator: Any, random_sizes: Any) -> None:
