@@ -175,7 +175,7 @@ def main() -> None:
         "--fractions",
         type=float,
         nargs="+",
-        default=(0.5, 0.85, 1.1),
+        default=(0.5, 0.95, 1.1),
         help="budgets, as fractions of the median bound on the full configuration of the large pictures",
     )
     parser.add_argument("--track-drift", action="store_true", help="correct bounds by how slow the machine turns out")
