@@ -139,6 +139,9 @@ class ProfileConfig:
         )
         if self.num_threads is not None:
             check_whole_numbers(self, {"num_threads": 1})
+        size = self.max_megapixels
+        if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0.001 <= size <= 100:
+            raise ConfigError(f"max_megapixels is {size!r}; it must be a number from 0.001 to 100, for example 12")
         if not 0 < self.alpha < 1:
             raise ConfigError(f"alpha is {self.alpha}; it must lie between 0 and 1, for example 0.05")
         if self.transfer and self.source is None:
