@@ -76,7 +76,7 @@ def make_requests(split: str, num_requests: int, seed: int, max_filler: int) -> 
     requests = []
     for example in DigitVQA(split, num_requests, seed=seed):
         filler = " ".join([FILLER] * int(rng.integers(0, max_filler + 1)))
-        requests.append((example.image, f"{filler} {example.question}".strip()))
+        requests.append((example.source, f"{filler} {example.question}".strip()))
     return requests
 
 

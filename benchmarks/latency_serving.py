@@ -164,7 +164,7 @@ def coverage_of_picks(
     budgets = full_ms * rng.uniform(*PICK_BUDGETS, num_picked)
     first = bench.serve(DearestFeasible(model.knob_space, nominal), nominal, requests, budgets, "picks to calibrate on")
     picked = [sample_of(run.result) for run in first]
-    fresh = Guardrail.from_samples(guardrail.estimator, picked, ALPHA, guardrail.group_by)
+    fresh = Guardrail.from_samples(guardrail.estimator, picked, ALPHA, guardrail.group_by, guardrail.picture)
     pacing = Pacing(fresh, None, model.max_new_tokens)
     budgets = full_ms * rng.uniform(*PICK_BUDGETS, num_picked)
     second = bench.serve(
@@ -172,19 +172,21 @@ def coverage_of_picks(
     )
     samples = [sample_of(run.result) for run in second]
     measured, predicted = times(samples)["e2e"], guardrail.estimator.predict_samples(samples)
-    calibration = fresh.calibrations["e2e"]
+    bounds = fresh.bound_samples_ms(samples)
     groups = np.array([group_of(sample.knobs, fresh.group_by) for sample in samples])
-    factors = np.array([calibration.factor(group) for group in groups])
-    covered = measured <= predicted * factors
+    covered = measured <= bounds
     results["coverage_picked"] = float(covered.mean())
     results["coverage_picked_interval"] = wilson(int(covered.sum()), len(covered))
     ratios = measured / predicted
     # The bound of a request over the 95th percentile that requests like it really had.
-    tightness = {g: calibration.factor(g) / np.quantile(ratios[groups == g], 1 - ALPHA) for g in np.unique(groups)}
+    factors = bounds / predicted
+    tightness = {
+        g: factors[groups == g].mean() / np.quantile(ratios[groups == g], 1 - ALPHA) for g in np.unique(groups)
+    }
     results["bound_over_p95"] = float(np.mean([tightness[group] for group in groups]))
     results["bound_over_p95_by_tier"] = {str(group): float(value) for group, value in tightness.items()}
-    pooled = Guardrail.from_samples(guardrail.estimator, picked, ALPHA, "none").calibrations["e2e"].factor("all")
-    results["coverage_pooled"] = float((measured <= predicted * pooled).mean())
+    pooled = Guardrail.from_samples(guardrail.estimator, picked, ALPHA, "none", guardrail.picture)
+    results["coverage_pooled"] = float((measured <= pooled.bound_samples_ms(samples)).mean())
     feasible = np.array([run.feasible for run in second])
     late = np.array([run.measured_ms > run.budget_ms for run in second])
     results["violation_rate_picked"] = float(late[feasible].mean())
@@ -193,8 +195,9 @@ def coverage_of_picks(
     levels = np.array([0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975])
     curve = []
     for level in levels:
-        at = Guardrail.from_samples(guardrail.estimator, picked, float(1 - level), fresh.group_by).calibrations["e2e"]
-        curve.append(float(np.mean(measured <= predicted * np.array([at.factor(group) for group in groups]))))
+        # Both parts at this level, where the guardrail itself keeps the picture's of the profile.
+        at = Guardrail.from_samples(guardrail.estimator, picked, float(1 - level), fresh.group_by)
+        curve.append(float(np.mean(measured <= at.bound_samples_ms(samples))))
     results["curve"] = {"nominal": levels.tolist(), "empirical": curve}
     results["guardrail"] = fresh
     return results

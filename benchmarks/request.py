@@ -136,7 +136,7 @@ def decode_against_loop(model: ElasticModel, examples: Sequence[Example], progre
 
 def _run_fixed(model: ElasticModel, example: Example, knobs: Knobs, steps: int) -> Any:
     return model.run_request(
-        example.image,
+        example.source,
         example.question,
         choose_tier=lambda _: knobs.tier,
         choose_compute=lambda *_: (knobs.top_k, knobs.num_blocks),
@@ -158,7 +158,7 @@ def controller_cost(run_dir: Path, examples: Sequence[Example], progress: Progre
 
     @torch.inference_mode()
     def decide(example: Example) -> None:
-        view = model.view(example.image, example.question)
+        view = model.view(example.source, example.question)
         prompt = model.adapter.encode_question(example.question)
         request = policy_input(view, budget_ms, pacer.pacing, example.example_id)
         token = policy.latency_token(budget_ms)

@@ -620,10 +620,10 @@ def _answer_sample(config: RunConfig) -> None:
     example = load_splits(config.data, config.picture).test[0]
     pacer = Pacer.from_pretrained(config.run_dir, device=config.model.device)
     budget_ms = round(0.8 * pacer.full_p50_ms, 1)
-    pacer.answer(example.image, example.question, budget_ms)
+    pacer.answer(example.source, example.question, budget_ms)
     question, reference = printable(example.question), printable(example.references[0])
     print(f"\nsample question: {question} (reference answer: {reference})")
-    _print_answer(pacer.answer(example.image, example.question, budget_ms))
+    _print_answer(pacer.answer(example.source, example.question, budget_ms))
 
 
 def _print_answer(result: Answer, *, as_json: bool = False, with_drift: bool = False) -> None:
@@ -633,18 +633,18 @@ def _print_answer(result: Answer, *, as_json: bool = False, with_drift: bool = F
         return
     knobs, times = result.knobs, result.times
     if not result.feasible:
-        kept = "no: nothing was expected to fit, so the cheapest knobs ran"
+        kept = f"no: {result.why_infeasible}; the cheapest knobs ran"
     else:
         kept = "yes" if result.budget_met else "no"
     rows = {
         "answer": result.answer,
         "knobs": f"{knobs}  (tier {knobs.tier}, top_k {knobs.top_k}, num_blocks {knobs.num_blocks})",
         "latency": f"{result.measured_ms:.1f} ms of {result.budget_ms:g} ms; predicted {result.predicted_ms:.1f} ms, "
-        f"at most {result.upper_bound_ms:.1f} ms",
+        + (f"at most {result.upper_bound_ms:.1f} ms" if math.isfinite(result.upper_bound_ms) else "nothing promised"),
         "budget met": kept,
-        "stages": f"prepare {times.prepare_ms:.1f}, stage 1 {times.stage1_ms:.1f}, vision {times.vision_ms:.1f}, "
-        f"first block and stage 2 {times.first_block_ms:.1f}, prefill {times.prefill_ms:.1f}, "
-        f"decode {sum(times.decode_ms):.1f} ms ({result.num_output_tokens} tokens)",
+        "stages": f"read {times.read_ms:.1f}, prepare {times.prepare_ms:.1f}, stage 1 {times.stage1_ms:.1f}, "
+        f"vision {times.vision_ms:.1f}, first block and stage 2 {times.first_block_ms:.1f}, "
+        f"prefill {times.prefill_ms:.1f}, decode {sum(times.decode_ms):.1f} ms ({result.num_output_tokens} tokens)",
     }
     if with_drift:
         rows["drift"] = f"bounds were {result.drift_factor:.2f} times the profiled ones"

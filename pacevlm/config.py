@@ -179,6 +179,8 @@ class ProfileConfig:
             configuration, whose median is the budget of fraction 1.
         repeats: measurements of each pair.
         max_warmup: most requests that run before timing; fewer once their time has settled.
+        max_megapixels: largest of the self-made pictures that every profile times besides the data set's; nothing is
+            promised for larger ones.
         num_lengths: answers generated to learn how long answers get.
         num_threads: CPU threads of every measured request, here, in evaluation and when answering; None takes all.
         alpha: how often a latency may exceed its bound, and an answer its predicted length.
@@ -197,6 +199,7 @@ class ProfileConfig:
     num_samples: int = 800
     repeats: int = 2
     max_warmup: int = 50
+    max_megapixels: float = 12.0
     num_lengths: int = 800
     num_threads: int | None = 1
     alpha: float = 0.025
@@ -210,6 +213,7 @@ class ProfileConfig:
         check_whole(self, 1, MAX_COUNT // self.num_samples, "repeats")
         check_whole(self, 0, MAX_COUNT, "max_warmup")
         check_whole(self, 1, MAX_THREADS, "num_threads", optional=True)
+        check_real(self, 0.001, 100, "max_megapixels")
         check_real(self, MIN_ALPHA, 1, "alpha", below=True)
         check_whole(self, 0, MAX_SEED, "seed")
         if self.source is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypedDict
@@ -61,13 +63,17 @@ class Answer:
         knobs: the configuration that ran.
         budget_ms: what was asked for.
         budget_met: whether some configuration was expected to fit and the measured time did.
-        feasible: whether any configuration's upper bound fitted the budget; where none did, the cheapest ran.
+        feasible: whether any configuration's upper bound fitted what was left of the budget when the request began;
+            where none did, the cheapest ran.
         predicted_ms: the estimator's latency of these knobs at this answer's length, on the machine as profiled.
-        upper_bound_ms: the bound on the latency that was known beforehand, corrected for drift.
-        measured_ms: wall-clock time of what the budget covers.
+        upper_bound_ms: the bound on the latency that was known beforehand, corrected for drift; infinite where nothing
+            is promised. Waiting comes on top.
+        measured_ms: wall-clock time of what the budget covers, from the call on, waiting included.
         times: measured stages; the guardrail and the controller are inside.
         num_output_tokens: tokens generated, end-of-text included.
         drift_factor: how many times the profiled bounds this request's were; 1 where drift is not tracked.
+        waited_ms: how long the request waited for those of other threads.
+        why_infeasible: why nothing was feasible, in a sentence; None where something was.
     """
 
     answer: str
@@ -81,6 +87,8 @@ class Answer:
     times: StageTimes
     num_output_tokens: int
     drift_factor: float = 1.0
+    waited_ms: float = 0.0
+    why_infeasible: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,8 @@ class Estimate:
 
     Attributes:
         predicted_ms: the estimator's latency for an answer as long as its bound.
-        upper_bound_ms: the guardrail's bound, corrected for drift; budgets from here on admit these knobs.
+        upper_bound_ms: the guardrail's bound, corrected for drift; budgets from here on admit these knobs. Infinite for
+            a request beyond what was profiled.
     """
 
     knobs: Knobs
@@ -99,6 +108,13 @@ class Estimate:
 
 class Pacer:
     """Answers questions about images, each within its own latency budget.
+
+    All methods may be called from any thread. Requests run one at a time, in no promised order, because that is how
+    they were profiled: `answer` waits for its turn, and what it waited is gone from its budget. Drift is learned from
+    what requests take once they run. `track_drift` and `save_drift` wait for a running request too. `estimate` does
+    not wait; what it computes slows a running request on the same processor down. Several pacers, and other work in
+    the process, do not know of each other; the number of threads that torch uses, which `answer` sets for as long as
+    it runs, is the process's.
 
     Args:
         model: the frozen model.
@@ -143,6 +159,8 @@ class Pacer:
         self.drift = drift
         self._drift_path: Path | None = None
         self._loaded_with: dict[str, Any] | None = None  # what from_pretrained was given
+        # Re-entrant, so that a policy that asks its own pacer does not wait for itself.
+        self._running = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, and other processes, load the bundle anew; drift tracking and a changed policy are not carried over.
@@ -291,7 +309,7 @@ class Pacer:
     def answer(
         self, image: ImageSource, question: str, budget_ms: float = 80.0, policy: Policy | None = None
     ) -> Answer:
-        """Answer a question about an image within a latency budget.
+        """Answer a question about an image within a latency budget, which counts from this call.
 
         Args:
             image: path, bytes, PIL image or uint8 array.
@@ -310,8 +328,13 @@ class Pacer:
             raise ConfigError(
                 f"policy is {policy!r}; give an object with name, choose_tier, latency_token, choose_compute"
             )
-        with use_num_threads(self.num_threads):
-            paced = run_with_policy(self.model, chosen, image, question, budget_ms, self.pacing, drift=self.drift)
+        called = time.perf_counter()
+        budget_ms = check_budget_ms(budget_ms)
+        with self._running, use_num_threads(self.num_threads):
+            waited_ms = (time.perf_counter() - called) * 1e3
+            paced = run_with_policy(
+                self.model, chosen, image, question, budget_ms, self.pacing, drift=self.drift, waited_ms=waited_ms
+            )
         return Answer(
             answer=paced.result.answer,
             knobs=paced.result.knobs,
@@ -324,6 +347,8 @@ class Pacer:
             times=paced.result.times,
             num_output_tokens=paced.result.num_output_tokens,
             drift_factor=paced.drift_factor,
+            waited_ms=paced.waited_ms,
+            why_infeasible=paced.why_infeasible,
         )
 
     def track_drift(
@@ -342,12 +367,13 @@ class Pacer:
             IdentityError: it was learned with another estimator or kind of budget.
         """
         guardrail, kind = self.pacing.guardrail, self.pacing.kind
-        self._drift_path = None if path is None else Path(path)
-        if self._drift_path is not None and self._drift_path.exists():
-            self.drift = DriftCorrection.load(self._drift_path, guardrail, kind)
-        else:
-            self.drift = DriftCorrection.for_guardrail(guardrail, kind, settings)
-        return self.drift
+        with self._running:
+            self._drift_path = None if path is None else Path(path)
+            if self._drift_path is not None and self._drift_path.exists():
+                self.drift = DriftCorrection.load(self._drift_path, guardrail, kind)
+            else:
+                self.drift = DriftCorrection.for_guardrail(guardrail, kind, settings)
+            return self.drift
 
     def save_drift(self, path: str | os.PathLike[str] | None = None) -> None:
         """Write what was learned of the machine's drift, whole or not at all.
@@ -361,11 +387,14 @@ class Pacer:
             ConfigError: drift is not tracked, or there is no path.
             StorageError: the file could not be written.
         """
-        target = self._drift_path if path is None else Path(path)
-        if self.drift is None or target is None:
-            missing = "drift is not tracked; call track_drift" if self.drift is None else "there is no path; give one"
-            raise ConfigError(f"the drift correction cannot be saved: {missing} first")
-        self.drift.save(target)
+        with self._running:
+            target = self._drift_path if path is None else Path(path)
+            if self.drift is None or target is None:
+                missing = (
+                    "drift is not tracked; call track_drift" if self.drift is None else "there is no path; give one"
+                )
+                raise ConfigError(f"the drift correction cannot be saved: {missing} first")
+            self.drift.save(target)
 
     def estimate(self, image: ImageSource, question: str) -> tuple[Estimate, ...]:
         """Latency of a request under every configuration, in the order of the knob space; runs nothing.

@@ -136,10 +136,12 @@ class Outcome:
 class StageTimes:
     """Wall-clock milliseconds of one request's stages; `decode_ms` has one entry per generated token after the first.
 
-    `first_block_ms` covers embedding, the first block and stage 2; `prefill_ms` the remaining blocks and the first
-    token.
+    `read_ms` covers everything from the path or bytes given to RGB pixels; `prepare_ms` the tokens of the question and
+    the cutting of the picture; `first_block_ms` embedding, the first block and stage 2; `prefill_ms` the remaining
+    blocks and the first token.
     """
 
+    read_ms: float
     prepare_ms: float
     stage1_ms: float
     vision_ms: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import random
 import shlex
@@ -44,6 +45,7 @@ def tiny_arguments(run_dir: Path, model_dir: Path) -> list[str]:
         "profile.repeats": 1,
         "profile.max-warmup": 1,
         "profile.num-lengths": 24,
+        "profile.max-megapixels": 0.02,
         "profile.alpha": 0.3,
         "lookup.num-examples": 2,
         "train.steps": 1,
@@ -554,3 +556,25 @@ def test_importance_says_when_nothing_was_right(
     error = " ".join(capsys.readouterr().err.split())
     assert "warning: none of 2 examples was answered right with all blocks" in error
     assert "never said" in error
+
+
+def test_a_bound_that_is_not_promised_is_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    from pacevlm.cli import _print_answer
+    from pacevlm.knobs import Knobs
+    from pacevlm.pacer import Answer
+    from pacevlm.types import StageTimes
+
+    why = "nothing is promised: no gif picture was profiled, only jpeg"
+    times = StageTimes(3.0, 1.0, 0.5, 3.0, 2.0, 4.0, (1.0,), 14.5)
+    answer = Answer("7", Knobs("low", 4, 12), 80.0, False, False, 14.0, math.inf, 14.5, times, 2, why_infeasible=why)
+    _print_answer(answer, as_json=True)
+    values = json.loads(capsys.readouterr().out)
+    assert values["upper_bound_ms"] is None
+    assert values["why_infeasible"] == why
+    assert values["times"]["read_ms"] == 3.0
+    _print_answer(answer)
+    shown = capsys.readouterr().out
+    assert why in shown
+    assert "nothing promised" in shown
+    assert "read 3.0" in shown
+    assert "inf" not in shown.replace("infeasible", "")

@@ -97,6 +97,8 @@ def test_wrong_settings_are_named(values: Any, message: str, tmp_path: Path) -> 
         (DataConfig, {"test_dataset": "b.jsonl"}, "test split of its own"),
         (ProfileConfig, {"alpha": 1.0}, "alpha is 1.0"),
         (ProfileConfig, {"num_threads": 0}, "num_threads is 0"),
+        (ProfileConfig, {"max_megapixels": 0.0}, "max_megapixels is 0.0"),
+        (ProfileConfig, {"max_megapixels": float("nan")}, "max_megapixels is nan"),
         (LookupConfig, {"num_examples": 1}, "num_examples is 1"),
         (CalibrateConfig, {"num_requests": 1}, "num_requests is 1"),
         (EvaluateConfig, {"budgets": ()}, "strictly increasing"),

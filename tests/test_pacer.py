@@ -12,8 +12,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import tomllib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +39,13 @@ from pacevlm.errors import (
     QuestionError,
 )
 from pacevlm.latency.drift import DriftCorrection, DriftSettings
-from pacevlm.latency.estimator import STAGE_TERMS, LatencyEstimator
+from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
 from pacevlm.latency.output_length import OutputLengthModel
+from pacevlm.latency.picture_fit import READ_TERMS, PictureFit
 from pacevlm.latency.profile import collect_device_facts
 from pacevlm.latency.stage_fit import StageFit
+from pacevlm.latency.stage_terms import STAGE_TERMS
 from pacevlm.models.elastic import ElasticModel, write_elastic_settings
 from pacevlm.pacer import Pacer
 from pacevlm.rollout.request import Pacing
@@ -52,13 +57,17 @@ NUM_THREADS = 1
 def make_estimator(model: ElasticModel, coefficient: float = 1e-4) -> LatencyEstimator:
     stages = {stage: StageFit((coefficient,) * len(terms), 1, 0, 0.0, 0.0) for stage, terms in STAGE_TERMS.items()}
     facts = dataclasses.replace(collect_device_facts("cpu", model.dtype), num_threads=NUM_THREADS)
-    return LatencyEstimator(model.identity, model.knob_space, facts, model.trained_top_k, model.stage2_after, stages)
+    read = StageFit((coefficient,) * len(READ_TERMS), 1, 0, 0.0, 0.0)
+    pictures = {"memory": PictureFit(read, 100_000, 0), "jpeg": PictureFit(read, 100_000, 50_000)}
+    return LatencyEstimator(
+        model.identity, model.knob_space, facts, model.trained_top_k, model.stage2_after, stages, pictures, 100
+    )
 
 
 def make_pacer(model: ElasticModel, folder: Path, *, lengths: bool = True, **parts: Any) -> Pacer:
     estimator = parts.get("estimator", make_estimator(model))
     calibration = Calibration(0.1, {}, math.log(1.5), {})
-    guardrail = Guardrail(estimator, "none", {"e2e": calibration, "ttft": calibration})
+    guardrail = Guardrail(estimator, "none", {"e2e": calibration, "ttft": calibration}, calibration)
     weights = (0.0,) * model.d_model
     output_length = OutputLengthModel(model.identity, weights, None, 4.0, 0, model.max_new_tokens, 0.1)
     with torch.random.fork_rng(devices=[]):
@@ -132,7 +141,7 @@ def test_an_answer_accounts_for_itself(pacer: Pacer, image: Image.Image) -> None
         assert answer.feasible
         assert answer.budget_ms == budget_ms
         assert answer.budget_met == (answer.measured_ms <= budget_ms)
-        assert answer.measured_ms == answer.times.e2e_ms > 0
+        assert answer.measured_ms == answer.waited_ms + answer.times.e2e_ms > 0
         assert answer.upper_bound_ms == pytest.approx(estimates[answer.knobs].upper_bound_ms)
         assert answer.upper_bound_ms <= budget_ms
         assert len(answer.times.decode_ms) == answer.num_output_tokens - 1
@@ -143,8 +152,9 @@ def test_an_answer_accounts_for_itself(pacer: Pacer, image: Image.Image) -> None
 
 
 def test_a_hopeless_budget_runs_the_cheapest(pacer: Pacer, image: Image.Image) -> None:
-    answer = pacer.answer(image, QUESTION, 1e-6)
+    answer = pacer.answer(image, QUESTION, 1e-3)
     assert (answer.feasible, answer.budget_met) == (False, False)
+    assert answer.why_infeasible is not None
     assert answer.knobs == pacer.model.knob_space.cheapest
     assert answer.answer == pacer.model.run_static(image, QUESTION, answer.knobs).answer
 
@@ -184,6 +194,130 @@ def test_bad_questions_are_refused(pacer: Pacer, image: Image.Image, question: A
     for call in (pacer.answer, pacer.estimate):
         with pytest.raises(QuestionError):
             call(image, question)
+
+
+# Threads -------------------------------------------------------------------------------------------------------------
+
+
+class Waiting(FullPolicy):
+    """Begins, and goes on when it is told to."""
+
+    def __init__(self, space: Any) -> None:
+        super().__init__(space)
+        self.begun, self.may_go_on = threading.Event(), threading.Event()
+        self.running = self.most_running = 0
+
+    def choose_tier(self, request: Any) -> str:
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        self.begun.set()
+        assert self.may_go_on.wait(30)
+        self.running -= 1
+        return super().choose_tier(request)
+
+
+def held_up(pacer: Pacer, image: Image.Image, policy: Waiting, *later: Callable[[], Any]) -> list[Any]:
+    """What later calls give that come while a request of this policy runs, and waits for a twentieth of a second."""
+    with ThreadPoolExecutor(1 + len(later)) as pool:
+        first = pool.submit(pacer.answer, image, QUESTION, 1e9, policy)
+        assert policy.begun.wait(30)
+        others = [pool.submit(call) for call in later]
+        time.sleep(0.05)
+        assert not any(other.done() for other in others)
+        policy.may_go_on.set()
+        return [first.result(30), *(other.result(30) for other in others)]
+
+
+def test_waiting_is_inside_the_budget(pacer: Pacer, image: Image.Image) -> None:
+    space = pacer.model.knob_space
+    bounds_ms = [entry.upper_bound_ms for entry in pacer.estimate(image, QUESTION)]
+    seen: dict[str, Any] = {}
+
+    class Watching(FullPolicy):
+        def choose_tier(self, request: Any) -> str:
+            seen["request"] = request
+            return super().choose_tier(request)
+
+    # Enough for everything alone, too little for anything behind another request.
+    budget_ms = max(bounds_ms) * 1.1 + 10.0
+    alone = pacer.answer(image, QUESTION, budget_ms, Watching(space))
+    assert alone.feasible
+    assert seen["request"].feasible.all()
+    first, second, patient = held_up(
+        pacer,
+        image,
+        Waiting(space),
+        lambda: pacer.answer(image, QUESTION, budget_ms, Watching(space)),
+        lambda: pacer.answer(image, QUESTION, 1e9, FullPolicy(space)),
+    )
+    assert first.waited_ms < 30_000
+    assert second.waited_ms >= 50 > budget_ms - min(bounds_ms)
+    assert (second.feasible, second.budget_met) == (False, False)
+    assert "ran out while waiting" in second.why_infeasible or "after waiting" in second.why_infeasible
+    assert seen["request"].feasible.sum() == 1
+    assert seen["request"].budget_ms < budget_ms
+    assert second.measured_ms == second.waited_ms + second.times.e2e_ms
+    # What is left is what counts: a budget that is large enough is kept all the same.
+    assert patient.waited_ms >= 50
+    assert patient.feasible
+    assert patient.why_infeasible is None
+    assert patient.answer == pacer.model.run_static(image, QUESTION, space.full).answer
+
+
+def test_a_spent_budget_runs_the_cheapest(pacer: Pacer, image: Image.Image) -> None:
+    space = pacer.model.knob_space
+    _, late = held_up(pacer, image, Waiting(space), lambda: pacer.answer(image, QUESTION, 20.0))
+    assert late.knobs == space.cheapest
+    assert "ran out while waiting" in late.why_infeasible
+    assert late.budget_ms == 20.0
+    assert late.measured_ms > 50
+
+
+def test_threads_get_what_they_would_get_alone(pacer: Pacer, image: Image.Image) -> None:
+    space, policy = pacer.model.knob_space, Waiting(pacer.model.knob_space)
+    policy.may_go_on.set()
+    questions = [QUESTION, "Which number is the largest?", "2?", "red?"] * 4
+    alone = [pacer.answer(image, question, 1e9, FullPolicy(space)) for question in questions]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(lambda question: pacer.answer(image, question, 1e9, policy), questions))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert policy.most_running == 1
+    assert [answer.answer for answer in together] == [answer.answer for answer in alone]
+    assert all(answer.feasible for answer in together)
+
+
+def test_drift_learns_from_running_alone(
+    tiny_elastic: ElasticModel, tiny_elastic_dir: Path, image: Image.Image, tmp_path: Path
+) -> None:
+    pacer = make_pacer(tiny_elastic, tiny_elastic_dir)
+    drift, observed = pacer.track_drift(), []
+    drift.observe = lambda bound_ms, measured_ms: observed.append(measured_ms)  # type: ignore[method-assign]
+    space = tiny_elastic.knob_space
+    answers = held_up(
+        pacer,
+        image,
+        Waiting(space),
+        lambda: pacer.answer(image, QUESTION, 1e9),
+        lambda: pacer.save_drift(tmp_path / "drift.json"),
+    )
+    assert observed == [answer.times.e2e_ms for answer in answers[:2]]
+    assert (tmp_path / "drift.json").exists()
+
+
+def test_a_policy_may_ask_its_own_pacer(pacer: Pacer, image: Image.Image) -> None:
+    class Asking(FullPolicy):
+        def choose_tier(self, request: Any) -> str:
+            self.inner = pacer.answer(image, "2?", 1e9)
+            return super().choose_tier(request)
+
+    policy = Asking(pacer.model.knob_space)
+    assert pacer.answer(image, QUESTION, 1e9, policy).feasible
+    assert policy.inner.feasible
 
 
 # Drift ---------------------------------------------------------------------------------------------------------------

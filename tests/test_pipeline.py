@@ -87,7 +87,9 @@ def make_config(run_dir: Path, model_dir: Path) -> RunConfig:
         run_dir=run_dir,
         model=ModelConfig(path=str(model_dir), max_new_tokens=2, max_crops=(1, 1, 2)),
         data=DataConfig(num_train=24, num_val=8, num_test=6),
-        profile=ProfileConfig(num_requests=6, num_samples=24, repeats=1, max_warmup=1, num_lengths=24, alpha=0.3),
+        profile=ProfileConfig(
+            num_requests=6, num_samples=24, repeats=1, max_warmup=1, num_lengths=24, alpha=0.3, max_megapixels=0.02
+        ),
         lookup=LookupConfig(num_examples=4),
         train=TrainConfig(
             run_dir=Path("train"), steps=3, batch_size=4, budgets_per_example=2, grpo=GRPOConfig(group_size=3)
@@ -266,24 +268,25 @@ def test_a_model_is_loaded_as_described(tiny_elastic_dir: Path, tiny_elastic: El
 
 def test_groups_with_too_few_new_samples_keep_their_bound(config: RunConfig, first: Recorder) -> None:
     guardrail = run_pipeline(config, "profile").pacing("guardrail_profile.json").guardrail
-    old = Guardrail(
-        guardrail.estimator, "tier", {"e2e": Calibration(0.3, {"low": 0.1, "high": 0.2}, 0.5, {"low": 9, "high": 9})}
-    )
+    calibration = Calibration(0.3, {"low": 0.1, "high": 0.2}, 0.5, {"low": 9, "high": 9})
+    old = Guardrail(guardrail.estimator, "tier", {"e2e": calibration}, guardrail.picture)
     # 19 requests at the low tier and a single, very late one at the high tier.
     samples = [make_sample(Knobs("low", 2, 3), old, 1.0) for _ in range(19)] + [
         make_sample(Knobs("high", 2, 3), old, 9.0)
     ]
-    new = recalibrate(old, samples, alpha=0.3).calibrations["e2e"]
+    again = recalibrate(old, samples, alpha=0.3)
+    assert again.picture == guardrail.picture  # pictures of all sizes were in the profile alone
+    new = again.calibrations["e2e"]
     assert new.factor("low") == pytest.approx(1.0)
     assert new.log_margins["high"] == 0.2
     assert new.factor("medium") == pytest.approx(9.0)  # never seen before or now: the most cautious
 
 
 def make_sample(knobs: Knobs, guardrail: Guardrail, factor: float) -> Sample:
-    """A request that took `factor` times what the estimator predicts."""
-    base = Sample(knobs, 1, 20, 8, 900, 1, StageTimes(1.0, 0.0, 0.0, 0.0, 0.0, (), 1.0))
-    e2e_ms = factor * float(guardrail.estimator.predict_samples([base])[0])
-    return dataclasses.replace(base, stages=StageTimes(e2e_ms, 0.0, 0.0, 0.0, 0.0, (), e2e_ms))
+    """A request that took `factor` times what the estimator predicts, and nothing for its picture."""
+    base = Sample(knobs, 1, 20, 8, 900, 1, StageTimes(0.0, 0.0, 1.0, 0.0, 0.0, 0.0, (), 1.0))
+    e2e_ms = factor * float(guardrail.estimator.split_samples_ms([base]).rest[0])
+    return dataclasses.replace(base, stages=StageTimes(0.0, 0.0, 0.0, 0.0, 0.0, e2e_ms, (), e2e_ms))
 
 
 def test_an_existing_profile_is_fitted_or_carried_over_but_never_mistaken(copied: RunConfig, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 TIER_COLOURS = {"low": "#E69F00", "medium": "#009E73", "high": "#0072B2"}
 TIER_MARKERS = {"low": "v", "medium": "s", "high": "o"}
 STAGE_COLOURS = {
+    "read_ms": "#D55E00",
     "prepare_ms": "#B8A800",
     "stage1_ms": "#CC79A7",
     "vision_ms": "#E69F00",

@@ -78,7 +78,7 @@ def time_requests(
     def run(policy: Policy, b: int, i: int) -> PacedResult:
         example, budget_ms = examples[i], budgets_ms[b]
         return run_with_policy(
-            model, policy, example.image, example.question, budget_ms, pacing, example.example_id, drift=drift
+            model, policy, example.source, example.question, budget_ms, pacing, example.example_id, drift=drift
         )
 
     partial = PartialFile(

@@ -13,7 +13,7 @@ from pacevlm.errors import ConfigError, ProfileError
 from pacevlm.knobs import KnobSpace
 from pacevlm.latency.conformal import check_alpha, min_num_scores
 from pacevlm.latency.estimator import LatencyEstimator
-from pacevlm.latency.guardrail import GroupBy, Guardrail, group_of
+from pacevlm.latency.guardrail import GroupBy, Guardrail
 from pacevlm.latency.profile import DeviceFacts, Profile, Sample, check_identity
 
 
@@ -90,6 +90,20 @@ def split_samples(samples: Sequence[Sample], calibration_share: float = 0.5, see
     )
 
 
+def split_pictures(samples: Sequence[Sample], seed: int = 0) -> SampleSplit:
+    """Divide samples of self-made pictures so that of every two alike in kind and size one is in each part.
+
+    Both parts then reach from the smallest to the largest picture of every kind.
+    """
+    keys = sorted({_picture_key(sample) for sample in samples})
+    rng = np.random.default_rng(seed)
+    fitted = {keys[place + int(rng.integers(2))] for place in range(0, len(keys) - 1, 2)}
+    return SampleSplit(
+        fit=tuple(sample for sample in samples if _picture_key(sample) in fitted),
+        calibration=tuple(sample for sample in samples if _picture_key(sample) not in fitted),
+    )
+
+
 def fit_latency(
     profile: Profile,
     *,
@@ -119,23 +133,26 @@ def fit_latency(
     alpha = check_alpha(alpha)
     check_identity(profile, model_identity=model_identity, knob_space=knob_space, device=device)
     split = split_samples(profile.samples, calibration_share, seed)
-    fit_part = dataclasses.replace(profile, samples=split.fit)
+    pictures = split_pictures(profile.picture_samples, seed)
+    fit_part = dataclasses.replace(profile, samples=split.fit, picture_samples=pictures.fit)
     if transfer_from is None:
         estimator = LatencyEstimator.fit(fit_part, trained_top_k=trained_top_k, stage2_after=stage2_after)
     else:
         estimator = transfer_from.transfer(fit_part)
-    guardrail = Guardrail.from_samples(estimator, split.calibration, alpha, group_by)
-    measured_ms = np.array([sample.stages.e2e_ms for sample in split.calibration])
-    errors = np.abs(estimator.predict_samples(split.calibration) - measured_ms) / measured_ms
+    estimator = estimator.reaching(profile.all_samples)
+    held_out = split.calibration + pictures.calibration
+    guardrail = Guardrail.from_samples(estimator, held_out, alpha, group_by)
+    measured_ms = np.array([sample.stages.e2e_ms for sample in held_out])
+    errors = np.abs(estimator.predict_samples(held_out) - measured_ms) / measured_ms
     report = FitReport(
-        num_fit=len(split.fit),
-        num_calibration=len(split.calibration),
+        num_fit=len(fit_part.all_samples),
+        num_calibration=len(held_out),
         mape_e2e=float(errors.mean()),
         ape_p50=float(np.quantile(errors, 0.5)),
         ape_p95=float(np.quantile(errors, 0.95)),
         noise_cv=profile.noise_floor.cv,
         alpha=alpha,
-        coverage=_cross_coverage(estimator, split.calibration, alpha, group_by, seed),
+        coverage=_cross_coverage(estimator, held_out, alpha, group_by, seed),
     )
     return LatencyFit(estimator, guardrail, report)
 
@@ -144,11 +161,8 @@ def coverage(guardrail: Guardrail, samples: Sequence[Sample]) -> float:
     """Share of requests whose end-to-end latency keeps its bound, output lengths known; NaN without samples."""
     if not samples:
         return float("nan")
-    predicted_ms = guardrail.estimator.predict_samples(samples)
-    calibration = guardrail.calibrations["e2e"]
-    factors = np.array([calibration.factor(group_of(sample.knobs, guardrail.group_by)) for sample in samples])
     measured_ms = np.array([sample.stages.e2e_ms for sample in samples])
-    return float(np.mean(measured_ms <= predicted_ms * factors))
+    return float(np.mean(measured_ms <= guardrail.bound_samples_ms(samples)))
 
 
 def full_p50_ms(profile: Profile) -> float:
@@ -166,6 +180,10 @@ def full_p50_ms(profile: Profile) -> float:
 
 def _request_key(sample: Sample) -> tuple[int, int]:
     return sample.num_text_tokens, sample.num_pixels
+
+
+def _picture_key(sample: Sample) -> tuple[str, int, int, int]:
+    return sample.picture_kind, sample.num_pixels, sample.num_bytes, sample.num_text_tokens
 
 
 def _cross_coverage(

@@ -7,53 +7,30 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pacevlm.artefact import MAX_MS, Text, check_keys, load_artefact, save_artefact, typed
+from pacevlm.artefact import MAX_COUNT, Text, check_keys, load_artefact, save_artefact, typed
 from pacevlm.errors import ConfigError, KnobError, ProfileError
 from pacevlm.knobs import MAX_VALUE, Knobs, KnobSpace
+from pacevlm.latency.picture_fit import RANGE_TOLERANCE, PictureFit, fit_pictures
 from pacevlm.latency.profile import DeviceFacts, Profile, Sample, check_identity, load_knob_space
-from pacevlm.latency.stage_fit import StageFit, fit_stage
+from pacevlm.latency.stage_fit import StageFit, check_coefficients, fit_stage
+from pacevlm.latency.stage_terms import STAGE_TERMS, WORK_UNITS, measured_stages, stage_terms, terms_of
 from pacevlm.types import BudgetKind, RequestSizes, VisionSizes
 
 ESTIMATOR_SCHEMA_VERSION = 5
 
 Array = NDArray[np.float64]
 
-# What each stage's time is a non-negative sum of. `later_blocks` are the blocks after the latency token's,
-# `whole_blocks` those of them that the prefill runs for every token: all but the last, of which only the prompt's last
-# token is wanted. `experts` counts the experts one token passes through in all blocks.
-STAGE_TERMS: dict[str, tuple[str, ...]] = {
-    "prepare_ms": ("constant", "crops", "pixels"),
-    "stage1_ms": ("constant",),
-    "vision_ms": ("constant", "crops"),
-    "first_block_ms": ("constant", "tokens", "tokens^2"),
-    "prefill_ms": (
-        "constant",
-        "later_blocks",
-        "later_blocks*tokens",
-        "whole_blocks*tokens^2",
-        "whole_blocks*tokens*top_k",
-        "later_blocks*top_k",
-    ),
-    "decode_ms_per_token": ("constant", "blocks", "blocks*context", "experts"),
-    # What passes between the stages: end to end less the sum of the stages.
-    "overhead_ms": ("constant",),
-}
-
-
-# Terms of these grow with the work of a request; the others are what every block or stage costs anyway. A faster or
-# slower device changes the two by different factors.
-WORK_UNITS = ("tokens", "crops", "pixels", "context", "experts")
-
 
 @dataclass(frozen=True, slots=True)
 class StagePrediction:
     """Predicted milliseconds of one request's stages; `decode_ms` is the sum over all tokens after the first."""
 
+    read_ms: float
     prepare_ms: float
     stage1_ms: float
     vision_ms: float
@@ -65,9 +42,8 @@ class StagePrediction:
     @property
     def ttft_ms(self) -> float:
         """Time to the first token, in milliseconds."""
-        return (
-            self.prepare_ms + self.stage1_ms + self.vision_ms + self.first_block_ms + self.prefill_ms + self.overhead_ms
-        )
+        picture_ms = self.read_ms + self.prepare_ms
+        return picture_ms + self.stage1_ms + self.vision_ms + self.first_block_ms + self.prefill_ms + self.overhead_ms
 
     @property
     def e2e_ms(self) -> float:
@@ -75,11 +51,24 @@ class StagePrediction:
         return self.ttft_ms + self.decode_ms
 
 
+class SplitMs(NamedTuple):
+    """Predictions in two parts, because what reading a picture takes scatters otherwise than what the model takes.
+
+    Attributes:
+        picture: reading and preparing, milliseconds.
+        rest: everything else, milliseconds.
+    """
+
+    picture: Array
+    rest: Array
+
+
 @dataclass(frozen=True)
 class LatencyEstimator:
     """Predicts a request's latency from its sizes, knobs and output length.
 
     Every coefficient is non-negative, so a prediction never falls when a knob, a size or the output length grows.
+    Beyond what was profiled (`beyond`) a prediction is a guess on which no bound may rest.
 
     Attributes:
         trained_top_k: experts per token that the model was trained with; blocks before
@@ -87,9 +76,12 @@ class LatencyEstimator:
         stage2_after: number of leading blocks that always run, at `trained_top_k`.
         stages: for every stage of `STAGE_TERMS` its coefficients in milliseconds per unit of each term, and its
             fit quality.
+        pictures: what reading takes, for every kind of picture that was profiled.
+        max_text_tokens: of the longest prompt that was profiled.
 
     Raises:
-        ProfileError: a stage is missing, or a coefficient is negative, not finite or one too many.
+        ProfileError: a stage is missing, there is no kind of picture, or a coefficient is negative, not finite or one
+            too many.
         KnobError: the knob space runs fewer blocks than `stage2_after`.
     """
 
@@ -99,14 +91,18 @@ class LatencyEstimator:
     trained_top_k: int
     stage2_after: int
     stages: Mapping[str, StageFit]
+    pictures: Mapping[str, PictureFit]
+    max_text_tokens: int
     _later_blocks: Array = field(init=False, repr=False, compare=False)
     _whole_blocks: Array = field(init=False, repr=False, compare=False)
     _top_ks: Array = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, value in (("trained_top_k", self.trained_top_k), ("stage2_after", self.stage2_after)):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VALUE:
-                raise ProfileError(f"{name} is {value!r}; it must be a whole number in 1..{MAX_VALUE}")
+        limits = {"trained_top_k": MAX_VALUE, "stage2_after": MAX_VALUE, "max_text_tokens": MAX_COUNT}
+        for name, most in limits.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ProfileError(f"{name} is {value!r}; it must be a whole number in 1..{most}")
         if self.knob_space.num_blocks[0] < self.stage2_after:
             raise KnobError(
                 f"num_blocks {self.knob_space.num_blocks[0]} is below stage2_after {self.stage2_after}, "
@@ -114,12 +110,9 @@ class LatencyEstimator:
             )
         check_keys("the estimator's stages", self.stages, set(STAGE_TERMS))
         for stage, terms in STAGE_TERMS.items():
-            coefficients = np.asarray(self.stages[stage].coefficients)
-            if len(coefficients) != len(terms) or not ((coefficients >= 0) & (coefficients <= MAX_MS)).all():
-                raise ProfileError(
-                    f"stage {stage} has the coefficients {self.stages[stage].coefficients}; "
-                    f"it needs {len(terms)} finite numbers from 0 to {MAX_MS:g}"
-                )
+            check_coefficients(stage, self.stages[stage], terms)
+        if not self.pictures:
+            raise ProfileError("the estimator knows no kind of picture; profile some")
         later_blocks = np.array(self.knob_space.num_blocks, dtype=np.float64) - self.stage2_after
         object.__setattr__(self, "_later_blocks", later_blocks)
         object.__setattr__(self, "_whole_blocks", np.maximum(later_blocks - 1.0, 0.0))
@@ -136,7 +129,7 @@ class LatencyEstimator:
             ProfileError: the profile leaves out the lowest or highest value of a knob or has no decoded token, so
                 that predictions would be extrapolated.
         """
-        samples = profile.samples
+        samples = profile.all_samples
         for name in ("tier", "top_k", "num_blocks"):
             values = profile.knob_space.tiers if name == "tier" else getattr(profile.knob_space, _PLURAL[name])
             measured = {getattr(sample.knobs, name) for sample in samples}
@@ -144,29 +137,63 @@ class LatencyEstimator:
             if missing:
                 raise ProfileError(f"the profile has no sample with {name} {missing}; measure them and fit again")
         _check_decoded(samples)
-        terms = _stage_terms(samples, trained_top_k, stage2_after)
-        measured_ms = _measured_stages(samples)
+        terms = stage_terms(samples, trained_top_k, stage2_after)
+        measured_ms = measured_stages(samples)
         stages = {}
         for stage in STAGE_TERMS:
             # A request with a single output token says nothing about decoding.
             rows = np.isfinite(measured_ms[stage])
             stages[stage] = fit_stage(terms[stage][rows], measured_ms[stage][rows])
-        return cls(profile.model_identity, profile.knob_space, profile.device, trained_top_k, stage2_after, stages)
+        return cls(
+            profile.model_identity,
+            profile.knob_space,
+            profile.device,
+            trained_top_k,
+            stage2_after,
+            stages,
+            fit_pictures(samples),
+            max(sample.num_text_tokens for sample in samples),
+        )
+
+    def reaching(self, samples: Sequence[Sample]) -> LatencyEstimator:
+        """The same, good for requests as large as these too, of the kinds of pictures that it knows."""
+        pictures = {
+            kind: fit.reaching([sample for sample in samples if sample.picture_kind == kind])
+            for kind, fit in self.pictures.items()
+        }
+        longest = max([self.max_text_tokens, *(sample.num_text_tokens for sample in samples)])
+        return replace(self, pictures=pictures, max_text_tokens=longest)
+
+    def beyond(self, sizes: RequestSizes) -> str | None:
+        """Why nothing is promised of such a request: a sentence that names what was not profiled; None if all was."""
+        fit = self.pictures.get(sizes.picture_kind)
+        if fit is None:
+            return f"no {sizes.picture_kind} picture was profiled, only {', '.join(sorted(self.pictures))}"
+        for value, most, what in (
+            (sizes.num_pixels, fit.max_pixels, f"the {sizes.picture_kind} picture has {{:,}} pixels"),
+            (sizes.num_bytes, fit.max_bytes, f"the {sizes.picture_kind} file has {{:,}} bytes"),
+            (sizes.num_text_tokens, self.max_text_tokens, "the prompt has {:,} text tokens"),
+        ):
+            if value > most * (1.0 + RANGE_TOLERANCE):
+                return f"{what.format(value)}, but only up to {most:,} were profiled"
+        return None
 
     def transfer(self, profile: Profile) -> LatencyEstimator:
         """This estimator carried over to the device of another profile of the same model, from as few as 25 samples.
 
         Of every stage two factors are fitted, one for the terms that grow with the work (`WORK_UNITS`) and one for the
-        others, by the same robust non-negative least squares that fits all coefficients otherwise.
+        others, by the same robust non-negative least squares that fits all coefficients otherwise. What reading a
+        picture takes is fitted anew, from the profile's pictures.
 
         Raises:
             IdentityError: the profile is of another model or knob space.
             ProfileError: no sample has more than one output token.
         """
         check_identity(profile, model_identity=self.model_identity, knob_space=self.knob_space)
-        _check_decoded(profile.samples)
-        terms = _stage_terms(profile.samples, self.trained_top_k, self.stage2_after)
-        measured_ms = _measured_stages(profile.samples)
+        _check_decoded(profile.all_samples)
+        samples = profile.all_samples
+        terms = stage_terms(samples, self.trained_top_k, self.stage2_after)
+        measured_ms = measured_stages(samples)
         stages = {}
         for stage, names in STAGE_TERMS.items():
             rows = np.isfinite(measured_ms[stage])
@@ -176,8 +203,12 @@ class LatencyEstimator:
             fit = fit_stage(parts, measured_ms[stage][rows])
             new = old * np.where(is_work, *fit.coefficients)
             stages[stage] = replace(fit, coefficients=tuple(new.tolist()))
-        return LatencyEstimator(
-            self.model_identity, self.knob_space, profile.device, self.trained_top_k, self.stage2_after, stages
+        return replace(
+            self,
+            device=profile.device,
+            stages=stages,
+            pictures=fit_pictures(samples),
+            max_text_tokens=max(sample.num_text_tokens for sample in samples),
         )
 
     def predict(self, sizes: RequestSizes, knobs: Knobs, num_output_tokens: int) -> StagePrediction:
@@ -190,7 +221,7 @@ class LatencyEstimator:
         self.knob_space.index(knobs)
         self._check_requests([sizes], np.array([num_output_tokens]))
         vision = sizes.vision[self.knob_space.tiers.index(knobs.tier)]
-        terms = _terms_of(
+        terms = terms_of(
             crops=np.array([vision.num_crops], dtype=np.float64),
             tokens=np.array([vision.num_image_tokens + sizes.num_text_tokens], dtype=np.float64),
             pixels=np.array([sizes.num_pixels], dtype=np.float64),
@@ -202,20 +233,30 @@ class LatencyEstimator:
         )
         stage_ms = {stage: float((terms[stage] @ self._coefficients(stage))[0]) for stage in STAGE_TERMS}
         decode_ms = stage_ms.pop("decode_ms_per_token") * (num_output_tokens - 1)
-        return StagePrediction(**stage_ms, decode_ms=decode_ms)
+        return StagePrediction(read_ms=self._read_ms(sizes), **stage_ms, decode_ms=decode_ms)
 
     def predict_samples(self, samples: Sequence[Sample], kind: BudgetKind = "e2e") -> Array:
         """Predict measured requests with the knobs and output lengths they had, shape `(samples,)`, milliseconds."""
+        return np.asarray(sum(self.split_samples_ms(samples, kind)))
+
+    def split_samples_ms(self, samples: Sequence[Sample], kind: BudgetKind = "e2e") -> SplitMs:
+        """`predict_samples` in two parts, each of shape `(samples,)`."""
         _check_kind(kind)
-        terms = _stage_terms(samples, self.trained_top_k, self.stage2_after)
-        total_ms = np.zeros(len(samples))
+        terms = stage_terms(samples, self.trained_top_k, self.stage2_after)
+        picture_ms, rest_ms = (
+            np.array([self._read_ms(sample) for sample in samples], np.float64),
+            np.zeros(len(samples)),
+        )
         for stage in STAGE_TERMS:
             stage_ms: Array = terms[stage] @ self._coefficients(stage)
             if stage == "decode_ms_per_token":
                 steps = np.array([sample.num_output_tokens - 1 for sample in samples], dtype=np.float64)
                 stage_ms = stage_ms * steps if kind == "e2e" else np.zeros(len(samples))
-            total_ms += stage_ms
-        return total_ms
+            if stage == "prepare_ms":
+                picture_ms += stage_ms
+            else:
+                rest_ms += stage_ms
+        return SplitMs(picture_ms, rest_ms)
 
     def predict_all(self, sizes: RequestSizes, num_output_tokens: int, kind: BudgetKind = "e2e") -> Array:
         """Predict one request with every configuration, shape `(tiers, top_ks, num_blocks)`, milliseconds.
@@ -238,26 +279,39 @@ class LatencyEstimator:
             ConfigError: `kind` is neither `e2e` nor `ttft`.
             ProfileError: sizes have another number of tiers, or a request has no output token.
         """
+        picture_ms, rest_ms = self.split_many_ms(sizes, num_output_tokens, kind)
+        return np.asarray(picture_ms[..., None, None] + rest_ms)
+
+    def split_many_ms(
+        self, sizes: Sequence[RequestSizes], num_output_tokens: ArrayLike, kind: BudgetKind = "e2e"
+    ) -> SplitMs:
+        """`predict_many` in two parts: the picture's `(batch, tiers)`, the rest's `(batch, tiers, top_ks, num_blocks)`.
+
+        Raises as `predict_many` does.
+        """
         _check_kind(kind)
         output_tokens = np.asarray(num_output_tokens)
         self._check_requests(sizes, output_tokens)
         if not sizes:
-            return np.zeros((0, *self.knob_space.shape))
+            return SplitMs(np.zeros((0, len(self.knob_space.tiers))), np.zeros((0, *self.knob_space.shape)))
         vision = np.array(
             [[(tier.num_crops, tier.num_image_tokens) for tier in request.vision] for request in sizes], np.float64
         )
-        request = np.array([(request.num_text_tokens, request.num_pixels) for request in sizes], np.float64)
+        request = np.array(
+            [(request.num_text_tokens, request.num_pixels, self._read_ms(request)) for request in sizes], np.float64
+        )
         crops, tokens = vision[..., 0], vision[..., 1] + request[:, :1]
+        prepare, vision_fit = self.stages["prepare_ms"].coefficients, self.stages["vision_ms"].coefficients
+        picture_ms = prepare[0] + prepare[1] * crops + prepare[2] * request[:, 1:2] + request[:, 2:]
 
-        # The sum of all stages, collected by how it depends on the two stage-2 knobs:
+        # The sum of all other stages, collected by how it depends on the two stage-2 knobs:
         # fixed + later_blocks * (per_block + per_expert * top_k), and the same again for whole_blocks. Only additions
         # and multiplications of non-negative numbers in a fixed order, so that rounding cannot break the monotony
         # either.
-        prepare, vision_fit = self.stages["prepare_ms"].coefficients, self.stages["vision_ms"].coefficients
         first, prefill = self.stages["first_block_ms"].coefficients, self.stages["prefill_ms"].coefficients
-        constant = prepare[0] + vision_fit[0] + first[0] + prefill[0]
+        constant = vision_fit[0] + first[0] + prefill[0]
         constant += self.stages["stage1_ms"].coefficients[0] + self.stages["overhead_ms"].coefficients[0]
-        fixed = constant + (prepare[1] + vision_fit[1]) * crops + prepare[2] * request[:, 1:]
+        fixed = constant + vision_fit[1] * crops
         fixed += tokens * (first[1] + first[2] * tokens)
         per_block, per_whole_block = prefill[1] + prefill[2] * tokens, prefill[3] * tokens**2
         per_expert, per_whole_expert = np.full_like(tokens, prefill[5]), prefill[4] * tokens
@@ -271,7 +325,7 @@ class LatencyEstimator:
             per_expert += decode[3] * steps
         later = self._later_blocks * _per_top_k(per_block, per_expert, self._top_ks)
         whole = self._whole_blocks * _per_top_k(per_whole_block, per_whole_expert, self._top_ks)
-        return np.asarray(fixed[..., None, None] + (later + whole))
+        return SplitMs(picture_ms, np.asarray(fixed[..., None, None] + (later + whole)))
 
     def check_identity(
         self,
@@ -288,6 +342,9 @@ class LatencyEstimator:
         """SHA-256 of everything the predictions depend on; what was calibrated for one estimator fits no other."""
         content = self._to_dict()
         content["stages"] = {stage: list(self.stages[stage].coefficients) for stage in STAGE_TERMS}
+        content["pictures"] = {
+            kind: [*fit.read.coefficients, fit.max_pixels, fit.max_bytes] for kind, fit in self.pictures.items()
+        }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
@@ -311,14 +368,16 @@ class LatencyEstimator:
         """
         values = load_artefact(path, "latency estimator", ESTIMATOR_SCHEMA_VERSION)
         keys = {"model_identity", "knob_space", "device", "trained_top_k", "stage2_after", "stages"}
+        keys |= {"pictures", "max_text_tokens"}
         try:
             check_keys("an estimator", values, keys)
             check_keys("the estimator's stages", values["stages"], set(STAGE_TERMS))
             typed(Text, values["model_identity"], "model_identity")
             stages = {stage: StageFit.from_dict(values["stages"][stage], terms) for stage, terms in STAGE_TERMS.items()}
+            pictures = {kind: PictureFit.from_dict(fit) for kind, fit in values["pictures"].items()}
             space, facts = load_knob_space(values["knob_space"]), DeviceFacts.from_dict(values["device"])
-            estimator = cls(**{**values, "knob_space": space, "device": facts, "stages": stages})
-        except (ProfileError, KnobError) as error:
+            estimator = cls(**{**values, "knob_space": space, "device": facts, "stages": stages, "pictures": pictures})
+        except (AttributeError, ProfileError, KnobError) as error:
             raise ProfileError(f"the latency estimator at {path} is corrupt: {error}; fit it anew") from error
         estimator.check_identity(model_identity=model_identity, knob_space=knob_space, device=device)
         return estimator
@@ -331,7 +390,15 @@ class LatencyEstimator:
             "trained_top_k": self.trained_top_k,
             "stage2_after": self.stage2_after,
             "stages": {stage: self.stages[stage].to_dict(terms) for stage, terms in STAGE_TERMS.items()},
+            "pictures": {kind: fit.to_dict() for kind, fit in self.pictures.items()},
+            "max_text_tokens": self.max_text_tokens,
         }
+
+    def _read_ms(self, request: RequestSizes | Sample) -> float:
+        """Reading a request's picture; of a kind that was not profiled, as long as the dearest one would take."""
+        fit = self.pictures.get(request.picture_kind)
+        fits = self.pictures.values() if fit is None else (fit,)
+        return max(one.read_ms(request.num_pixels, request.num_bytes) for one in fits)
 
     def _coefficients(self, stage: str) -> Array:
         return np.array(self.stages[stage].coefficients)
@@ -365,81 +432,3 @@ _PLURAL = {"top_k": "top_ks", "num_blocks": "num_blocks"}
 def _check_kind(kind: str) -> None:
     if kind not in ("e2e", "ttft"):
         raise ConfigError(f"budget kind is {kind!r}; use 'e2e' (whole request) or 'ttft' (time to the first token)")
-
-
-def _stage_terms(samples: Sequence[Sample], trained_top_k: int, stage2_after: int) -> dict[str, Array]:
-    """Every stage's terms for measured requests, each of shape `(samples, terms)`."""
-    columns = np.array(
-        [
-            (
-                sample.num_crops,
-                sample.num_prompt_tokens,
-                sample.num_pixels,
-                sample.knobs.top_k,
-                sample.knobs.num_blocks,
-                sample.num_output_tokens - 1,
-            )
-            for sample in samples
-        ],
-        dtype=np.float64,
-    ).reshape(len(samples), 6)
-    crops, tokens, pixels, top_k, num_blocks, steps = columns.T
-    return _terms_of(
-        crops=crops,
-        tokens=tokens,
-        pixels=pixels,
-        top_k=top_k,
-        num_blocks=num_blocks,
-        steps=steps,
-        trained_top_k=trained_top_k,
-        stage2_after=stage2_after,
-    )
-
-
-def _terms_of(
-    *,
-    crops: Array,
-    tokens: Array,
-    pixels: Array,
-    top_k: Array,
-    num_blocks: Array,
-    steps: Array,
-    trained_top_k: int,
-    stage2_after: int,
-) -> dict[str, Array]:
-    """Every stage's terms, each of shape `(n, terms)`, from columns of shape `(n,)`; the order is `STAGE_TERMS`'."""
-    one = np.ones_like(tokens)
-    later = num_blocks - stage2_after
-    whole = np.maximum(later - 1.0, 0.0)
-    # Decode step i attends to the prompt and i generated tokens, i = 1..steps: this is the mean over the steps.
-    context = tokens + 0.5 * (steps + 1.0)
-    columns: dict[str, list[Array]] = {
-        "prepare_ms": [one, crops, pixels],
-        "stage1_ms": [one],
-        "vision_ms": [one, crops],
-        "first_block_ms": [one, tokens, tokens**2],
-        "prefill_ms": [one, later, later * tokens, whole * tokens**2, whole * tokens * top_k, later * top_k],
-        "decode_ms_per_token": [
-            one,
-            num_blocks,
-            num_blocks * context,
-            stage2_after * trained_top_k + later * top_k,
-        ],
-        "overhead_ms": [one],
-    }
-    return {stage: np.stack(stage_columns, axis=1) for stage, stage_columns in columns.items()}
-
-
-def _measured_stages(samples: Sequence[Sample]) -> dict[str, Array]:
-    """Every stage's measured milliseconds, each of shape `(samples,)`; NaN where a request never decoded."""
-    measured: dict[str, list[float]] = {stage: [] for stage in STAGE_TERMS}
-    for sample in samples:
-        times = sample.stages
-        parts_ms = (times.prepare_ms, times.stage1_ms, times.vision_ms, times.first_block_ms, times.prefill_ms)
-        for stage, part_ms in zip(STAGE_TERMS, parts_ms, strict=False):
-            measured[stage].append(part_ms)
-        decode_ms = sum(times.decode_ms)
-        # The mean, not the median: it is the sum over the steps that a budget pays for.
-        measured["decode_ms_per_token"].append(decode_ms / len(times.decode_ms) if times.decode_ms else np.nan)
-        measured["overhead_ms"].append(max(times.e2e_ms - sum(parts_ms) - decode_ms, 0.0))
-    return {stage: np.array(values) for stage, values in measured.items()}

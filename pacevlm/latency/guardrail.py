@@ -23,6 +23,10 @@ GUARDRAIL_SCHEMA_VERSION = 2
 # No request takes a hundredth of its prediction; one that a machine pauses may take thousands of times as long.
 MIN_LOG_MARGIN, MAX_LOG_MARGIN = math.log(1e-2), math.log(1e4)
 
+# What the picture's part is calibrated on. In small pictures it takes a millisecond, which a pause of the machine makes
+# many times as much; it would say nothing of large ones.
+LARGE_PIXELS = 1_000_000
+
 GroupBy = Literal["none", "tier", "top_k", "num_blocks", "knobs"]
 
 Array = NDArray[np.float64]
@@ -156,18 +160,27 @@ class _Stored(TypedDict):
     estimator_fingerprint: Text
     group_by: GroupBy
     calibrations: dict[BudgetKind, Calibration]
+    picture: Calibration
 
 
 @dataclass(frozen=True)
 class Guardrail:
     """Calibrated upper bounds of one estimator, and the masks that they make.
 
+    A bound is a sum: what reading and preparing the picture is predicted to take, times one factor, and what the rest
+    is predicted to take, times a factor for the knobs. The first comes from the profile, which times large pictures of
+    all kinds; the others may be calibrated again on requests with any pictures, because what a picture takes beyond its
+    own bound counts there. So a request like those that calibrated the rest exceeds its bound with probability at most
+    alpha, and one whose picture is only like the profile's large ones with at most twice alpha. Beyond what was
+    profiled every bound is infinite.
+
     Bounds never fall when a knob grows: where the calibration of groups would let a cheaper configuration have the
     higher bound, the dearer one gets it too. So whatever is cheaper than a feasible configuration is feasible.
 
     Attributes:
         group_by: which knobs share a calibration.
-        calibrations: one per budget kind that can be asked for.
+        calibrations: of the rest, one per budget kind that can be asked for.
+        picture: of reading and preparing, one group.
 
     Raises:
         ConfigError: the grouping or a budget kind is unknown.
@@ -177,6 +190,7 @@ class Guardrail:
     estimator: LatencyEstimator
     group_by: GroupBy
     calibrations: Mapping[BudgetKind, Calibration]
+    picture: Calibration
     _factors: dict[str, Array] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -196,25 +210,51 @@ class Guardrail:
 
     @classmethod
     def from_samples(
-        cls, estimator: LatencyEstimator, samples: Sequence[Sample], alpha: float, group_by: GroupBy = "tier"
+        cls,
+        estimator: LatencyEstimator,
+        samples: Sequence[Sample],
+        alpha: float,
+        group_by: GroupBy = "tier",
+        picture: Calibration | None = None,
     ) -> Guardrail:
         """Calibrate both budget kinds on measured requests that the estimator was not fitted to.
 
+        Args:
+            picture: how far reading and preparing were bounded before; calibrated on the same samples if None.
+
         Raises as `calibrate` does.
         """
+        predicted_ms = estimator.split_samples_ms(samples).picture
+        picture_ms = np.array([sample.stages.read_ms + sample.stages.prepare_ms for sample in samples])
+        if picture is None:
+            pixels = np.array([sample.num_pixels for sample in samples])
+            num_large = max(int(np.sum(pixels > LARGE_PIXELS)), min_num_scores(check_alpha(alpha)))
+            large = np.argsort(-pixels, kind="stable")[:num_large]
+            picture = calibrate(predicted_ms[large], picture_ms[large], ["all"] * len(large), alpha)
+        # What exceeds the picture's own bound has to fit the rest's.
+        covered_ms = np.minimum(picture_ms, predicted_ms * picture.factor("all"))
         groups = [group_of(sample.knobs, group_by) for sample in samples]
         measured_ms: dict[BudgetKind, list[float]] = {
             "e2e": [sample.stages.e2e_ms for sample in samples],
             "ttft": [sample.stages.ttft_ms for sample in samples],
         }
         calibrations = {
-            kind: calibrate(estimator.predict_samples(samples, kind), measured, groups, alpha)
+            kind: calibrate(estimator.split_samples_ms(samples, kind).rest, measured - covered_ms, groups, alpha)
             for kind, measured in measured_ms.items()
         }
-        return cls(estimator, group_by, calibrations)
+        return cls(estimator, group_by, calibrations, picture)
+
+    def bound_samples_ms(self, samples: Sequence[Sample], kind: BudgetKind = "e2e") -> Array:
+        """Bound measured requests with the knobs and output lengths they had, `(samples,)`, each by its own groups."""
+        picture_ms, rest_ms = self.estimator.split_samples_ms(samples, kind)
+        calibration = self._calibration(kind)
+        factors = np.array([calibration.factor(group_of(sample.knobs, self.group_by)) for sample in samples])
+        return np.asarray(picture_ms * self.picture.factor("all") + rest_ms * factors)
 
     def upper_bounds_ms(self, sizes: RequestSizes, num_output_tokens_upper: int, kind: BudgetKind = "e2e") -> Array:
         """Bound one request's latency under every configuration, shape `(tiers, top_ks, num_blocks)`, milliseconds.
+
+        All are infinite for a request beyond what was profiled; `LatencyEstimator.beyond` says what of it is.
 
         Args:
             num_output_tokens_upper: bound on the output tokens, for example from `OutputLengthModel.upper`. If it is
@@ -231,13 +271,18 @@ class Guardrail:
         self, sizes: Sequence[RequestSizes], num_output_tokens_upper: ArrayLike, kind: BudgetKind = "e2e"
     ) -> Array:
         """Bound several requests, shape `(batch, tiers, top_ks, num_blocks)`; raises as `upper_bounds_ms` does."""
-        bounds_ms = self.estimator.predict_many(sizes, num_output_tokens_upper, kind)
-        if kind not in self._factors:
-            raise ProfileError(f"this guardrail is calibrated for {sorted(self._factors)}, not for {kind!r} budgets")
-        bounds_ms *= self._factors[kind]
+        picture_ms, rest_ms = self.estimator.split_many_ms(sizes, num_output_tokens_upper, kind)
+        self._calibration(kind)
+        bounds_ms = (picture_ms * self.picture.factor("all"))[..., None, None] + rest_ms * self._factors[kind]
         for axis in (1, 2, 3):
             bounds_ms = np.maximum.accumulate(bounds_ms, axis=axis)
-        return bounds_ms
+        bounds_ms[[self.estimator.beyond(request) is not None for request in sizes]] = np.inf
+        return np.asarray(bounds_ms)
+
+    def _calibration(self, kind: BudgetKind) -> Calibration:
+        if kind not in self.calibrations:
+            raise ProfileError(f"this guardrail is calibrated for {sorted(self._factors)}, not for {kind!r} budgets")
+        return self.calibrations[kind]
 
     def feasible_mask(
         self, sizes: RequestSizes, budget_ms: float, num_output_tokens_upper: int, kind: BudgetKind = "e2e"
@@ -277,6 +322,7 @@ class Guardrail:
             "estimator_fingerprint": self.estimator.fingerprint,
             "group_by": self.group_by,
             "calibrations": {kind: calibration.to_dict() for kind, calibration in self.calibrations.items()},
+            "picture": self.picture.to_dict(),
         }
         save_artefact(path, "latency guardrail", GUARDRAIL_SCHEMA_VERSION, content)
 
@@ -292,7 +338,7 @@ class Guardrail:
         try:
             stored = typed(_Stored, values, "a guardrail")
             check_identity(estimator, model_identity=stored["model_identity"], knob_space=stored["knob_space"])
-            guardrail = cls(estimator, stored["group_by"], stored["calibrations"])
+            guardrail = cls(estimator, stored["group_by"], stored["calibrations"], stored["picture"])
         except (ConfigError, ProfileError) as error:
             raise ProfileError(f"the latency guardrail at {path} is corrupt: {error}; calibrate anew") from error
         if stored["estimator_fingerprint"] != estimator.fingerprint:

@@ -152,10 +152,12 @@ class Sample:
         num_text_tokens: tokens of the prompt that are not image tokens, the first (BOS) included.
         num_pixels: pixels of the image as given.
         num_output_tokens: tokens generated, at least 1; the first comes from the prefill.
+        picture_kind: what reading the picture costs depends on; see `Picture.kind`.
+        num_bytes: of the picture's file; 0 for what is in memory.
 
     Raises:
-        ProfileError: a size is out of range, a time is negative or not finite, or the number of decode times is not
-            `num_output_tokens - 1`.
+        ProfileError: the kind is no text, a size is out of range, a time is negative or not finite, or the number of
+            decode times is not `num_output_tokens - 1`.
     """
 
     knobs: Knobs
@@ -165,9 +167,14 @@ class Sample:
     num_pixels: int
     num_output_tokens: int
     stages: StageTimes
+    picture_kind: str = "memory"
+    num_bytes: int = 0
 
     def __post_init__(self) -> None:
-        minimum = {"num_crops": 0, "num_image_tokens": 0, "num_text_tokens": 0, "num_pixels": 0, "num_output_tokens": 1}
+        if not isinstance(self.picture_kind, str) or not self.picture_kind:
+            raise ProfileError(f"a sample's picture_kind is {self.picture_kind!r}; it must name a kind of picture")
+        minimum = dict.fromkeys(("num_crops", "num_image_tokens", "num_text_tokens", "num_pixels", "num_bytes"), 0)
+        minimum["num_output_tokens"] = 1
         for name, least in minimum.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_COUNT:
@@ -250,9 +257,11 @@ class Profile:
 
     Attributes:
         model_identity: names the exact weights, for example a checkpoint's digest.
+        samples: of the data set's requests.
+        picture_samples: of self-made pictures of all kinds and sizes, with questions of all lengths.
 
     Raises:
-        ProfileError: there are no samples, or a sample's knobs are not in the knob space.
+        ProfileError: there are no samples of the data set, or a sample's knobs are not in the knob space.
     """
 
     model_identity: str
@@ -260,16 +269,23 @@ class Profile:
     device: DeviceFacts
     samples: tuple[Sample, ...]
     noise_floor: NoiseFloor
+    picture_samples: tuple[Sample, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "samples", tuple(self.samples))
+        object.__setattr__(self, "picture_samples", tuple(self.picture_samples))
         if not self.model_identity or not isinstance(self.model_identity, str):
             raise ProfileError(f"model_identity is {self.model_identity!r}; it must be text that names the weights")
         if not self.samples:
             raise ProfileError("a profile needs at least one sample")
-        outside = sorted({str(sample.knobs) for sample in self.samples if sample.knobs not in self.knob_space})
+        outside = sorted({str(sample.knobs) for sample in self.all_samples if sample.knobs not in self.knob_space})
         if outside:
             raise ProfileError(f"samples have knobs outside the profile's knob space: {', '.join(outside[:5])}")
+
+    @property
+    def all_samples(self) -> tuple[Sample, ...]:
+        """Those of the data set, then those of self-made pictures."""
+        return self.samples + self.picture_samples
 
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON; raises StorageError if that fails."""
@@ -279,6 +295,7 @@ class Profile:
             "device": self.device.to_dict(),
             "noise_floor": self.noise_floor.to_dict(),
             "samples": [sample.to_dict() for sample in self.samples],
+            "picture_samples": [sample.to_dict() for sample in self.picture_samples],
         }
         save_artefact(path, "profile", PROFILE_SCHEMA_VERSION, content)
 
@@ -301,6 +318,7 @@ class _Measured(TypedDict):
     knob_space: KnobSpace
     device: DeviceFacts
     samples: tuple[Sample, ...]
+    picture_samples: tuple[Sample, ...]
 
 
 class HasIdentity(Protocol):

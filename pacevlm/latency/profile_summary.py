@@ -13,7 +13,7 @@ from pacevlm.latency.profile import Profile, Sample
 from pacevlm.latency.profiler import noisy_windows
 from pacevlm.types import StageTimes
 
-STAGES = ("prepare_ms", "stage1_ms", "vision_ms", "first_block_ms", "prefill_ms", "decode_ms")
+STAGES = ("read_ms", "prepare_ms", "stage1_ms", "vision_ms", "first_block_ms", "prefill_ms", "decode_ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,9 @@ def stage_sums_ms(times: StageTimes) -> dict[str, float]:
 
 def summarise_profile(profile: Profile) -> ProfileSummary:
     """Summarise a profile."""
-    ratios = np.array([sum(stage_sums_ms(sample.stages).values()) / sample.stages.e2e_ms for sample in profile.samples])
+    ratios = np.array(
+        [sum(stage_sums_ms(sample.stages).values()) / sample.stages.e2e_ms for sample in profile.all_samples]
+    )
     return ProfileSummary(
         full_ms=_percentiles_ms(profile.samples, profile.knob_space.full),
         cheapest_ms=_percentiles_ms(profile.samples, profile.knob_space.cheapest),

@@ -57,6 +57,14 @@ class MeasuredRequest(Protocol):
         """Pixels of the image as given."""
 
     @property
+    def picture_kind(self) -> str:
+        """What reading the picture costs depends on."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the picture's file; 0 for what is in memory."""
+
+    @property
     def num_output_tokens(self) -> int:
         """Tokens generated, end-of-text included."""
 
@@ -75,7 +83,9 @@ class ProfilerSettings:
     """How much is measured, and how.
 
     Attributes:
-        num_requests: requests to draw from; they are numbered from 0, and number 0 is the reference.
+        num_requests: the data set's requests to draw from; they are numbered from 0, and number 0 is the reference.
+        num_pictures: requests with self-made pictures, numbered behind those.
+        samples_per_picture: distinct knobs to measure each of them with, neither the cheapest nor the full ones.
         num_samples: distinct (request, knobs) to measure; all of them where there are no more.
         repeats: measurements of each.
         reference_every: measurements between two runs of the reference request.
@@ -92,6 +102,8 @@ class ProfilerSettings:
     """
 
     num_requests: int = 64
+    num_pictures: int = 0
+    samples_per_picture: int = 3
     num_samples: int = 400
     repeats: int = 2
     reference_every: int = 20
@@ -104,6 +116,8 @@ class ProfilerSettings:
     def __post_init__(self) -> None:
         minimum = {
             "num_requests": 1,
+            "num_pictures": 0,
+            "samples_per_picture": 1,
             "num_samples": 2,
             "repeats": 1,
             "reference_every": 1,
@@ -162,7 +176,8 @@ def plan_workload(space: KnobSpace, settings: ProfilerSettings) -> Workload:
 
     A tenth of the points has the cheapest configuration and a tenth the full one, so both ends of every knob are
     always there. The rest fills knobs × requests × output lengths evenly. Every point comes `repeats` times, at random
-    times of the run, so that slow drifts of the machine hit all configurations alike.
+    times of the run, so that slow drifts of the machine hit all configurations alike. Self-made pictures come among
+    them, with knobs and output lengths drawn at random.
 
     Method: additive recurrence with a random start (Roberts, "The Unreasonable Effectiveness of Quasirandom
     Sequences", 2018), kept to distinct points.
@@ -188,6 +203,11 @@ def plan_workload(space: KnobSpace, settings: ProfilerSettings) -> Workload:
         knobs = Knobs(space.tiers[tier], space.top_ks[top_k], space.num_blocks[num_blocks])
         points.setdefault((request, knobs), _length(knobs, space, place[4], settings))
     ordered = [Measurement(*point, length) for point, length in points.items()] * settings.repeats
+    inner = [knobs for knobs in space if knobs not in (space.cheapest, space.full)] or list(space)
+    num_knobs = min(settings.samples_per_picture, len(inner))
+    for picture in range(settings.num_requests, settings.num_requests + settings.num_pictures):
+        for i in rng.permutation(len(inner))[:num_knobs]:
+            ordered.append(Measurement(picture, inner[i], _length(inner[i], space, rng.random(), settings)))
     shuffled = [ordered[i] for i in rng.permutation(len(ordered))]
     reference = Measurement(0, space.full, is_reference=True)
     schedule = [reference]
@@ -257,11 +277,13 @@ def profile_requests(
             for place, sample in zip(again, session.measure([workload.schedule[i] for i in again]), strict=True):
                 samples[place] = sample
     entries = list(zip(workload.schedule, samples, strict=True))
+    measured = [(entry.request < settings.num_requests, sample) for entry, sample in entries if not entry.is_reference]
     profile = Profile(
         model_identity=model_identity,
         knob_space=space,
         device=facts,
-        samples=tuple(sample for entry, sample in entries if not entry.is_reference),
+        samples=tuple(sample for is_of_data, sample in measured if is_of_data),
+        picture_samples=tuple(sample for is_of_data, sample in measured if not is_of_data),
         noise_floor=NoiseFloor(
             workload.reference.knobs, tuple(sample.stages.e2e_ms for entry, sample in entries if entry.is_reference)
         ),
@@ -391,4 +413,6 @@ def sample_of(result: MeasuredRequest) -> Sample:
         num_pixels=result.num_pixels,
         num_output_tokens=result.num_output_tokens,
         stages=result.times,
+        picture_kind=result.picture_kind,
+        num_bytes=result.num_bytes,
     )

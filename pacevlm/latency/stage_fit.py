@@ -66,6 +66,15 @@ class StageFit:
         return fit
 
 
+def check_coefficients(stage: str, fit: StageFit, terms: Sequence[str]) -> None:
+    """Raise ProfileError unless there is one finite, non-negative coefficient for every term."""
+    coefficients = np.asarray(fit.coefficients)
+    if len(coefficients) != len(terms) or not np.isfinite(coefficients).all() or (coefficients < 0).any():
+        raise ProfileError(
+            f"stage {stage} has the coefficients {fit.coefficients}; it needs {len(terms)} finite numbers from 0"
+        )
+
+
 def fit_stage(terms: Array, measured_ms: Array) -> StageFit:
     """Fit non-negative coefficients to the relative error of a stage's time.
 

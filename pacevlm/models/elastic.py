@@ -26,7 +26,7 @@ from pacevlm.models.decoder import ElasticDecoder
 from pacevlm.models.embedded import EMBEDDED_DIR
 from pacevlm.models.stage_clock import StageClock
 from pacevlm.models.static_decode import StaticDecode
-from pacevlm.types import RequestSizes, StageTimes
+from pacevlm.types import RequestSizes, StageTimes, VisionSizes
 
 ELASTIC_FILE = "elastic.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -69,6 +69,8 @@ class RequestResult:
     num_image_tokens: int
     num_text_tokens: int
     num_pixels: int
+    picture_kind: str
+    num_bytes: int
     num_output_tokens: int
     times: StageTimes
 
@@ -228,9 +230,13 @@ class ElasticModel:
             picture_config=picture_config,
         )
 
+    def _vision(self, picture: Picture) -> tuple[VisionSizes, ...]:
+        """What every tier makes of a picture; raises ImageError for a shape that the model cannot take."""
+        limits = self.max_crops.values()
+        return tuple(self.adapter.vision_sizes(picture.height, picture.width, limit) for limit in limits)
+
     def _sizes(self, picture: Picture, prompt: Prompt, max_new_tokens: int) -> RequestSizes:
-        height, width = picture.height, picture.width
-        vision = tuple(self.adapter.vision_sizes(height, width, limit) for limit in self.max_crops.values())
+        vision = self._vision(picture)
         # The largest tier counts, so that the choice of tier never decides whether a question is accepted.
         num_image_tokens = max(sizes.num_image_tokens for sizes in vision)
         if prompt.num_text_tokens + num_image_tokens + max_new_tokens > self.adapter.max_positions:
@@ -242,7 +248,7 @@ class ElasticModel:
         return RequestSizes(
             vision=vision,
             num_text_tokens=prompt.num_text_tokens,
-            num_pixels=height * width,
+            num_pixels=picture.height * picture.width,
             picture_kind=picture.kind,
             num_bytes=picture.num_bytes,
         )
@@ -256,24 +262,19 @@ class ElasticModel:
         picture = open_picture(image, self.picture_config)
         return self._view(picture, self.adapter.encode_question(question), self.max_new_tokens)
 
-    def capture_decode(self, num_text_tokens: int = 128) -> None:
-        """Capture the CUDA graphs of all knobs now, so that no request waits for one; does nothing on a CPU.
-
-        Args:
-            num_text_tokens: text that prompts may have beside the largest image; longer ones capture theirs when they
-                come.
-        """
-        static = self.decoder.static
-        if static is None:
-            return
+    @property
+    def max_image_tokens(self) -> int:
+        """Image tokens of the largest pictures at the dearest tier."""
         crops = max(self.max_crops.values())
-        image_tokens = max(
-            self.adapter.vision_sizes(height, width, crops).num_image_tokens
-            for height, width in ((4096, 4096), (2048, 8192), (8192, 2048))
-        )
-        pairs = list(itertools.product(self.knob_space.top_ks, self.knob_space.num_blocks))
-        most = image_tokens + num_text_tokens + self.max_new_tokens
-        static.capture_all(pairs, min(most, static.max_positions))
+        shapes = ((4096, 4096), (2048, 8192), (8192, 2048))
+        return max(self.adapter.vision_sizes(*shape, crops).num_image_tokens for shape in shapes)
+
+    def capture_decode(self) -> None:
+        """Capture the CUDA graphs of all knobs and lengths, so that no request waits for one; nothing on a CPU."""
+        static = self.decoder.static
+        if static is not None:
+            pairs = list(itertools.product(self.knob_space.top_ks, self.knob_space.num_blocks))
+            static.capture_all(pairs, static.max_positions)
 
     def synchronise(self) -> None:
         """Wait until the device has finished what it was given."""
@@ -291,7 +292,7 @@ class ElasticModel:
         max_new_tokens: int | None = None,
         num_output_tokens: int | None = None,
     ) -> RequestResult:
-        """Answer one question at batch 1, timing every stage in the one run.
+        """Answer one question at batch 1, timing every stage in the one run, from the source given to the answer.
 
         Args:
             image: path, bytes, PIL image or array.
@@ -314,8 +315,10 @@ class ElasticModel:
             limit = _whole("num_output_tokens", num_output_tokens)
         clock = StageClock(self.device)
         picture = open_picture(image, self.picture_config)
+        self._vision(picture)  # refuses what the model cannot take before anything is decoded
         pixels = picture.decode()
         picture = replace(picture, source=pixels)
+        clock.mark()
         prompt = self.adapter.encode_question(question)
         clock.mark()
         tier = choose_tier(self._view(picture, prompt, limit))
@@ -345,12 +348,13 @@ class ElasticModel:
         answer = self.adapter.decode(generated[0])
         spans, e2e_ms = clock.finish()
         times = StageTimes(
-            prepare_ms=spans[0] + spans[2],
-            stage1_ms=spans[1],
-            vision_ms=spans[3],
-            first_block_ms=spans[4],
-            prefill_ms=spans[5],
-            decode_ms=tuple(spans[6:]),
+            read_ms=spans[0],
+            prepare_ms=spans[1] + spans[3],
+            stage1_ms=spans[2],
+            vision_ms=spans[4],
+            first_block_ms=spans[5],
+            prefill_ms=spans[6],
+            decode_ms=tuple(spans[7:]),
             e2e_ms=e2e_ms,
         )
         return RequestResult(
@@ -360,7 +364,9 @@ class ElasticModel:
             num_crops=prepared.vision_sizes.num_crops,
             num_image_tokens=prepared.vision_sizes.num_image_tokens,
             num_text_tokens=prepared.num_text_tokens,
-            num_pixels=pixels.width * pixels.height,
+            num_pixels=picture.width * picture.height,
+            picture_kind=picture.kind,
+            num_bytes=picture.num_bytes,
             num_output_tokens=len(generated[0]),
             times=times,
         )

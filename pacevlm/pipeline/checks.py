@@ -14,7 +14,7 @@ from pacevlm.latency.output_length import min_num_lengths
 from pacevlm.latency.profile import Sample
 from pacevlm.latency.profiler import Measurement, ProfilerSettings, plan_workload
 from pacevlm.pipeline.context import RunContext
-from pacevlm.pipeline.steps import NUM_TRANSFER
+from pacevlm.pipeline.steps import num_transferred
 from pacevlm.types import RequestSizes, StageTimes
 
 
@@ -93,12 +93,11 @@ def _check_profile(run: RunContext) -> None:
     """Divide the requests to be timed as the fit will, and see whether each part is large enough."""
     config, space = run.config.profile, run.model.knob_space
     needed = min_num_scores(config.alpha)
-    num_samples, repeats, share = config.num_samples, config.repeats, 0.5
+    num_samples, repeats = config.num_samples, config.repeats
     if config.source is not None:
         if not config.transfer:
             return  # is fitted at once
-        num_samples, repeats = NUM_TRANSFER + 2 * needed, 1
-        share = 1 - NUM_TRANSFER / num_samples
+        num_samples, repeats = num_transferred(config.alpha), 1
     examples = run.splits.train[: config.num_requests]
     settings = ProfilerSettings(len(examples), num_samples, repeats, seed=config.seed)
     sizes = [run.model.view(example.source, example.question).sizes for example in examples]
@@ -107,7 +106,7 @@ def _check_profile(run: RunContext) -> None:
     advice = "give more of profile.num_requests and profile.num_samples, a larger profile.alpha, or pictures and "
     advice += "questions of more different sizes"
     try:
-        split = split_samples(samples, share, config.seed)
+        split = split_samples(samples, seed=config.seed)
     except ProfileError as error:
         raise DataError(f"the profile cannot be fitted: {error}; {advice}") from error
     if len(split.calibration) < needed:
@@ -134,5 +133,5 @@ def _planned(entry: Measurement, sizes: RequestSizes, space: KnobSpace) -> Sampl
         num_text_tokens=sizes.num_text_tokens,
         num_pixels=sizes.num_pixels,
         num_output_tokens=1,
-        stages=StageTimes(1.0, 0.0, 0.0, 0.0, 0.0, (), 1.0),
+        stages=StageTimes(0.0, 1.0, 0.0, 0.0, 0.0, 0.0, (), 1.0),
     )

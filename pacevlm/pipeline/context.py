@@ -184,7 +184,14 @@ class RunContext:
         """
         pacing, full = self.pacing(PROFILE_GUARDRAIL_NAME), (-1, -1, -1)
         views = [self.engine.view(example) for example in self.splits.train[:NUM_BOUNDED]]
-        return float(np.median([pacing.upper_bounds_ms(view)[full] for view in views]))
+        bounds_ms = np.array([pacing.upper_bounds_ms(view)[full] for view in views])
+        promised_ms = bounds_ms[np.isfinite(bounds_ms)]
+        if not len(promised_ms):
+            why = pacing.guardrail.estimator.beyond(views[0].sizes)
+            raise DataError(
+                f"no training question is within what was profiled: {why}; profile anew with requests like it"
+            )
+        return float(np.median(promised_ms))
 
     @cached_property
     def source_identity(self) -> str | None:

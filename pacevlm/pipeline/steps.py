@@ -26,7 +26,7 @@ from pacevlm.latency.measuring import use_num_threads, without_garbage_collectio
 from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.latency.profile import DeviceFacts, Profile, Sample, check_identity, collect_device_facts
 from pacevlm.latency.profile_summary import summarise_profile
-from pacevlm.latency.profiler import ProfilerSettings, profile_requests, sample_of
+from pacevlm.latency.profiler import ProfilerSettings, sample_of
 from pacevlm.pacer import Pacer
 from pacevlm.partial import PartialFile
 from pacevlm.pipeline.artefacts import (
@@ -45,7 +45,7 @@ from pacevlm.pipeline.artefacts import (
 from pacevlm.pipeline.context import RunContext, saying_how_to_go_on
 from pacevlm.pipeline.outputs import write_outputs
 from pacevlm.pipeline.step_log import StepLog
-from pacevlm.rollout.profiling import profiling_run
+from pacevlm.rollout.profiling import measure_profile
 from pacevlm.rollout.request import PacedResult, run_with_policy
 from pacevlm.training.checkpoint import load_checkpoint
 from pacevlm.training.metrics_log import read_metrics
@@ -66,7 +66,7 @@ def profile_step(run: RunContext) -> dict[str, Any]:
         _measure_profile(run, config.num_samples, config.repeats)
     elif config.transfer:
         _fit_source(run)  # before anything is measured, or it may turn out to fit nothing here
-        _measure_profile(run, _num_transferred(config.alpha), 1)
+        _measure_profile(run, num_transferred(config.alpha), 1)
     else:
         profile = Profile.load(config.source)
         check_identity(
@@ -83,7 +83,6 @@ def fit_profile(run: RunContext) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if config.transfer:
         settings["transfer_from"] = _fit_source(run)
-        settings["calibration_share"] = 1 - NUM_TRANSFER / _num_transferred(config.alpha)
     fit = fit_latency(
         profile,
         alpha=config.alpha,
@@ -127,14 +126,15 @@ def _fit_source(run: RunContext) -> LatencyEstimator:
     return LatencyEstimator.fit(source, trained_top_k=model.trained_top_k, stage2_after=model.stage2_after)
 
 
-def _num_transferred(alpha: float) -> int:
-    # As many for the bounds as these need at least, twice over; the few others carry the estimator over.
-    return NUM_TRANSFER + 2 * min_num_scores(alpha)
+def num_transferred(alpha: float) -> int:
+    """Requests that are timed to carry an estimator over to this device."""
+    # As many to carry the estimator over as that needs at least, and as many for the bounds.
+    return 2 * max(NUM_TRANSFER, min_num_scores(alpha))
 
 
 def _measure_profile(run: RunContext, num_samples: int, repeats: int) -> None:
     config, model, train = run.config.profile, run.model, run.splits.train
-    requests = [(example.image, example.question) for example in train[: config.num_requests]]
+    requests = [(example.source, example.question) for example in train[: config.num_requests]]
     settings = ProfilerSettings(
         num_requests=len(requests),
         num_samples=num_samples,
@@ -146,13 +146,13 @@ def _measure_profile(run: RunContext, num_samples: int, repeats: int) -> None:
     )
     # The controller that will be trained, as far as its cost goes.
     stand_in = ControllerConfig(reference_ms=1.0, embedding_scale=1.0, **config_to_dict(run.config.controller))
-    profile_requests(
-        profiling_run(model, requests, stand_in),
-        model.knob_space,
+    measure_profile(
+        model,
+        requests,
         settings,
-        model_identity=model.identity,
-        device=model.device,
-        dtype=model.dtype,
+        max_pixels=round(1e6 * config.max_megapixels),
+        alpha=config.alpha,
+        controller_config=stand_in,
         path=run.run_dir / PROFILE_NAME,
         keep_partial=True,
         progress=lambda state: run.reporter.progress("timed requests", state.num_done, state.num_total),
@@ -289,7 +289,7 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
 
     def run_one(number: int) -> PacedResult:
         example = run.splits.val[int(order[number % len(order)])]
-        return run_with_policy(model, policy, example.image, example.question, float(budgets_ms[number]), pacing)
+        return run_with_policy(model, policy, example.source, example.question, float(budgets_ms[number]), pacing)
 
     model.capture_decode()
     with use_num_threads(profile_config.num_threads):
@@ -334,7 +334,8 @@ def recalibrate(guardrail: Guardrail, samples: Sequence[Sample], alpha: float) -
     Raises:
         ProfileError: all samples together are too few for this alpha.
     """
-    fresh = Guardrail.from_samples(guardrail.estimator, samples, alpha, guardrail.group_by)
+    # Pictures keep the profile's bounds, which were calibrated on all kinds and sizes.
+    fresh = Guardrail.from_samples(guardrail.estimator, samples, alpha, guardrail.group_by, guardrail.picture)
     calibrations: dict[BudgetKind, Calibration] = {}
     for kind, new in fresh.calibrations.items():
         old = guardrail.calibrations.get(kind)
@@ -342,7 +343,7 @@ def recalibrate(guardrail: Guardrail, samples: Sequence[Sample], alpha: float) -
         # and with it, since bounds never fall, everything dearer.
         kept = {} if old is None else dict(old.log_margins)
         calibrations[kind] = dataclasses.replace(new, log_margins=kept | dict(new.log_margins))
-    return Guardrail(guardrail.estimator, guardrail.group_by, calibrations)
+    return Guardrail(guardrail.estimator, guardrail.group_by, calibrations, guardrail.picture)
 
 
 def evaluate_step(run: RunContext) -> dict[str, Any]:

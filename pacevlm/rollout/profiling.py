@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import itertools
+import math
+import os
+import sys
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
 from pacevlm.controller.policy_interface import PolicyInput
-from pacevlm.errors import ProfileError
-from pacevlm.images import ImageSource
+from pacevlm.errors import ProfileError, QuestionError
+from pacevlm.images import ImageSource, open_picture
 from pacevlm.knobs import Knobs
-from pacevlm.latency.estimator import STAGE_TERMS, LatencyEstimator
+from pacevlm.latency.conformal import min_num_scores
+from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
 from pacevlm.latency.output_length import OutputLengthModel
-from pacevlm.latency.profile import collect_device_facts
+from pacevlm.latency.picture_fit import READ_TERMS, PictureFit
+from pacevlm.latency.profile import Profile, collect_device_facts
+from pacevlm.latency.profiler import ProfileProgress, ProfilerSettings, profile_requests
+from pacevlm.latency.sample_pictures import make_sample_pictures
 from pacevlm.latency.stage_fit import StageFit
+from pacevlm.latency.stage_terms import STAGE_TERMS
 from pacevlm.models.elastic import ElasticModel, RequestResult
 from pacevlm.rollout.request import Pacing, run_with_policy
 
@@ -46,8 +56,13 @@ class ForcedPolicy:
         return self.knobs.top_k, self.knobs.num_blocks
 
 
-def nominal_pacing(model: ElasticModel) -> Pacing:
-    """A guardrail with made-up coefficients, for timing only: what it costs does not depend on what it says."""
+def nominal_pacing(model: ElasticModel, picture_kinds: Collection[str] = ("memory",)) -> Pacing:
+    """A guardrail with made-up coefficients, for timing only: what it costs does not depend on what it says.
+
+    Args:
+        picture_kinds: of the requests; their sizes are unlimited.
+    """
+    read = StageFit((1e-9,) * len(READ_TERMS), 1, 0, 0.0, 0.0)
     stages = {stage: StageFit((1e-9,) * len(terms), 1, 0, 0.0, 0.0) for stage, terms in STAGE_TERMS.items()}
     estimator = LatencyEstimator(
         model_identity=model.identity,
@@ -56,6 +71,8 @@ def nominal_pacing(model: ElasticModel) -> Pacing:
         trained_top_k=model.trained_top_k,
         stage2_after=model.stage2_after,
         stages=stages,
+        pictures={kind: PictureFit(read, sys.maxsize, sys.maxsize) for kind in picture_kinds},
+        max_text_tokens=sys.maxsize,
     )
     calibration = Calibration(alpha=0.5, log_margins={}, fallback_log_margin=0.0, num_samples={})
     lengths = OutputLengthModel(
@@ -67,7 +84,7 @@ def nominal_pacing(model: ElasticModel) -> Pacing:
         max_new_tokens=model.max_new_tokens,
         alpha=0.5,
     )
-    return Pacing(Guardrail(estimator, "none", {"e2e": calibration}), lengths, model.max_new_tokens)
+    return Pacing(Guardrail(estimator, "none", {"e2e": calibration}, calibration), lengths, model.max_new_tokens)
 
 
 def profiling_run(
@@ -81,7 +98,7 @@ def profiling_run(
     over a nominal guardrail takes as long as a trained one.
 
     Args:
-        requests: images and questions; the profiler names them by position.
+        requests: sources of pictures as requests give them, and questions; the profiler names them by position.
         controller_config: settings of the controller that will be trained; the defaults if None.
 
     Raises:
@@ -90,7 +107,8 @@ def profiling_run(
     if not requests:
         raise ProfileError("there are no requests to profile; give at least one image and question")
     model.capture_decode()
-    pacing = nominal_pacing(model)
+    kinds = {open_picture(source, model.picture_config).kind for source, _ in requests}
+    pacing = nominal_pacing(model, kinds)
     config = controller_config or ControllerConfig(reference_ms=NOMINAL_MS, embedding_scale=1.0)
     with torch.random.fork_rng(devices=[]):
         controller = Controller(
@@ -105,9 +123,82 @@ def profiling_run(
     budget_ms = 1e12
 
     def run(index: int, knobs: Knobs, num_output_tokens: int | None) -> RequestResult:
-        image, question = requests[index]
+        source, question = requests[index]
         forced = ForcedPolicy(policy, knobs)
-        paced = run_with_policy(model, forced, image, question, budget_ms, pacing, num_output_tokens=num_output_tokens)
+        paced = run_with_policy(model, forced, source, question, budget_ms, pacing, num_output_tokens=num_output_tokens)
         return paced.result
 
     return run
+
+
+def measure_profile(
+    model: ElasticModel,
+    requests: Sequence[tuple[ImageSource, str]],
+    settings: ProfilerSettings,
+    *,
+    max_pixels: int,
+    alpha: float,
+    controller_config: ControllerConfig | None = None,
+    path: str | os.PathLike[str] | None = None,
+    keep_partial: bool = False,
+    progress: Callable[[ProfileProgress], None] | None = None,
+) -> Profile:
+    """Time a data set's requests, and self-made pictures of all kinds and sizes with questions of all lengths.
+
+    Args:
+        requests: as many as `settings.num_requests`.
+        settings: how much is measured; the number of pictures follows from what is made.
+        max_pixels: of the largest picture; larger ones are promised nothing.
+        alpha: how often bounds may be exceeded; pictures are timed as often as bounding the large ones takes.
+        controller_config, path, keep_partial, progress: as `profiling_run` and `profile_requests` take them.
+
+    Raises as `profile_requests` does, and:
+        ProfileError: there are no requests.
+    """
+    pictures = make_sample_pictures(max_pixels, settings.seed)
+    num_output_tokens = max(model.max_new_tokens, settings.max_output_tokens or 1)
+    questions = questions_of_all_lengths(model, [question for _, question in requests], num_output_tokens)
+    # One half of the pictures calibrates the bounds, and one half of those is large.
+    samples_per_picture = math.ceil(min_num_scores(alpha) / max(1, len(pictures) // 4))
+    sampled = [(picture, question) for picture, question in zip(pictures, itertools.cycle(questions), strict=False)]
+    return profile_requests(
+        profiling_run(model, [*requests, *sampled], controller_config),
+        model.knob_space,
+        dataclasses.replace(settings, num_pictures=len(sampled), samples_per_picture=samples_per_picture),
+        model_identity=model.identity,
+        device=model.device,
+        dtype=model.dtype,
+        path=path,
+        keep_partial=keep_partial,
+        progress=progress,
+    )
+
+
+# Shares of the longest question that the model takes; an odd number, so that both pictures of a size get other ones.
+QUESTION_SHARES = (0.02, 1.0, 0.05, 0.5, 0.1, 0.25, 0.02)
+
+
+def questions_of_all_lengths(model: ElasticModel, questions: Sequence[str], num_output_tokens: int) -> list[str]:
+    """Questions of a few words up to the longest that the model takes, from the words of given ones.
+
+    Args:
+        num_output_tokens: most tokens of an answer, which need positions too.
+    """
+    words = list(dict.fromkeys(word for question in questions for word in question.split())) or ["?"]
+    room = model.adapter.max_positions - model.max_image_tokens - num_output_tokens
+
+    def ask(num_words: int) -> str:
+        return " ".join(itertools.islice(itertools.cycle(words), num_words))
+
+    def fits(num_words: int) -> bool:
+        try:
+            return bool(model.adapter.encode_question(ask(num_words)).num_text_tokens <= room)
+        except QuestionError:
+            return False
+
+    # Bisection: every word has a token at least.
+    longest, too_many = 1, max(2, room)
+    while too_many - longest > 1:
+        middle = (longest + too_many) // 2
+        longest, too_many = (middle, too_many) if fits(middle) else (longest, middle)
+    return [ask(max(1, round(share * longest))) for share in QUESTION_SHARES]

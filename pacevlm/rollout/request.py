@@ -20,6 +20,9 @@ from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.models.elastic import ElasticModel, RequestResult, RequestView
 from pacevlm.types import BudgetKind
 
+# What a budget counts as once it is spent; less than any request takes.
+SPENT_BUDGET_MS = 1e-6
+
 
 @dataclass(frozen=True)
 class Pacing:
@@ -98,6 +101,26 @@ def policy_input(view: RequestView, budget_ms: float, pacing: Pacing, example_id
     )
 
 
+def why_nothing_fits(
+    request: PolicyInput, pacing: Pacing, bounds_ms: NDArray[np.float64], budget_ms: float, waited_ms: float
+) -> str | None:
+    """Why no configuration is promised to keep the budget, in a sentence; None where one is.
+
+    Args:
+        bounds_ms: bounds on the latency of every configuration, corrected for drift.
+        waited_ms: what of the budget was gone when the request began.
+    """
+    if request.any_feasible:
+        return None
+    beyond = pacing.guardrail.estimator.beyond(request.sizes)
+    if beyond is not None:
+        return f"nothing is promised: {beyond}"
+    if waited_ms >= budget_ms:
+        return f"the budget of {budget_ms:g} ms ran out while waiting {waited_ms:.1f} ms for earlier requests"
+    waited = f" after waiting {waited_ms:.1f} ms" if waited_ms > 0.0 else ""
+    return f"the lowest bound is {bounds_ms.min():.1f} ms, but the budget is {budget_ms:g} ms{waited}"
+
+
 @dataclass(frozen=True)
 class PacedResult:
     """A request that a policy ran under a budget.
@@ -105,12 +128,15 @@ class PacedResult:
     Attributes:
         result: answer, knobs, sizes and times; the times include the guardrail and the policy.
         budget_ms: the budget.
-        feasible: whether any configuration's upper bound kept the budget.
+        feasible: whether any configuration's upper bound kept what was left of the budget when the request began.
         predicted_ms: the estimator's latency of the knobs that ran, with the output length that the answer had.
-            Drift does not enter: it is the latency on the machine as profiled.
-        upper_bound_ms: the guardrail's bound on these knobs, known before the answer was; corrected for drift.
-        measured_ms: wall-clock time of what the budget covers.
+            Neither drift nor waiting enters: it is the latency on the machine as profiled.
+        upper_bound_ms: the guardrail's bound on these knobs, known before the answer was; corrected for drift, and
+            infinite beyond what was profiled. Waiting comes on top.
+        measured_ms: wall-clock time of what the budget covers, waiting included.
         drift_factor: what the guardrail's bounds were multiplied by for this request; 1 without a correction.
+        waited_ms: how much of the budget was gone before the request began.
+        why_infeasible: why nothing was feasible, in a sentence; None where something was.
     """
 
     result: RequestResult
@@ -120,6 +146,8 @@ class PacedResult:
     upper_bound_ms: float
     measured_ms: float
     drift_factor: float = 1.0
+    waited_ms: float = 0.0
+    why_infeasible: str | None = None
 
     @property
     def budget_met(self) -> bool:
@@ -137,12 +165,13 @@ def run_with_policy(
     example_id: str = "",
     num_output_tokens: int | None = None,
     drift: DriftCorrection | None = None,
+    waited_ms: float = 0.0,
 ) -> PacedResult:
     """Run one request alone, with the knobs that a policy chooses for a budget.
 
-    Everything that the choice takes is inside the measured time: encoding the budget, bounding the output length,
-    bounding all latencies, and both stages of the policy. Where nothing fits, the mask holds the cheapest knobs alone.
-    Answers are never cut short for a budget.
+    The measured time begins with the source given, whose reading and decoding it holds. Everything that the choice
+    takes is inside too: encoding the budget, bounding the output length, bounding all latencies, and both stages of the
+    policy. Where nothing fits, the mask holds the cheapest knobs alone. Answers are never cut short for a budget.
 
     A machine that is f times slower is the profiled machine with a budget f times smaller: with a drift correction,
     the guardrail and the policy are given the budget divided by its factor, and what the request took is observed.
@@ -152,7 +181,9 @@ def run_with_policy(
         question: the user's text.
         example_id: identity of the request, the seed of policies that draw at random.
         num_output_tokens: generate exactly so many tokens, for measurements; as many as the answer has if None.
-        drift: correction of the guardrail's bounds; it learns from this request.
+        drift: correction of the guardrail's bounds; it learns from the running time of this request, unless that is
+            beyond what was profiled.
+        waited_ms: what of the budget is gone already; the rest is what guardrail and policy are given.
 
     Raises:
         BudgetError: the budget is not a positive, finite number.
@@ -177,8 +208,8 @@ def run_with_policy(
 
     started = time.perf_counter()
     drift_factor = 1.0 if drift is None else drift.factor
-    # The budget that the machine as profiled would have to keep.
-    profiled_budget_ms = budget_ms / drift_factor
+    # The budget that the machine as profiled would have to keep. One that ran out while waiting admits nothing.
+    profiled_budget_ms = max(budget_ms - waited_ms, SPENT_BUDGET_MS) / drift_factor
     latency_token = policy.latency_token(profiled_budget_ms)
     model.synchronise()
     token_ms = (time.perf_counter() - started) * 1e3
@@ -200,16 +231,19 @@ def run_with_policy(
     predicted = pacing.guardrail.estimator.predict(request.sizes, result.knobs, result.num_output_tokens)
     place = np.unravel_index(model.knob_space.index(result.knobs), model.knob_space.shape)
     e2e = pacing.kind == "e2e"
-    measured_ms = times.e2e_ms if e2e else times.ttft_ms
-    if drift is not None:
-        bounds_ms = pacing.guardrail.upper_bounds_ms(request.sizes, result.num_output_tokens, pacing.kind)
-        drift.observe(float(bounds_ms[place]), measured_ms)
+    running_ms = times.e2e_ms if e2e else times.ttft_ms
+    if drift is not None and pacing.guardrail.estimator.beyond(request.sizes) is None:
+        real_bounds_ms = pacing.guardrail.upper_bounds_ms(request.sizes, result.num_output_tokens, pacing.kind)
+        drift.observe(float(real_bounds_ms[place]), running_ms)
+    bounds_ms = pacing.upper_bounds_ms(seen) * drift_factor
     return PacedResult(
         result=result,
         budget_ms=budget_ms,
         feasible=request.any_feasible,
         predicted_ms=predicted.e2e_ms if e2e else predicted.ttft_ms,
-        upper_bound_ms=float(pacing.upper_bounds_ms(seen)[place]) * drift_factor,
-        measured_ms=measured_ms,
+        upper_bound_ms=float(bounds_ms[place]),
+        measured_ms=waited_ms + running_ms,
         drift_factor=drift_factor,
+        waited_ms=waited_ms,
+        why_infeasible=why_nothing_fits(request, pacing, bounds_ms, budget_ms, waited_ms),
     )

@@ -42,7 +42,7 @@ def costs(models, model):
 
 def make_sample(sizes, knobs, ttft_ms, tpot_ms):
     decode_ms = (tpot_ms,) * (sizes["num_output_tokens"] - 1)
-    stages = StageTimes(0.0, 0.0, 0.0, 0.0, ttft_ms, decode_ms, ttft_ms + sum(decode_ms))
+    stages = StageTimes(0.0, 0.0, 0.0, 0.0, 0.0, ttft_ms, decode_ms, ttft_ms + sum(decode_ms))
     return Sample(knobs=knobs, **sizes, stages=stages)
 
 

@@ -36,7 +36,7 @@ def arguments(name: str) -> dict[str, Any]:
     predicted_ms = measured_ms * np.exp(0.06 * rng.standard_normal(NUM_SAMPLES))
     contended = (np.arange(NUM_SAMPLES) // 30) % 2 == 1
     nominal = np.array([0.9, 0.5, 0.99, 0.7])
-    stages = dict(zip(StagePrediction.__dataclass_fields__, (3.0, 0.3, 30.0, 2.0, 50.0, 20.0, 0.2), strict=True))
+    stages = dict(zip(StagePrediction.__dataclass_fields__, (4.0, 3.0, 0.3, 30.0, 2.0, 50.0, 20.0, 0.2), strict=True))
     return {
         "predictions": {
             "predicted_ms": predicted_ms,

@@ -30,10 +30,12 @@ from pacevlm.evaluation.sweep import (
     summarise_answers,
 )
 from pacevlm.knobs import Knobs
-from pacevlm.latency.estimator import STAGE_TERMS, LatencyEstimator
+from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
+from pacevlm.latency.picture_fit import READ_TERMS, PictureFit
 from pacevlm.latency.profile import collect_device_facts
 from pacevlm.latency.stage_fit import StageFit
+from pacevlm.latency.stage_terms import STAGE_TERMS
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.rollout.request import Pacing, run_with_policy
@@ -62,9 +64,12 @@ def make_pacing(model: ElasticModel) -> Pacing:
         model.trained_top_k,
         model.stage2_after,
         stages,
+        {"memory": PictureFit(StageFit((0.0,) * len(READ_TERMS), 1, 0, 0.0, 0.0), 10**9, 0)},
+        10**6,
     )
     calibration = Calibration(0.1, {"all": 0.05}, 0.05, {"all": 100})
-    return Pacing(Guardrail(estimator, "none", {"e2e": calibration, "ttft": calibration}), None, model.max_new_tokens)
+    guardrail = Guardrail(estimator, "none", {"e2e": calibration, "ttft": calibration}, calibration)
+    return Pacing(guardrail, None, model.max_new_tokens)
 
 
 def make_examples(engine: RolloutEngine, count: int, seed: int) -> list[Example]:

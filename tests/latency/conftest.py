@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pacevlm.knobs import Knobs, KnobSpace
-from pacevlm.latency.estimator import STAGE_TERMS, LatencyEstimator
+from pacevlm.latency.estimator import LatencyEstimator
+from pacevlm.latency.picture_fit import READ_TERMS, PictureFit
 from pacevlm.latency.profile import DeviceFacts, NoiseFloor, Profile, Sample
 from pacevlm.latency.stage_fit import StageFit
+from pacevlm.latency.stage_terms import STAGE_TERMS
 from pacevlm.types import RequestSizes, StageTimes, VisionSizes
 
 TRAINED_TOP_K = 8
 TOKENS_PER_CROP = 144
+# Milliseconds to read a picture: once, per pixel and per byte.
+READING = {"memory": (0.02, 1e-8, 0.0), "jpeg": (0.4, 7e-6, 9e-6), "png": (0.3, 9e-6, 1e-5)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +31,11 @@ class SimulatedDevice:
     noise: float = 0.0
     outlier_rate: float = 0.0
 
-    def stages(self, rng: np.random.Generator, sample: dict[str, int], knobs: Knobs) -> StageTimes:
+    def stages(self, rng: np.random.Generator, sample: dict[str, Any], knobs: Knobs) -> StageTimes:
+        constant, per_pixel, per_byte = READING[sample["picture_kind"]]
         tokens = sample["num_image_tokens"] + sample["num_text_tokens"]
         times = {
+            "read_ms": constant + per_pixel * sample["num_pixels"] + per_byte * sample["num_bytes"],
             "prepare_ms": 1.5 + 0.8 * sample["num_crops"] + 4e-6 * sample["num_pixels"],
             "stage1_ms": 0.3,
             "vision_ms": 2.0 + 9.0 * sample["num_crops"],
@@ -64,7 +71,10 @@ class SimulatedDevice:
             knobs = ends.get(index, self.space[int(rng.integers(len(self.space)))])
             ceiling = (2, 6, 12)[self.space.tiers.index(knobs.tier)]
             num_crops = 1 + int(rng.integers(ceiling))
+            kind = tuple(READING)[index % 3]
             sizes = {
+                "picture_kind": kind,
+                "num_bytes": 0 if kind == "memory" else int(rng.integers(10_000, 3_000_000)),
                 "num_crops": num_crops,
                 "num_image_tokens": num_crops * TOKENS_PER_CROP,
                 "num_text_tokens": int(rng.integers(8, 120)),
@@ -118,9 +128,17 @@ def random_sizes() -> Callable[[np.random.Generator], RequestSizes]:
     def make(rng: np.random.Generator) -> RequestSizes:
         crops = np.sort(rng.integers(1, 13, size=3)).tolist()
         vision = tuple(VisionSizes(count, count * TOKENS_PER_CROP) for count in crops)
-        return RequestSizes(vision, int(rng.integers(4, 200)), int(rng.integers(1_000, 5_000_000)))
+        kind = tuple(READING)[int(rng.integers(3))]
+        num_bytes = 0 if kind == "memory" else int(rng.integers(1_000, 2_900_000))
+        return RequestSizes(vision, int(rng.integers(4, 110)), int(rng.integers(1_000, 3_900_000)), kind, num_bytes)
 
     return make
+
+
+def random_fit(rng: np.random.Generator, num_terms: int) -> StageFit:
+    """Coefficients of any order, some of them zero, as a fit gives them."""
+    coefficients = 10.0 ** rng.uniform(-9, 1, size=num_terms) * (rng.random(num_terms) < 0.7)
+    return StageFit(tuple(coefficients.tolist()), 1, 0, 0.0, 0.0)
 
 
 @pytest.fixture
@@ -128,9 +146,8 @@ def random_estimator(space: KnobSpace, device_facts: DeviceFacts) -> Callable[..
     def make(rng: np.random.Generator, stage2_after: int = 1) -> LatencyEstimator:
         stages = {}
         for stage, terms in STAGE_TERMS.items():
-            # Sizes of any order, some of them zero, as a fit gives them.
-            coefficients = 10.0 ** rng.uniform(-9, 1, size=len(terms)) * (rng.random(len(terms)) < 0.7)
-            stages[stage] = StageFit(tuple(coefficients.tolist()), 1, 0, 0.0, 0.0)
-        return LatencyEstimator("weights-a", space, device_facts, TRAINED_TOP_K, stage2_after, stages)
+            stages[stage] = random_fit(rng, len(terms))
+        pictures = {kind: PictureFit(random_fit(rng, len(READ_TERMS)), 5_000_000, 4_000_000) for kind in READING}
+        return LatencyEstimator("weights-a", space, device_facts, TRAINED_TOP_K, stage2_after, stages, pictures, 200)
 
     return make

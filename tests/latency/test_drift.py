@@ -315,7 +315,7 @@ def test_unknown_kinds_and_empty_identities_are_refused() -> None:
 @pytest.fixture
 def guardrail(random_estimator: Callable[[np.random.Generator], LatencyEstimator]) -> Guardrail:
     calibration = Calibration(0.05, {}, 0.2, {})
-    return Guardrail(random_estimator(np.random.default_rng(0)), "none", {"e2e": calibration})
+    return Guardrail(random_estimator(np.random.default_rng(0)), "none", {"e2e": calibration}, calibration)
 
 
 @pytest.mark.parametrize("stopped_after", [0, 1, 2, 39, 41, 60, 61, 250])
@@ -353,7 +353,7 @@ def test_other_estimators_and_kinds_are_refused(guardrail: Guardrail, tmp_path: 
     path = tmp_path / "drift.json"
     DriftCorrection.for_guardrail(guardrail).save(path)
     estimator = dataclasses.replace(guardrail.estimator, model_identity="another")
-    other = Guardrail(estimator, "none", guardrail.calibrations)
+    other = Guardrail(estimator, "none", guardrail.calibrations, guardrail.picture)
     with pytest.raises(IdentityError, match="another latency estimator"):
         DriftCorrection.load(path, other)
     with pytest.raises(IdentityError, match="'e2e' latencies, not of 'ttft'"):
@@ -361,7 +361,7 @@ def test_other_estimators_and_kinds_are_refused(guardrail: Guardrail, tmp_path: 
     with pytest.raises(ProfileError, match="calibrated for"):
         DriftCorrection.for_guardrail(guardrail, "ttft")
     # Another calibration of the same estimator is followed, not refused.
-    recalibrated = Guardrail(guardrail.estimator, "none", {"e2e": Calibration(0.05, {}, 0.3, {})})
+    recalibrated = Guardrail(guardrail.estimator, "none", {"e2e": Calibration(0.05, {}, 0.3, {})}, guardrail.picture)
     assert DriftCorrection.load(path, recalibrated).factor == 1.0
 
 

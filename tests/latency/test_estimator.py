@@ -19,6 +19,12 @@ from pacevlm.types import RequestSizes, VisionSizes
 KINDS = ("e2e", "ttft")
 
 
+def request_of(sample: Sample) -> RequestSizes:
+    """What was known of a measured request, with its crops at every tier."""
+    vision = (VisionSizes(sample.num_crops, sample.num_image_tokens),) * 3
+    return RequestSizes(vision, sample.num_text_tokens, sample.num_pixels, sample.picture_kind, sample.num_bytes)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_dearer_knobs_and_larger_requests_never_predict_less(
     kind: Any, random_estimator: Any, random_sizes: Any
@@ -34,6 +40,7 @@ def test_dearer_knobs_and_larger_requests_never_predict_less(
         for larger in (
             dataclasses.replace(sizes, num_text_tokens=sizes.num_text_tokens + 1),
             dataclasses.replace(sizes, num_pixels=sizes.num_pixels + 1),
+            dataclasses.replace(sizes, num_bytes=sizes.num_bytes + 1),
             dataclasses.replace(sizes, vision=vision),
         ):
             assert (estimator.predict_all(larger, num_output_tokens, kind) >= table).all()
@@ -59,6 +66,46 @@ def test_the_whole_space_at_once_equals_one_by_one(
                 assert many[kind][row].shape == space.shape
 
 
+def test_what_was_not_profiled_is_named(random_estimator: Any, random_sizes: Any) -> None:
+    rng = np.random.default_rng(12)
+    estimator = random_estimator(rng)
+    inside = dataclasses.replace(random_sizes(rng), picture_kind="png", num_pixels=5_000_000, num_bytes=4_000_000)
+    assert estimator.beyond(inside) is None
+    for change, words in (
+        ({"picture_kind": "gif"}, ("no gif picture", "jpeg, memory, png")),
+        ({"num_pixels": 13_000_000}, ("13,000,000 pixels", "5,000,000")),
+        ({"num_bytes": 5_000_000}, ("5,000,000 bytes", "4,000,000")),
+        ({"num_text_tokens": 900}, ("900 text tokens", "200")),
+    ):
+        why = estimator.beyond(dataclasses.replace(inside, **change))
+        assert all(word in why for word in words), why
+    # A kind that was not profiled is guessed to take as long as the dearest that was.
+    unknown = estimator.predict_all(dataclasses.replace(inside, picture_kind="gif"), 2)
+    known = [estimator.predict_all(dataclasses.replace(inside, picture_kind=kind), 2) for kind in estimator.pictures]
+    np.testing.assert_array_equal(unknown, np.max(known, axis=0))
+
+
+def test_a_fit_reaches_as_far_as_its_profile(make_device: Any, make_profile: Any) -> None:
+    samples = make_device().measure(np.random.default_rng(13), 100)
+    estimator = LatencyEstimator.fit(make_profile(samples), trained_top_k=8)
+    for kind in ("memory", "jpeg", "png"):
+        of_kind = [sample for sample in samples if sample.picture_kind == kind]
+        fit = estimator.pictures[kind]
+        assert fit.max_pixels == max(sample.num_pixels for sample in of_kind)
+        assert fit.max_bytes == max(sample.num_bytes for sample in of_kind)
+    assert estimator.max_text_tokens == max(sample.num_text_tokens for sample in samples)
+    # Self-made pictures count as well as the data set's, and a kind that only they have is known by them.
+    split = dataclasses.replace(
+        make_profile(tuple(s for s in samples if s.picture_kind == "memory")),
+        picture_samples=tuple(s for s in samples if s.picture_kind != "memory"),
+    )
+    both = LatencyEstimator.fit(split, trained_top_k=8)
+    assert both.pictures == estimator.pictures
+    without = LatencyEstimator.fit(dataclasses.replace(split, picture_samples=()), trained_top_k=8)
+    assert set(without.pictures) == {"memory"}
+    assert all(without.beyond(request_of(sample)) is not None for sample in split.picture_samples)
+
+
 def test_a_batch_of_nothing_predicts_nothing(space: KnobSpace, random_estimator: Any) -> None:
     assert random_estimator(np.random.default_rng(0)).predict_many([], []).shape == (0, *space.shape)
 
@@ -69,8 +116,7 @@ def test_samples_are_predicted_as_requests_are(make_device: Any, random_estimato
     for kind in KINDS:
         predicted = estimator.predict_samples(samples, kind)
         for value, sample in zip(predicted, samples, strict=True):
-            vision = (VisionSizes(sample.num_crops, sample.num_image_tokens),) * 3
-            sizes = RequestSizes(vision, sample.num_text_tokens, sample.num_pixels)
+            sizes = request_of(sample)
             one = estimator.predict(sizes, sample.knobs, sample.num_output_tokens)
             assert value == pytest.approx(getattr(one, f"{kind}_ms"), rel=1e-12)
 
@@ -94,10 +140,9 @@ def test_fit_recovers_the_law(
         assert errors.max() < tolerance
     # The stages one by one, so that errors cannot cancel.
     for sample in exact[:50]:
-        vision = (VisionSizes(sample.num_crops, sample.num_image_tokens),) * 3
-        sizes = RequestSizes(vision, sample.num_text_tokens, sample.num_pixels)
+        sizes = request_of(sample)
         stages = estimator.predict(sizes, sample.knobs, sample.num_output_tokens)
-        for name in ("prepare_ms", "stage1_ms", "vision_ms", "first_block_ms", "prefill_ms"):
+        for name in ("read_ms", "prepare_ms", "stage1_ms", "vision_ms", "first_block_ms", "prefill_ms"):
             assert getattr(stages, name) == pytest.approx(getattr(sample.stages, name), rel=max(2 * tolerance, 1e-6))
         assert stages.decode_ms == pytest.approx(sum(sample.stages.decode_ms), rel=max(2 * tolerance, 1e-6))
 

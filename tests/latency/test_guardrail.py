@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pacevlm.artefact import content_sha256
 from pacevlm.errors import BudgetError, ConfigError, IdentityError, ProfileError
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail, calibrate, group_of
+from pacevlm.latency.profile import Sample
 
 
 def flat_calibration(log_margin: float = 0.0, **log_margins: float) -> Calibration:
@@ -82,9 +85,36 @@ def test_bounds_are_calibrated_predictions(random_estimator: Any, random_sizes: 
     rng = np.random.default_rng(3)
     estimator, sizes = random_estimator(rng), random_sizes(rng)
     margins = {"low": 0.0, "medium": 0.1, "high": 0.2}
-    guardrail = Guardrail(estimator, "tier", {"e2e": flat_calibration(9.0, **margins)})
-    expected = estimator.predict_all(sizes, 7) * np.exp([0.0, 0.1, 0.2])[:, None, None]
+    picture = flat_calibration(9.0, all=0.3)
+    guardrail = Guardrail(estimator, "tier", {"e2e": flat_calibration(9.0, **margins)}, picture)
+    picture_ms, rest_ms = estimator.split_many_ms([sizes], [7])
+    expected = np.exp(0.3) * picture_ms[0][:, None, None] + rest_ms[0] * np.exp([0.0, 0.1, 0.2])[:, None, None]
     np.testing.assert_allclose(guardrail.upper_bounds_ms(sizes, 7), expected, rtol=1e-14)
+
+
+def test_the_pictures_part_is_calibrated_on_large_ones(make_device: Any, make_profile: Any) -> None:
+    rng = np.random.default_rng(14)
+    estimator = LatencyEstimator.fit(make_profile(make_device().measure(rng, 200)), trained_top_k=8)
+
+    def slowed(sample: Sample, factor: float) -> Sample:
+        times = sample.stages
+        part_ms = {name: factor * getattr(times, name) for name in ("read_ms", "prepare_ms")}
+        grown_ms = sum(part_ms.values()) - times.read_ms - times.prepare_ms
+        return dataclasses.replace(sample, stages=dataclasses.replace(times, **part_ms, e2e_ms=times.e2e_ms + grown_ms))
+
+    # Large pictures take 1.5 times as long as predicted, small ones 40 times: that is not how large ones scatter.
+    large = [slowed(s, 1.5) for s in make_device().measure(rng, 300) if s.num_pixels > 1_000_000]
+    small = [slowed(s, 40.0) for s in make_device().measure(rng, 300) if s.num_pixels <= 1_000_000]
+    guardrail = Guardrail.from_samples(estimator, large + small, 0.1, "none")
+    assert guardrail.picture.factor("all") == pytest.approx(1.5, rel=1e-3)
+    # Small ones are covered all the same: what exceeds their picture's part counts in the rest.
+    late = [
+        s.stages.e2e_ms > bound
+        for s, bound in zip(large + small, guardrail.bound_samples_ms(large + small), strict=True)
+    ]
+    assert np.mean(late) <= 0.1
+    # Without large ones, the largest that there are.
+    assert Guardrail.from_samples(estimator, small, 0.1, "none").picture.factor("all") == pytest.approx(40, rel=1e-3)
 
 
 def test_bounds_never_fall_when_a_knob_grows(space: KnobSpace, random_estimator: Any, random_sizes: Any) -> None:
@@ -92,18 +122,20 @@ def test_bounds_never_fall_when_a_knob_grows(space: KnobSpace, random_estimator:
     for _ in range(50):
         estimator, sizes = random_estimator(rng), random_sizes(rng)
         margins = {str(knobs): float(rng.normal(0, 0.5)) for knobs in space}
-        guardrail = Guardrail(estimator, "knobs", {"e2e": flat_calibration(0.0, **margins)})
+        guardrail = Guardrail(estimator, "knobs", {"e2e": flat_calibration(0.0, **margins)}, flat_calibration())
         bounds = guardrail.upper_bounds_ms(sizes, 5)
         for axis in range(3):
             assert (np.diff(bounds, axis=axis) >= 0).all()
         factors = np.array([np.exp(margins[str(knobs)]) for knobs in space]).reshape(space.shape)
-        assert (bounds >= estimator.predict_all(sizes, 5) * factors * (1 - 1e-12)).all()
+        picture_ms, rest_ms = estimator.split_many_ms([sizes], [5])
+        own = picture_ms[0][:, None, None] + rest_ms[0] * factors
+        assert (bounds >= own * (1 - 1e-12)).all()
 
 
 def test_mask_is_what_the_bounds_allow(random_estimator: Any, random_sizes: Any) -> None:
     rng = np.random.default_rng(5)
     for _ in range(30):
-        guardrail = Guardrail(random_estimator(rng), "none", {"e2e": flat_calibration(0.1)})
+        guardrail = Guardrail(random_estimator(rng), "none", {"e2e": flat_calibration(0.1)}, flat_calibration())
         sizes = random_sizes(rng)
         bounds = guardrail.upper_bounds_ms(sizes, 6)
         budget_ms = float(rng.choice(bounds.ravel()))
@@ -122,7 +154,9 @@ def test_nothing_feasible_leaves_the_cheapest(
 ) -> None:
     rng = np.random.default_rng(6)
     estimator = LatencyEstimator.fit(make_profile(make_device().measure(rng, 80)), trained_top_k=8)
-    guardrail = Guardrail(estimator, "tier", {"e2e": flat_calibration(), "ttft": flat_calibration()})
+    guardrail = Guardrail(
+        estimator, "tier", {"e2e": flat_calibration(), "ttft": flat_calibration()}, flat_calibration()
+    )
     sizes = [random_sizes(rng) for _ in range(3)]
     mask, any_feasible = guardrail.feasible_mask(sizes[0], 1e-3, 4)
     assert not any_feasible
@@ -143,7 +177,7 @@ def test_nothing_feasible_leaves_the_cheapest(
 @pytest.mark.parametrize("budget_ms", [0, -5.0, float("nan"), float("inf"), "80", None, True])
 def test_bad_budgets_are_refused(budget_ms: Any, random_estimator: Any, random_sizes: Any) -> None:
     rng = np.random.default_rng(7)
-    guardrail = Guardrail(random_estimator(rng), "tier", {"e2e": flat_calibration()})
+    guardrail = Guardrail(random_estimator(rng), "tier", {"e2e": flat_calibration()}, flat_calibration())
     with pytest.raises(BudgetError):
         guardrail.feasible_mask(random_sizes(rng), budget_ms, 3)
 
@@ -167,14 +201,78 @@ def test_bad_calibrations_are_refused(random_estimator: Any, random_sizes: Any) 
     rng = np.random.default_rng(8)
     estimator, sizes = random_estimator(rng), random_sizes(rng)
     with pytest.raises(ProfileError, match="at least one"):
-        Guardrail(estimator, "tier", {})
-    guardrail = Guardrail(estimator, "tier", {"e2e": flat_calibration()})
+        Guardrail(estimator, "tier", {}, flat_calibration())
+    guardrail = Guardrail(estimator, "tier", {"e2e": flat_calibration()}, flat_calibration())
     with pytest.raises(ProfileError, match="not for 'ttft'"):
         guardrail.upper_bounds_ms(sizes, 3, "ttft")
     with pytest.raises(ConfigError):
         guardrail.upper_bounds_ms(sizes, 3, "total")  # type: ignore[arg-type]
     with pytest.raises(ProfileError, match="budgets"):
         guardrail.feasible_masks([sizes, sizes], [5.0], [3, 3])
+
+
+@pytest.mark.parametrize("kind", ["e2e", "ttft"])
+def test_beyond_what_was_profiled_nothing_is_promised(kind: Any, random_estimator: Any, random_sizes: Any) -> None:
+    rng = np.random.default_rng(10)
+    estimator = random_estimator(rng)
+    guardrail = Guardrail(estimator, "none", dict.fromkeys(("e2e", "ttft"), flat_calibration()), flat_calibration())
+    inside = dataclasses.replace(random_sizes(rng), picture_kind="jpeg", num_pixels=5_000_000, num_bytes=4_000_000)
+    inside = dataclasses.replace(inside, num_text_tokens=200)
+    outside = [
+        dataclasses.replace(inside, **{name: value})
+        for name, value in (
+            ("picture_kind", "gif"),
+            ("num_pixels", 5_300_000),
+            ("num_bytes", 4_300_000),
+            ("num_text_tokens", 211),
+        )
+    ]
+    bounds_ms = guardrail.upper_bounds_many_ms([inside, *outside], [3] * 5, kind)
+    assert np.isfinite(bounds_ms[0]).all()
+    assert np.isposinf(bounds_ms[1:]).all()
+    batch = guardrail.feasible_masks([inside, *outside], [1e300] * 5, [3] * 5, kind)
+    assert batch.any_feasible.tolist() == [True, *[False] * 4]
+    assert batch.mask[0].all()
+    assert [np.argwhere(mask).tolist() for mask in batch.mask[1:]] == [[[0, 0, 0]]] * 4
+    # The predictions themselves stay numbers, so that whatever averages them can.
+    assert np.isfinite(estimator.predict_many([inside, *outside], [3] * 5, kind)).all()
+    # A little above the largest is as good as the largest.
+    assert np.isfinite(guardrail.upper_bounds_ms(dataclasses.replace(inside, num_pixels=5_200_000), 3, kind)).all()
+
+
+def test_small_pictures_do_not_loosen_what_bounds_large_ones(make_device: Any, make_profile: Any) -> None:
+    # Reading varies by a third and the model by little: a margin learned on small pictures knows nothing of that.
+    rng, alpha = np.random.default_rng(11), 0.1
+
+    def measure(count: int, small: bool) -> list[Sample]:
+        samples = [s for s in make_device(noise=0.01).measure(rng, 4 * count) if s.picture_kind != "memory"][:count]
+        measured = []
+        for sample in samples:
+            if small:
+                sizes = {"num_pixels": 9_000, "num_bytes": 900}
+                times = make_device().stages(rng, sizes_of(sample) | sizes, sample.knobs)
+                sample = dataclasses.replace(sample, **sizes, stages=times)
+            times = sample.stages
+            read_ms = times.read_ms * float(np.exp(0.3 * rng.standard_normal()))
+            times = dataclasses.replace(times, read_ms=read_ms, e2e_ms=times.e2e_ms + read_ms - times.read_ms)
+            measured.append(dataclasses.replace(sample, stages=times))
+        return measured
+
+    estimator = LatencyEstimator.fit(make_profile(make_device().measure(rng, 300)), trained_top_k=8)
+    profiled = Guardrail.from_samples(estimator, measure(300, small=False), alpha)
+    again = Guardrail.from_samples(estimator, measure(300, small=True), alpha, picture=profiled.picture)
+    large, small = measure(600, small=False), measure(600, small=True)
+    for samples, misses in ((small, alpha), (large, 2 * alpha)):
+        late = np.array([sample.stages.e2e_ms for sample in samples]) > again.bound_samples_ms(samples)
+        assert late.mean() <= misses + 3 * (misses / 600) ** 0.5
+    # A single factor learned on small pictures would have been exceeded by a third of the large ones or more.
+    ratios = [np.array([s.stages.e2e_ms for s in part]) / estimator.predict_samples(part) for part in (small, large)]
+    assert np.mean(ratios[1] > np.quantile(ratios[0], 1 - alpha)) > 0.3
+
+
+def sizes_of(sample: Sample) -> dict[str, Any]:
+    names = ("num_crops", "num_image_tokens", "num_text_tokens", "num_pixels", "num_output_tokens", "num_bytes")
+    return {name: getattr(sample, name) for name in names} | {"picture_kind": sample.picture_kind}
 
 
 def test_groups_are_named_after_their_knobs() -> None:
@@ -208,8 +306,16 @@ def test_round_trip_and_identity(
     with pytest.raises(IdentityError, match="coefficients"):
         Guardrail.load(path, other)
     whole = json.loads(path.read_text())
+    del whole["sha256"]
+
+    def write(**change: Any) -> None:
+        """The file with changed values, under a digest that fits them."""
+        values = whole | change
+        path.write_text(json.dumps({**values, "sha256": content_sha256(values)}))
+
     for change in (
         {"group_by": "colour"},
+        {"picture": {}},
         {"calibrations": {}},
         {"calibrations": {"e2e": {}}},
         {"calibrations": {"total": whole["calibrations"]["e2e"]}},

@@ -17,7 +17,7 @@ from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.profile import DeviceFacts, NoiseFloor, Profile, Sample, check_identity, collect_device_facts
 from pacevlm.types import StageTimes
 
-STAGES = StageTimes(1.0, 0.5, 3.0, 2.0, 4.0, (1.0, 1.1), 12.7)
+STAGES = StageTimes(0.5, 0.5, 0.5, 3.0, 2.0, 4.0, (1.0, 1.1), 12.7)
 SAMPLE = Sample(Knobs("high", 8, 16), 3, 432, 20, 90_000, 3, STAGES)
 
 

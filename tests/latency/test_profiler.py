@@ -18,7 +18,7 @@ import torch
 
 from pacevlm.errors import ConfigError, IdentityError, ProfileError
 from pacevlm.knobs import Knobs, KnobSpace
-from pacevlm.latency.calibrate import coverage, fit_latency, full_p50_ms, split_samples
+from pacevlm.latency.calibrate import coverage, fit_latency, full_p50_ms, split_pictures, split_samples
 from pacevlm.latency.measuring import use_num_threads
 from pacevlm.latency.profile import NoiseFloor, Profile, Sample
 from pacevlm.latency.profiler import (
@@ -65,6 +65,8 @@ class FakeModel:
             "num_image_tokens": crops * TOKENS_PER_CROP,
             "num_text_tokens": 8 + index,
             "num_pixels": 50_000 + 1000 * index,
+            "picture_kind": "memory",
+            "num_bytes": 0,
             "num_output_tokens": num_output_tokens or 1 + index % 4,
         }
         return SimpleNamespace(knobs=knobs, **sizes, times=self.device.stages(self.rng, sizes, knobs))
@@ -105,6 +107,33 @@ def test_a_workload_fills_the_space_evenly(space: KnobSpace) -> None:
     per_request = Counter(entry.request for entry in inner)
     assert len(per_request) == 20
     assert max(per_request.values()) < 1.5 * min(per_request.values())
+
+
+def test_self_made_pictures_come_among_the_requests(space: KnobSpace) -> None:
+    settings = ProfilerSettings(num_requests=5, num_pictures=12, samples_per_picture=4, num_samples=40, repeats=2)
+    entries = samples_of(plan_workload(space, settings))
+    pictures = [entry for entry in entries if entry.request >= 5]
+    assert Counter(entry.request for entry in pictures) == dict.fromkeys(range(5, 17), 4)
+    assert len({(entry.request, entry.knobs) for entry in pictures}) == len(pictures)
+    # What budgets count from are the data set's own requests.
+    assert not {space.cheapest, space.full} & {entry.knobs for entry in pictures}
+    assert entries != sorted(entries, key=lambda entry: entry.request >= 5)
+    without = samples_of(plan_workload(space, dataclasses.replace(settings, num_pictures=0)))
+    assert Counter(without) == Counter(entry for entry in entries if entry.request < 5)
+
+
+def test_a_profile_tells_self_made_pictures_apart(make_device: Callable[..., Any], tmp_path: Path) -> None:
+    settings = ProfilerSettings(num_requests=3, num_pictures=4, num_samples=20, repeats=1, max_warmup=0)
+    result = profile(FakeModel(make_device()), settings, path=tmp_path / "p.json")
+    assert {sample.num_text_tokens - 8 for sample in result.samples} == {0, 1, 2}
+    assert {sample.num_text_tokens - 8 for sample in result.picture_samples} == {3, 4, 5, 6}
+    assert result.all_samples == result.samples + result.picture_samples
+    assert Profile.load(tmp_path / "p.json") == result
+    other = dataclasses.replace(settings, num_pictures=5)
+    with pytest.raises(KeyboardInterrupt):
+        profile(FakeModel(make_device(), fail_after=9), settings, path=tmp_path / "q.json")
+    with pytest.raises(ProfileError, match="begun for another"):
+        profile(FakeModel(make_device()), other, path=tmp_path / "q.json")
 
 
 def test_answers_are_made_all_lengths_evenly_but_at_the_ends(space: KnobSpace) -> None:
@@ -288,6 +317,8 @@ def test_a_request_with_other_knobs_is_refused(make_device: Callable[..., Any]) 
         {"repeats": True},
         {"max_output_tokens": 0},
         {"max_reruns": -1},
+        {"num_pictures": -1},
+        {"samples_per_picture": 0},
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
@@ -334,6 +365,29 @@ def test_no_request_is_on_both_sides_of_a_split(make_device: Callable[..., Any])
         assert not {request_key(sample) for sample in fit} & {request_key(sample) for sample in calibration}
         assert sorted(map(id, fit + calibration)) == sorted(map(id, samples))
         assert len(calibration) == pytest.approx(share * len(samples), abs=0.06 * len(samples))
+
+
+def test_pictures_are_split_in_pairs(make_device: Callable[..., Any]) -> None:
+    base = make_device().measure(np.random.default_rng(0), 1)[0]
+    samples = [
+        dataclasses.replace(base, picture_kind=kind, num_pixels=size, num_bytes=size // (2 + twin), num_text_tokens=9)
+        for kind in ("jpeg", "png")
+        for size in (100, 1_000, 10_000)
+        for twin in range(2)
+        for _ in range(3)
+    ]
+    halves = set()
+    for seed in range(20):
+        fit, calibration = split_pictures(samples, seed)
+        for part in (fit, calibration):
+            counts = Counter((sample.picture_kind, sample.num_pixels) for sample in part)
+            assert counts == dict.fromkeys(((k, s) for k in ("jpeg", "png") for s in (100, 1_000, 10_000)), 3)
+        assert not {s.num_bytes for s in fit if s.picture_kind == "png"} & {
+            s.num_bytes for s in calibration if s.picture_kind == "png"
+        }
+        halves.add(tuple(sorted({(s.picture_kind, s.num_bytes) for s in fit})))
+    assert len(halves) > 5
+    assert split_pictures([]) == ((), ())
 
 
 def test_a_single_request_cannot_be_split(make_device: Callable[..., Any]) -> None:

@@ -17,12 +17,14 @@ from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPo
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.errors import BudgetError, IdentityError, ImageError, ProfileError, QuestionError
 from pacevlm.latency.drift import DriftCorrection
-from pacevlm.latency.estimator import STAGE_TERMS, LatencyEstimator
+from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
 from pacevlm.latency.output_length import OutputLengthModel
+from pacevlm.latency.picture_fit import READ_TERMS, PictureFit
 from pacevlm.latency.profile import collect_device_facts
 from pacevlm.latency.profiler import ProfilerSettings, profile_requests
 from pacevlm.latency.stage_fit import StageFit
+from pacevlm.latency.stage_terms import STAGE_TERMS
 from pacevlm.rollout.profiling import profiling_run
 from pacevlm.rollout.request import Pacing, policy_input, run_with_policy
 
@@ -37,11 +39,13 @@ def make_pacing(model: ElasticModel, output_length: OutputLengthModel | None = N
     """A guardrail with one millisecond per unit of everything."""
     stages = {stage: StageFit((1.0,) * len(terms), 1, 0, 0.0, 0.0) for stage, terms in STAGE_TERMS.items()}
     facts = collect_device_facts("cpu", model.dtype)
+    read = StageFit((1.0,) * len(READ_TERMS), 1, 0, 0.0, 0.0)
+    pictures = {"memory": PictureFit(read, 100_000, 0), "jpeg": PictureFit(read, 100_000, 50_000)}
     estimator = LatencyEstimator(
-        model.identity, model.knob_space, facts, model.trained_top_k, model.stage2_after, stages
+        model.identity, model.knob_space, facts, model.trained_top_k, model.stage2_after, stages, pictures, 100
     )
     calibration = Calibration(0.1, {}, float(np.log(1.5)), {})
-    guardrail = Guardrail(estimator, "none", {"e2e": calibration, "ttft": calibration})
+    guardrail = Guardrail(estimator, "none", {"e2e": calibration, "ttft": calibration}, calibration)
     return Pacing(guardrail, output_length, model.max_new_tokens, kind)
 
 

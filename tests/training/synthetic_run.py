@@ -16,11 +16,13 @@ from torch import Tensor
 
 from pacevlm.controller.policy import Controller, ControllerConfig
 from pacevlm.knobs import Knobs, KnobSpace
-from pacevlm.latency.estimator import STAGE_TERMS, LatencyEstimator
+from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
 from pacevlm.latency.output_length import OutputLengthModel
+from pacevlm.latency.picture_fit import READ_TERMS, PictureFit
 from pacevlm.latency.profile import DeviceFacts
 from pacevlm.latency.stage_fit import StageFit
+from pacevlm.latency.stage_terms import STAGE_TERMS
 from pacevlm.models.elastic import RequestView
 from pacevlm.training.train_config import TrainConfig
 from pacevlm.training.trainer import Trainer
@@ -46,7 +48,8 @@ def make_estimator() -> LatencyEstimator:
         stage: StageFit(tuple(COEFFICIENTS.get(stage, {}).get(term, 0.0) for term in terms), 1, 0, 0.0, 0.0)
         for stage, terms in STAGE_TERMS.items()
     }
-    return LatencyEstimator(MODEL, SPACE, FACTS, 8, 1, stages)
+    pictures = {"memory": PictureFit(StageFit((0.0,) * len(READ_TERMS), 1, 0, 0.0, 0.0), 10**9, 0)}
+    return LatencyEstimator(MODEL, SPACE, FACTS, 8, 1, stages, pictures, 10**6)
 
 
 def make_dataset(num_examples: int = 24) -> list[Example]:
@@ -139,7 +142,7 @@ def make_trainer(
         "controller": controller,
         "engine": SyntheticEngine(),
         "estimator": estimator,
-        "guardrail": Guardrail(estimator, "none", {"e2e": calibration, "ttft": calibration}),
+        "guardrail": Guardrail(estimator, "none", {"e2e": calibration, "ttft": calibration}, calibration),
         "output_length": OutputLengthModel(MODEL, (0.0,) * D_MODEL, None, float(USUAL_TOKENS), 0, 8, 0.1),
         "dataset": make_dataset() if dataset is None else dataset,
         "config": TrainConfig(**{"run_dir": run_dir, "steps": 6, "batch_size": 8, "lr": 1e-2, **settings}),

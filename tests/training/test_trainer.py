@@ -172,7 +172,7 @@ def test_predictions_are_compared_with_measurements(synthetic: ModuleType, tmp_p
     def measure(example: Example, knobs: Knobs) -> StageTimes:
         measured.append((example.content_id, knobs))
         e2e_ms = 1.25 * estimator.predict(engine.view(example).sizes, knobs, 4).e2e_ms
-        return StageTimes(0.0, 0.0, 0.0, 0.0, 0.0, (0.1, 0.1, 0.1), e2e_ms)
+        return StageTimes(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, (0.1, 0.1, 0.1), e2e_ms)
 
     trainer = synthetic.make_trainer(tmp_path, measure=measure, measure_every_steps=2, num_measured=5)
     steps = [trainer.train_step() for _ in range(4)]
