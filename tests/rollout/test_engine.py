@@ -439,3 +439,14 @@ def test_unusable_examples_are_refused(tiny_elastic: ElasticModel, law_examples:
     elongated = Image.fromarray(np.zeros((1, 4000, 3), np.uint8))
     with pytest.raises(ImageError, match="elongated"):
         RolloutEngine(tiny_elastic).run([(dataclasses.replace(law_examples[0], source=elongated), knobs)])
+
+
+def test_a_prefix_is_the_same_to_the_bit_whatever_is_made_with_it(
+    tiny_elastic: ElasticModel, law_examples: list[Example]
+) -> None:
+    together = RolloutEngine(tiny_elastic)._shared_prefixes([(example, "high") for example in law_examples])
+    engine = RolloutEngine(tiny_elastic)
+    for example, prefix in zip(law_examples, together, strict=True):
+        (alone,) = engine._shared_prefixes([(example, "high")])
+        assert torch.equal(alone.hidden, prefix.hidden)
+        assert all(torch.equal(a, b) for a, b in zip(alone.keys, prefix.keys, strict=True))
