@@ -30,7 +30,6 @@ import numpy as np
 import torch
 import tyro
 from mutations import mutate_bytes, mutate_json, mutate_safetensors, mutate_text, with_fresh_digest
-from pacevlm.rollout.memory import OutcomeMemory
 from PIL import Image
 from result_file import provenance, write_result
 from rich.console import Console
@@ -40,7 +39,6 @@ from pacevlm.artefact import content_sha256
 from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.baselines.static import StaticPolicy
 from pacevlm.cli import _describe
-from pacevlm.config import load_config
 from pacevlm.controller.policy import Controller, ControllerPolicy
 from pacevlm.data.jsonl import JsonlDataset
 from pacevlm.errors import PacevlmError, QuestionError
@@ -55,8 +53,10 @@ from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.latency.profile import Profile, collect_device_facts
 from pacevlm.models.elastic import ElasticModel, read_elastic_settings
 from pacevlm.pacer import BUNDLE_NAME, Pacer
-from pacevlm.pipeline import RunConfig, load_elastic_model, run_pipeline
+from pacevlm.pipeline import load_elastic_model, run_pipeline
+from pacevlm.pipeline.run_config import load_run_config
 from pacevlm.pipeline.step_log import StepLog
+from pacevlm.rollout.outcome_store import OutcomeStore
 from pacevlm.rollout.request import Pacing, policy_input
 from pacevlm.training.checkpoint import load_checkpoint
 from pacevlm.training.constraint import ConstraintConfig, PIDLagrangian
@@ -68,7 +68,7 @@ QUESTION = "How many red digits are there?"
 SECONDS = 10.0
 LEAST, MOST = 0.5, 20.0
 # Files that people may edit, or of which each line stands alone: no digest covers them.
-OPEN = ("config.json", "elastic.json", "records.jsonl", "memory.jsonl", "train/metrics.jsonl", "data.jsonl")
+OPEN = ("config.json", "elastic.json", "records.jsonl", "outcomes.jsonl", "train/metrics.jsonl", "data.jsonl")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Doors:
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir, self.bundle = run_dir, run_dir / "bundle"
-        config = load_config(run_dir / "config.json", RunConfig)
+        config = load_run_config(run_dir)
         self.model = load_elastic_model(config.model)
         self.space = self.model.knob_space
         self.image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
@@ -151,8 +151,8 @@ class Doors:
             "steps.json": self._steps,
             "results.json": self._results,
             "records.jsonl": lambda path: read_records(path) and None,
-            "memory.jsonl": lambda path: OutcomeMemory.load(path, self.model.identity) and None,
-            "config.json": lambda path: load_config(path, RunConfig) and None,
+            "outcomes.jsonl": lambda path: OutcomeStore.open(path, self.model.identity) and None,
+            "config.json": lambda path: load_run_config(path.parent) and None,
             "elastic.json": lambda path: read_elastic_settings(path.parent) and None,
             "train/run.json": lambda path: read_run_record(path) and None,
             "train/checkpoint.safetensors": self._checkpoint,

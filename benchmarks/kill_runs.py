@@ -32,7 +32,8 @@ from pacevlm.artefact import content_sha256
 from pacevlm.errors import PacevlmError
 from pacevlm.files import load_safetensors, read_jsonl
 from pacevlm.latency.profile import collect_device_facts
-from pacevlm.pipeline.artefacts import MEMORY_NAME, PARTIAL_NAMES
+from pacevlm.pipeline.artefacts import OUTCOMES_NAME, PARTIAL_NAMES
+from pacevlm.pipeline.step_log import FinishedStep, StepLog
 from pacevlm.training.checkpoint import load_checkpoint
 
 PROGRAM = "import sys; from pacevlm.cli import main; sys.exit(main())"
@@ -52,6 +53,7 @@ SMALL: dict[str, Any] = {
     "profile.repeats": 1,
     "profile.num-lengths": 60,
     "profile.alpha": 0.1,
+    "profile.max-megapixels": 0.5,
     "lookup.num-examples": 30,
     "train.steps": 10,
     "train.batch-size": 16,
@@ -128,18 +130,18 @@ def finish(arguments: list[str]) -> float:
     return time.monotonic() - started
 
 
-def steps_of(run_dir: Path) -> dict[str, Any]:
+def steps_of(run_dir: Path) -> dict[str, FinishedStep]:
     """The finished steps of a run directory."""
-    path = run_dir / "steps.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    log = StepLog(run_dir)
+    return {name: step for name in STEPS if (step := log.get(name)) is not None}
 
 
 def count_done(run_dir: Path) -> dict[str, int]:
     """How much of each piece of work a run directory holds."""
     finished = steps_of(run_dir)
-    memory, checkpoint = run_dir / MEMORY_NAME, run_dir / "train" / "checkpoint.safetensors"
+    outcomes, checkpoint = run_dir / OUTCOMES_NAME, run_dir / "train" / "checkpoint.safetensors"
     done = {
-        "outcomes": len(read_jsonl(memory, "outcomes", PacevlmError)) if memory.exists() else 0,
+        "outcomes": len(read_jsonl(outcomes, "outcomes", PacevlmError)) if outcomes.exists() else 0,
         "training steps": load_checkpoint(checkpoint).step if checkpoint.exists() else 0,
     }
     for step, names in PARTIAL_NAMES.items():
@@ -281,7 +283,7 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         first, reference = folder / "first", folder / "reference"
         finish(arguments_of("quickstart", first))
-        seconds = {name: float(step["seconds"]) for name, step in steps_of(first).items()}
+        seconds = {name: step.seconds for name, step in steps_of(first).items()}
         console.print(f"seconds of each step: {seconds}")
         source = first / "profile.json"
         finish(arguments_of("train", reference, **{"profile.source": source}))

@@ -67,7 +67,8 @@ class KnobSpace:
             named = isinstance(tier, str) and tier.strip() and tier.isprintable() and "/" not in tier
             if not named or len(tier) > MAX_TIER_NAME:
                 raise KnobError(
-                    f"tier {str(tier)[:80]!r} must be a printable name of up to {MAX_TIER_NAME} characters without /"
+                    f"tiers hold {str(tier)[:80]!r}; a tier must be a printable name of up to {MAX_TIER_NAME} "
+                    "characters without /"
                 )
         if not 0 < len(self.tiers) <= MAX_VALUES or len(set(self.tiers)) != len(self.tiers):
             raise KnobError(

@@ -471,7 +471,15 @@ def _check_scale(folder: Path, model: ElasticModel, pacing: Pacing, full_p50_ms:
     """Refuse bounds on the full configuration that the measured median has nothing to do with."""
     height = width = 336
     vision = tuple(model.adapter.vision_sizes(height, width, limit) for limit in model.max_crops.values())
-    sizes = RequestSizes(vision, num_text_tokens=32, num_pixels=height * width)
+    estimator = pacing.guardrail.estimator
+    kind, picture = min(estimator.pictures.items())
+    sizes = RequestSizes(
+        vision,
+        num_text_tokens=min(32, estimator.max_text_tokens),
+        num_pixels=min(height * width, picture.max_pixels),
+        picture_kind=kind,
+        num_bytes=min(100_000, picture.max_bytes),
+    )
     bound_ms = float(pacing.guardrail.upper_bounds_ms(sizes, pacing.max_new_tokens, pacing.kind)[-1, -1, -1])
     if not 1 / MAX_BOUND_RATIO <= bound_ms / full_p50_ms <= MAX_BOUND_RATIO:
         raise CheckpointError(

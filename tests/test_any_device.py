@@ -14,6 +14,7 @@ import torch
 
 from pacevlm.config import CalibrateConfig, DataConfig, EvaluateConfig, LookupConfig, ModelConfig, ProfileConfig
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
+from pacevlm.data.metrics import Metric
 from pacevlm.data.splits import load_splits
 from pacevlm.devices import resolve_device
 from pacevlm.errors import ConfigError
@@ -102,7 +103,7 @@ def test_more_threads_than_cpus_are_refused_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"may use 4 CPUs; set profile\.num_threads"):
-        run_pipeline(RunConfig(run_dir=tmp_path / "run", profile=ProfileConfig(num_threads=9999)))
+        run_pipeline(RunConfig(run_dir=tmp_path / "run", profile=ProfileConfig(num_threads=999)))
     assert not any(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="num_threads is 5"), use_num_threads(5):
         pass
@@ -161,7 +162,7 @@ def test_training_steps_are_the_same(
             ema_decay=0.5,
             tensorboard=False,
         )
-        engine = RolloutEngine(model, lambda answer, _: float(answer[:1] < "c"))
+        engine = RolloutEngine(model, Metric("first", lambda answer, *_: float(answer[:1] < "c")))
         parts = (engine, pacing.guardrail.estimator, pacing.guardrail, pacing.output_length, law_examples, config)
         Trainer(controller, *parts, 100.0).run(until_step=1)
         # Stopped and begun again: everything is restored onto the device.

@@ -15,6 +15,7 @@ from PIL import Image
 from pacevlm.errors import ConfigError, DataError, PacevlmError
 from pacevlm.pipeline import STEPS, RunConfig, run_pipeline
 from pacevlm.pipeline.context import SilentReporter
+from pacevlm.pipeline.run_config import save_run_config
 from tests.test_pipeline import Recorder, make_config
 
 
@@ -84,7 +85,7 @@ def test_what_is_let_through_is_not_too_little(tiny_elastic_dir: Path, tmp_path:
 
 def test_a_run_that_lacks_something_keeps_what_is_there(tiny_elastic_dir: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, tiny_elastic_dir)
-    (tmp_path / "config.json").write_text("{}")
+    save_run_config(config)
     (tmp_path / "profile.json").write_text("precious")
     with pytest.raises(ConfigError, match="num_lengths"):
         run_pipeline(changed(config, profile__num_lengths=3), fresh=True)

@@ -11,6 +11,7 @@ from typing import Any, overload
 
 from pacevlm.config import PictureConfig
 from pacevlm.errors import DataError, ImageError
+from pacevlm.files import read_bytes
 from pacevlm.types import Example
 
 PARTS = ("train", "val", "test")
@@ -78,11 +79,10 @@ class JsonlDataset(Sequence[Example]):
             raise DataError(f"the data set {self.path} holds no examples{unreadable}; give one JSON object per line")
 
     def _read(self) -> str:
+        content = read_bytes(self.path, "data set", DataError)
         try:
             # A byte order mark is not JSON, but some editors write one.
-            return self.path.read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise DataError(f"cannot read the data set {self.path}: {error.strerror or error}") from error
+            return content.decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             line_number = error.object[: error.start].count(b"\n") + 1
             raise DataError(f"{self.path}, line {line_number}: not UTF-8 text; save the file as UTF-8") from error

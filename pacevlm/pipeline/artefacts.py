@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -63,17 +64,20 @@ def missing_files(run_dir: Path, names: tuple[str, ...]) -> list[str]:
 
 
 def check_directory(config: RunConfig, *, fresh: bool) -> None:
-    """Refuse a directory that holds files but is no run's.
+    """Refuse a directory that cannot be written, or that holds files but is no run's.
 
     A run's is known by the mark that its writer left, by its settings, or by any file that only a run has, so that one
     that was deleted half-way still counts.
 
     Raises:
-        ConfigError: its `config.json` is something else's or, to start over, nothing there is a run's.
+        ConfigError: it or what holds it is no folder or may not be written to, its `config.json` is something else's or, to start over, nothing there is a run's.
     """
     run_dir, path = config.run_dir, config.run_dir / CONFIG_NAME
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError(f"{run_dir} is no folder; give another run directory")
+    existing = next(parent for parent in (run_dir, *run_dir.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"run_dir is {str(run_dir)!r}, but {str(existing)!r} is no folder; give another run_dir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir is {str(run_dir)!r}, but {str(existing)!r} may not be written to; give another")
     settings = _read_settings(path)
     if settings is not None and not is_run_config(settings):
         raise ConfigError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -30,7 +29,6 @@ def check_run(run: RunContext, steps: Sequence[str]) -> None:
         ImageError, QuestionError: a request to be profiled cannot be used.
         PacevlmError: the model or the data set cannot be loaded.
     """
-    _check_run_dir(run)
     if not steps:
         return
     config = run.config
@@ -54,15 +52,6 @@ def check_run(run: RunContext, steps: Sequence[str]) -> None:
             f"calibrate.num_requests is {config.calibrate.num_requests}, but profile.alpha {config.profile.alpha:g} "
             f"needs at least {needed}; give more requests or a larger alpha"
         )
-
-
-def _check_run_dir(run: RunContext) -> None:
-    folder = run.run_dir
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"run_dir is {str(folder)!r}, but {str(existing)!r} is no folder; give another run_dir")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"run_dir is {str(folder)!r}, but {str(existing)!r} may not be written to; give another")
 
 
 def _check_library(name: str, extra: str, what: str) -> None:
@@ -99,7 +88,7 @@ def _check_profile(run: RunContext) -> None:
             return  # is fitted at once
         num_samples, repeats = num_transferred(config.alpha), 1
     examples = run.splits.train[: config.num_requests]
-    settings = ProfilerSettings(len(examples), num_samples, repeats, seed=config.seed)
+    settings = ProfilerSettings(num_requests=len(examples), num_samples=num_samples, repeats=repeats, seed=config.seed)
     sizes = [run.model.view(example.source, example.question).sizes for example in examples]
     schedule = plan_workload(space, settings).schedule
     samples = [_planned(entry, sizes[entry.request], space) for entry in schedule if not entry.is_reference]

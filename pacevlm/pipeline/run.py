@@ -100,17 +100,19 @@ def run_pipeline(
     check_num_threads(config.profile.num_threads)
     check_directory(config, fresh=fresh)
     wanted = STEPS[: STEPS.index(until) + 1]
+    run = RunContext(config, reporter, command)
+    is_new = fresh or not config.run_dir.exists()
+    if is_new:  # before anything is removed or made
+        check_run(run, wanted)
     with one_writer(config.run_dir):
-        run = RunContext(config, reporter, command)
         if fresh:
-            check_run(run, wanted)
             remove_artefacts(config)
         remove_leftovers(config)
         log = StepLog(config.run_dir)
         _check_settings(run, log)
         # Before any is made again: one step's work may leave half of what another's was.
         gone = {name: _missing(run, name) for name in STEPS}
-        if not fresh:
+        if not is_new:
             check_run(run, [name for name in wanted if gone[name][0] or not _is_done(run, log, name)])
         save_run_config(config)
         for name in wanted:

@@ -28,7 +28,13 @@ from pacevlm.training.train_config import GRPOConfig, TrainConfig
 DEFAULT_RUN_DIR = Path("runs/default")
 CONFIG_NAME = "config.json"
 # Settings that name files or folders, and the words that stand for what is inside the package.
-_PATHS = (("model", "path"), ("data", "dataset"), ("data", "test_dataset"), ("profile", "source"))
+_PATHS = (
+    ("model", "path"),
+    ("data", "dataset"),
+    ("data", "val_dataset"),
+    ("data", "test_dataset"),
+    ("profile", "source"),
+)
 _WITHIN_PACKAGE = ("embedded", "digits")
 # Where files beside the run directory were when it was written, for a run directory that moves without them.
 _ABSOLUTE = "absolute_paths"

@@ -6,12 +6,12 @@ import dataclasses
 import itertools
 import math
 import os
-import sys
 from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
+from pacevlm.artefact import MAX_COUNT
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.errors import ProfileError, QuestionError
@@ -71,8 +71,8 @@ def nominal_pacing(model: ElasticModel, picture_kinds: Collection[str] = ("memor
         trained_top_k=model.trained_top_k,
         stage2_after=model.stage2_after,
         stages=stages,
-        pictures={kind: PictureFit(read, sys.maxsize, sys.maxsize) for kind in picture_kinds},
-        max_text_tokens=sys.maxsize,
+        pictures={kind: PictureFit(read, MAX_COUNT, MAX_COUNT) for kind in picture_kinds},
+        max_text_tokens=MAX_COUNT,
     )
     calibration = Calibration(alpha=0.5, log_margins={}, fallback_log_margin=0.0, num_samples={})
     lengths = OutputLengthModel(

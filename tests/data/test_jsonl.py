@@ -172,7 +172,7 @@ def test_text_that_is_not_utf8_names_the_line(tmp_path: Path) -> None:
 
 
 def test_missing_or_empty_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot read the data set"):
+    with pytest.raises(DataError, match="data set"):
         JsonlDataset(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="no examples"):
         JsonlDataset(write(tmp_path, "", "  "))

@@ -218,7 +218,13 @@ def test_damaged_estimators_are_refused(tmp_path: Path, random_estimator: Any, r
         lambda v: v["stages"]["vision_ms"]["coefficients"].update(crops=True),
         lambda v: v["stages"]["vision_ms"].update(num_rows=1.5),
         lambda v: v["stages"]["vision_ms"].update(ape_p50=-1.0),
-        lambda v: [fit["coefficients"].update(dict.fromkeys(fit["coefficients"], 0)) for fit in v["stages"].values()],
+        lambda v: [
+            fit["coefficients"].update(dict.fromkeys(fit["coefficients"], 0))
+            for fit in (*v["stages"].values(), *(picture["read"] for picture in v["pictures"].values()))
+        ],
+        lambda v: v["pictures"].clear(),
+        lambda v: [picture.update(max_pixels=-1) for picture in v["pictures"].values()],
+        lambda v: v.update(max_text_tokens=1.5),
         lambda v: v["knob_space"].update(top_ks=[4, True]),
         lambda v: v["device"].update(num_threads=10**9),
         lambda v: v["stages"]["vision_ms"]["coefficients"].pop("crops"),

@@ -165,6 +165,8 @@ def test_steps_of_one_row_are_the_loops_steps(
     law_model: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = law_model.adapter
+    if law_model.device.type != "cpu":
+        pytest.skip("loops are compiled for a CPU")
     assert isinstance(adapter, CompiledMolmoEAdapter)
     assert adapter.row_decode(10) is not None
     monkeypatch.setattr(adapter, "eos_token_id", -1)

@@ -229,7 +229,7 @@ def test_finished_steps_need_their_data_no_longer(copied: RunConfig) -> None:
     with pytest.raises(ConfigError, match=r"data\.metric was 'exact_match', now 'anls'"):
         run_pipeline(dataclasses.replace(copied, data=dataclasses.replace(copied.data, metric="anls")))
     more = dataclasses.replace(copied, evaluate=dataclasses.replace(copied.evaluate, budgets=(0.9,)))
-    with pytest.raises(DataError, match=r"cannot read the data set .*data\.jsonl"):
+    with pytest.raises(DataError, match=r"there is no data set at .*data\.jsonl"):
         run_pipeline(more)
 
 

@@ -326,7 +326,7 @@ def test_what_is_known_belongs_to_picture_and_question(
         naive_result = tiny_elastic.run_static(other.image, other.question, knobs)
         assert engine.run([(other, knobs)])[0].answer == naive_result.answer
         assert engine.num_run == num_run + 1
-        assert engine.view(other).sizes == tiny_elastic.view(other.image, other.question).sizes
+        assert engine.view(other).sizes == tiny_elastic.view(other.source, other.question).sizes
         assert not torch.equal(engine.latency_token_outputs([other], ["high"], token), expected_token)
 
 
