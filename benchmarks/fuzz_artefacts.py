@@ -54,6 +54,7 @@ from pacevlm.latency.profile import Profile, collect_device_facts
 from pacevlm.models.elastic import ElasticModel, read_elastic_settings
 from pacevlm.pacer import BUNDLE_NAME, Pacer
 from pacevlm.pipeline import load_elastic_model, run_pipeline
+from pacevlm.pipeline.outputs import read_shown
 from pacevlm.pipeline.run_config import load_run_config
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.rollout.outcome_store import OutcomeStore
@@ -150,6 +151,7 @@ class Doors:
             "static.json": lambda path: self._choose(StaticPolicy.load(path, self.space)),
             "steps.json": self._steps,
             "results.json": self._results,
+            "shown.json": lambda path: read_shown(path) and None,
             "records.jsonl": lambda path: read_records(path) and None,
             "outcomes.jsonl": lambda path: OutcomeStore.open(path, self.model.identity) and None,
             "config.json": lambda path: load_run_config(path.parent) and None,

@@ -23,8 +23,8 @@ PACKAGE = ROOT / "pacevlm"
 # From the bottom to the top: a part may import the parts of the layers before its own. Parts that share a layer do not
 # import each other, but for the modules of the vocabulary.
 VOCABULARY = frozenset(
-    {"errors", "checks", "printing", "knobs", "images", "types", "files", "artefact", "partial", "signals", "config"}
-    | {"devices", "identity", "picture_headers", "picture_parts", "picture_sources"}
+    {"errors", "checks", "printing", "knobs", "config", "images", "types"}
+    | {"files", "artefact", "partial", "signals", "devices"}
 )
 LAYERS: tuple[frozenset[str], ...] = (
     VOCABULARY,

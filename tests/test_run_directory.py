@@ -238,7 +238,7 @@ def test_the_same_data_elsewhere_is_the_same_data_and_other_data_is_not(moved: P
     assert again.ran == []
     lines = (moved / "renamed.jsonl").read_text().splitlines()
     (moved / "renamed.jsonl").write_text("\n".join(lines[1:]))
-    with pytest.raises(ConfigError, match="the training examples changed|the test examples changed"):
+    with pytest.raises(ConfigError, match=r"the training examples changed|the test examples changed"):
         run_pipeline(changed)
 
 

@@ -10,8 +10,9 @@ from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from pacevlm.artefact import Ms, Share, typed
 from pacevlm.errors import DataError
 from pacevlm.evaluation.plots import plot_knobs, plot_pareto
 from pacevlm.evaluation.summary import interval_text, milliseconds, percent, sort_policies
@@ -48,11 +49,24 @@ class AnsweredQuestion:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AnsweredQuestion:
         """Inverse of `to_dict`, but for the image's size; raises DataError if values are malformed."""
+        stored = typed(_StoredQuestion, values, "an answered question", DataError)
         try:
-            image = load_image(base64.b64decode(values["image"], validate=True))
-            return cls(**{**values, "image": image, "knobs": Knobs.parse(values["knobs"])})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"an answered question is malformed: {error}") from error
+            return cls(**{**stored, "image": load_image(base64.b64decode(stored["image"], validate=True))})
+        except ValueError as error:
+            raise DataError(f"the picture of an answered question is malformed: {error}") from error
+
+
+class _StoredQuestion(TypedDict):
+    """What `AnsweredQuestion.to_dict` gives."""
+
+    image: str
+    question: str
+    answer: str
+    reference: str
+    accuracy: Share
+    knobs: Knobs
+    budget_ms: Ms
+    latency_ms: Ms | None
 
 
 def write_report(

@@ -70,7 +70,8 @@ def check_directory(config: RunConfig, *, fresh: bool) -> None:
     that was deleted half-way still counts.
 
     Raises:
-        ConfigError: it or what holds it is no folder or may not be written to, its `config.json` is something else's or, to start over, nothing there is a run's.
+        ConfigError: it, or what holds it, is no folder or may not be written to; its `config.json` is something else's;
+            or, to start over, nothing there is a run's.
     """
     run_dir, path = config.run_dir, config.run_dir / CONFIG_NAME
     existing = next(parent for parent in (run_dir, *run_dir.absolute().parents) if parent.exists())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from pacevlm.artefact import check_keys, load_artefact, save_artefact
+from pacevlm.artefact import load_artefact, save_artefact, typed
 from pacevlm.config import config_to_dict
 from pacevlm.errors import DataError
 from pacevlm.evaluation.plots import plot_knobs, plot_pareto
@@ -63,15 +63,25 @@ def draw_outputs(config: RunConfig) -> None:
     """
     run_dir = config.run_dir
     results = read_results(run_dir / RESULTS_NAME)
-    shown = load_artefact(run_dir / SHOWN_NAME, _SHOWN_KIND, _SHOWN_SCHEMA_VERSION, DataError)
-    check_keys(_SHOWN_KIND, shown, {"command", "samples"}, DataError)
+    command, samples = read_shown(run_dir / SHOWN_NAME)
     plot_pareto(results, run_dir / PARETO_STEM)
     if all("controller" in budget["policies"] for budget in results["budgets"]):
         plot_knobs(results, run_dir / KNOBS_STEM)
     settings = config_to_dict(config)
     del settings["run_dir"]  # it may move
-    samples = [AnsweredQuestion.from_dict(sample) for sample in shown["samples"]]
-    write_report(results, run_dir / REPORT_NAME, samples=samples, config=settings, command=shown["command"])
+    write_report(results, run_dir / REPORT_NAME, samples=samples, config=settings, command=command)
+
+
+class _Shown(TypedDict):
+    command: str | None
+    samples: list[dict[str, Any]]
+
+
+def read_shown(path: Path) -> tuple[str | None, list[AnsweredQuestion]]:
+    """The command of an evaluation and the answers it shows; raises DataError if the file is missing or damaged."""
+    values = load_artefact(path, _SHOWN_KIND, _SHOWN_SCHEMA_VERSION, DataError)
+    shown = typed(_Shown, values, f"the {_SHOWN_KIND} at {path}", DataError)
+    return shown["command"], [AnsweredQuestion.from_dict(sample) for sample in shown["samples"]]
 
 
 def read_outputs(run_dir: Path) -> tuple[dict[str, Any], list[EvaluationRecord]]:

@@ -207,7 +207,7 @@ def test_peak_memory_follows_the_pixels(tmp_path: Path) -> None:
         [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in everything)],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(pacevlm.images.__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(pacevlm.images.__file__).parents[2])},
         check=True,
     )
     for line in run.stdout.splitlines():
@@ -225,7 +225,7 @@ def test_peak_memory_follows_the_pixels(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def fuzz() -> ModuleType:
     name = "fuzz_pictures"
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "benchmarks" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 from pacevlm.errors import ImageError
-from pacevlm.picture_parts import TIFF_SIZES, Header, Part, damaged, read_bytes, read_orientation, tiff_entries
+from pacevlm.images.parts import TIFF_SIZES, Header, Part, damaged, read_bytes, read_orientation, tiff_entries
 
 FORMATS = "JPEG, PNG, WebP, GIF, BMP and TIFF"
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from pacevlm.errors import ImageError
-from pacevlm.picture_headers import read_header
+from pacevlm.images.headers import read_header
 
 _BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 

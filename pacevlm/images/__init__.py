@@ -1,7 +1,7 @@
 """The one way to read a picture: its header first, which is checked, and its pixels when they are wanted.
 
 Training, evaluation, profiles and answers all come here, so they see the same pixels of every file. `Picture.kind` is
-what the cost of decoding depends on; `pacevlm/picture_headers.py` holds the table of kinds.
+what the cost of decoding depends on; `pacevlm/images/headers.py` holds the table of kinds.
 
 Reading a header takes memory that does not depend on the picture's pixels, and what is refused by its header takes no
 more. Decoding takes at most `PEAK_BYTES_PER_PIXEL` for each pixel.
@@ -25,9 +25,9 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from pacevlm.config import PictureConfig as PictureConfig
 from pacevlm.errors import ImageError
-from pacevlm.picture_headers import read_header
-from pacevlm.picture_parts import Header, PartsFile, read_orientation
-from pacevlm.picture_sources import array_mode, object_hint, opened_file, source_name
+from pacevlm.images.headers import read_header
+from pacevlm.images.parts import Header, PartsFile, read_orientation
+from pacevlm.images.sources import array_mode, object_hint, opened_file, source_name
 
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray[Any, Any]"
 
@@ -68,7 +68,7 @@ class Picture:
         width: pixels, turned upright as its EXIF orientation says.
         height: pixels, turned upright.
         kind: what decoding costs depends on: `memory` for RGB pixels in memory, `RGBA in memory` and the like for
-            others there, and for files what the table in `pacevlm/picture_headers.py` says.
+            others there, and for files what the table in `pacevlm/images/headers.py` says.
         num_bytes: of the file; 0 for what is in memory.
         config: how it is read.
     """
