@@ -23,12 +23,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from pacevlm.config import load_config
 from pacevlm.data.splits import load_splits
 from pacevlm.evaluation.statistics import proportion_interval
 from pacevlm.latency.measuring import without_garbage_collection
 from pacevlm.pacer import Answer, Pacer
-from pacevlm.pipeline.run_config import RunConfig
+from pacevlm.pipeline.run_config import load_run_config
 
 SIZES = {"4 megapixels": (2304, 1728), "12 megapixels": (4032, 3024)}
 ORIENTATION, ORIENTATIONS = 0x0112, (1, 3, 6, 8)
@@ -98,8 +97,8 @@ def summarise(answers: Sequence[Answer]) -> dict[str, Any]:
 
 def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Answer all requests; returns the results."""
-    config = load_config(arguments.run_dir / "config.json", RunConfig)
-    questions = [example.question for example in load_splits(config.data).test]
+    config = load_run_config(arguments.run_dir)
+    questions = [example.question for example in load_splits(config.data, config.picture).test]
     pacer = Pacer.from_pretrained(arguments.run_dir, device=config.model.device)
     rng = np.random.default_rng([arguments.seed, 1])
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +106,7 @@ def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> dict[str
         large = [path for path, name in photos.items() if name == max(SIZES, key=lambda one: SIZES[one][0])]
         bounds_ms = [pacer.estimate(path, questions[0])[-1].upper_bound_ms for path in large]
         full_bound_ms = float(np.median([bound_ms for bound_ms in bounds_ms if np.isfinite(bound_ms)]))
-        budgets_ms = [fraction * full_bound_ms for fraction in arguments.fractions]
+        budgets_ms = arguments.budgets_ms or [fraction * full_bound_ms for fraction in arguments.fractions]
         paths = [list(photos)[i % len(photos)] for i in rng.permutation(arguments.num)]
         asked = [(path, questions[int(rng.integers(len(questions)))]) for path in paths]
         requests = list(itertools.product(asked, budgets_ms))
@@ -132,7 +131,7 @@ def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> dict[str
         "drift_factor": None if pacer.drift is None else pacer.drift.factor,
         "budgets": [
             {
-                "fraction": fraction,
+                "fraction": budget_ms / full_bound_ms,
                 "budget_ms": budget_ms,
                 **summarise([answer for _, answer in answers if answer.budget_ms == budget_ms]),
                 "sizes": {
@@ -140,7 +139,7 @@ def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> dict[str
                     for name in sorted({of for of, _ in answers})
                 },
             }
-            for fraction, budget_ms in zip(arguments.fractions, budgets_ms, strict=True)
+            for budget_ms in budgets_ms
         ],
     }
 
@@ -178,6 +177,7 @@ def main() -> None:
         default=(0.5, 0.95, 1.1),
         help="budgets, as fractions of the median bound on the full configuration of the large pictures",
     )
+    parser.add_argument("--budgets-ms", type=float, nargs="+", help="budgets in milliseconds, in place of fractions")
     parser.add_argument("--track-drift", action="store_true", help="correct bounds by how slow the machine turns out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))

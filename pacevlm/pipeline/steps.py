@@ -311,7 +311,8 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
         "num_requests": len(runs),
         "violation_rate_before": 1.0 - float(np.mean(kept)) if kept else None,
         "coverage_before": coverage(pacing.guardrail, samples),
-        "factors": {group: calibration.factor(group) for group in calibration.num_samples},
+        "factors": {"picture": guardrail.picture.factor("all")}
+        | {group: calibration.factor(group) for group in calibration.num_samples},
     }
 
 
