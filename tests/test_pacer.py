@@ -58,7 +58,7 @@ def make_estimator(model: ElasticModel, coefficient: float = 1e-4) -> LatencyEst
     stages = {stage: StageFit((coefficient,) * len(terms), 1, 0, 0.0, 0.0) for stage, terms in STAGE_TERMS.items()}
     facts = dataclasses.replace(collect_device_facts("cpu", model.dtype), num_threads=NUM_THREADS)
     read = StageFit((coefficient,) * len(READ_TERMS), 1, 0, 0.0, 0.0)
-    pictures = {"memory": PictureFit(read, 100_000, 0), "jpeg": PictureFit(read, 100_000, 50_000)}
+    pictures = {"memory": PictureFit(read, 100_000, 0, 0), "jpeg": PictureFit(read, 100_000, 100_000, 50_000)}
     return LatencyEstimator(
         model.identity, model.knob_space, facts, model.trained_top_k, model.stage2_after, stages, pictures, 100
     )

@@ -55,6 +55,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+TURNED = "turned "
+"""What the kind of a file begins with whose pixels its orientation turns, which costs time of its own."""
+
 # Pixels that are converted together; what they need for it comes on top of the picture.
 _BAND_PIXELS = 1 << 18
 
@@ -119,7 +122,8 @@ def open_picture(source: ImageSource, config: PictureConfig | None = None) -> Pi
         file, num_bytes = opened
         header = _checked_header(file, num_bytes, source_name(source), config)
         size = _upright_size((header.width, header.height), header.orientation)
-        return Picture(source, *size, header.kind, num_bytes, config)
+        kind = header.kind if header.orientation == 1 else TURNED + header.kind
+        return Picture(source, *size, kind, num_bytes, config)
 
 
 def load_image(source: ImageSource, config: PictureConfig | None = None) -> Image.Image:

@@ -13,6 +13,7 @@ frames are stepped over: they can be damaged or huge, and a decoder never sees t
 | `webp` | lossy WebP without transparency |
 | `lossless webp`, `webp with transparency`, `animated webp` | other WebP |
 | `gif`, `bmp`, `tiff` | the first frame or page of any other listed file |
+| `turned ...` | any of these whose orientation turns its pixels |
 """
 
 from __future__ import annotations

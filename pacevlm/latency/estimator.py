@@ -14,8 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from pacevlm.artefact import MAX_COUNT, Text, check_keys, load_artefact, save_artefact, typed
 from pacevlm.errors import ConfigError, KnobError, ProfileError
+from pacevlm.images import TURNED
 from pacevlm.knobs import MAX_VALUE, Knobs, KnobSpace
-from pacevlm.latency.picture_fit import RANGE_TOLERANCE, PictureFit, fit_pictures
+from pacevlm.latency.picture_fit import RANGE_TOLERANCE, PictureFit, fit_pictures, upright_kind
 from pacevlm.latency.profile import DeviceFacts, Profile, Sample, check_identity, load_knob_space
 from pacevlm.latency.stage_fit import StageFit, check_coefficients, fit_stage
 from pacevlm.latency.stage_terms import STAGE_TERMS, WORK_UNITS, measured_stages, stage_terms, terms_of
@@ -158,7 +159,7 @@ class LatencyEstimator:
     def reaching(self, samples: Sequence[Sample]) -> LatencyEstimator:
         """The same, good for requests as large as these too, of the kinds of pictures that it knows."""
         pictures = {
-            kind: fit.reaching([sample for sample in samples if sample.picture_kind == kind])
+            kind: fit.reaching([sample for sample in samples if upright_kind(sample.picture_kind) == kind])
             for kind, fit in self.pictures.items()
         }
         longest = max([self.max_text_tokens, *(sample.num_text_tokens for sample in samples)])
@@ -166,11 +167,12 @@ class LatencyEstimator:
 
     def beyond(self, sizes: RequestSizes) -> str | None:
         """Why nothing is promised of such a request: a sentence that names what was not profiled; None if all was."""
-        fit = self.pictures.get(sizes.picture_kind)
+        fit = self.pictures.get(upright_kind(sizes.picture_kind))
         if fit is None:
             return f"no {sizes.picture_kind} picture was profiled, only {', '.join(sorted(self.pictures))}"
+        max_pixels = fit.max_turned_pixels if sizes.picture_kind.startswith(TURNED) else fit.max_pixels
         for value, most, what in (
-            (sizes.num_pixels, fit.max_pixels, f"the {sizes.picture_kind} picture has {{:,}} pixels"),
+            (sizes.num_pixels, max_pixels, f"the {sizes.picture_kind} picture has {{:,}} pixels"),
             (sizes.num_bytes, fit.max_bytes, f"the {sizes.picture_kind} file has {{:,}} bytes"),
             (sizes.num_text_tokens, self.max_text_tokens, "the prompt has {:,} text tokens"),
         ):
@@ -343,7 +345,8 @@ class LatencyEstimator:
         content = self._to_dict()
         content["stages"] = {stage: list(self.stages[stage].coefficients) for stage in STAGE_TERMS}
         content["pictures"] = {
-            kind: [*fit.read.coefficients, fit.max_pixels, fit.max_bytes] for kind, fit in self.pictures.items()
+            kind: [*fit.read.coefficients, fit.max_pixels, fit.max_turned_pixels, fit.max_bytes]
+            for kind, fit in self.pictures.items()
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -396,9 +399,9 @@ class LatencyEstimator:
 
     def _read_ms(self, request: RequestSizes | Sample) -> float:
         """Reading a request's picture; of a kind that was not profiled, as long as the dearest one would take."""
-        fit = self.pictures.get(request.picture_kind)
+        fit = self.pictures.get(upright_kind(request.picture_kind))
         fits = self.pictures.values() if fit is None else (fit,)
-        return max(one.read_ms(request.num_pixels, request.num_bytes) for one in fits)
+        return max(one.read_ms(request.picture_kind, request.num_pixels, request.num_bytes) for one in fits)
 
     def _coefficients(self, stage: str) -> Array:
         return np.array(self.stages[stage].coefficients)

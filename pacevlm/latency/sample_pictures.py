@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
 
-# Every size comes twice, once smooth and once rough: then bytes and pixels can be told apart, and a fit and a
-# calibration get one each.
+# Every size comes twice, once smooth and once rough, one of which is turned: then bytes, pixels and turning can be told
+# apart, and a fit and a calibration get one each.
 NUM_SIZES = 6
 MIN_PIXELS = 100_000
 # What the encoders are told besides the format; for all but JPEG as quick as they go, since decoding is what is timed.
@@ -27,8 +27,8 @@ ORIENTATION, QUARTER_TURN = 0x0112, 6
 def make_sample_pictures(max_pixels: int, seed: int = 0) -> list[bytes | NDArray[np.uint8]]:
     """Make a ladder of pictures of every kind: arrays in memory, and JPEG, progressive JPEG, PNG and WebP files.
 
-    Sizes grow by a constant factor, at 4:3, upright and lying, and every second JPEG is turned by its EXIF orientation,
-    as phones store them. Kinds that this Pillow cannot write are left out.
+    Sizes grow by a constant factor, at 4:3, upright and lying, and every second file is turned by its EXIF orientation,
+    as phones do. Kinds that this Pillow cannot write are left out.
 
     Args:
         max_pixels: of the largest picture, up to rounding of its sides.
@@ -43,7 +43,7 @@ def make_sample_pictures(max_pixels: int, seed: int = 0) -> list[bytes | NDArray
         for step, num_pixels in enumerate(np.geomspace(min(MIN_PIXELS, max_pixels / 2), max_pixels, NUM_SIZES)):
             for is_rough in (False, True):
                 width, height = _sides(num_pixels)
-                if (step + is_rough) % 2:
+                if step % 2:
                     width, height = height, width
                 left, top = rng.integers(0, longest - width + 1), rng.integers(0, longest - height + 1)
                 box = (int(left), int(top), int(left) + width, int(top) + height)
@@ -51,7 +51,9 @@ def make_sample_pictures(max_pixels: int, seed: int = 0) -> list[bytes | NDArray
                 picture = Image.blend(smooth.crop(box), rough.crop(box), float(strength))
                 quality = int(rng.integers(88, 96) if is_rough else rng.integers(70, 88))
                 pictures.append(
-                    np.asarray(picture) if kind == "memory" else _encode(picture, kind, quality, step % 2 == 1)
+                    np.asarray(picture)
+                    if kind == "memory"
+                    else _encode(picture, kind, quality, (step + is_rough) % 2 == 1)
                 )
     return pictures
 
@@ -66,7 +68,7 @@ def _encode(picture: Image.Image, kind: str, quality: int, turned: bool) -> byte
     file, options = io.BytesIO(), dict(ENCODERS[kind])
     if options["format"] != "PNG":
         options["quality"] = quality
-    if turned and options["format"] == "JPEG":
+    if turned:
         options["exif"] = Image.Exif()
         options["exif"][ORIENTATION] = QUARTER_TURN
     picture.save(file, **options)

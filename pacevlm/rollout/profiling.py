@@ -21,7 +21,7 @@ from pacevlm.latency.conformal import min_num_scores
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
 from pacevlm.latency.output_length import OutputLengthModel
-from pacevlm.latency.picture_fit import READ_TERMS, PictureFit
+from pacevlm.latency.picture_fit import READ_TERMS, PictureFit, upright_kind
 from pacevlm.latency.profile import Profile, collect_device_facts
 from pacevlm.latency.profiler import ProfileProgress, ProfilerSettings, profile_requests
 from pacevlm.latency.sample_pictures import make_sample_pictures
@@ -71,7 +71,7 @@ def nominal_pacing(model: ElasticModel, picture_kinds: Collection[str] = ("memor
         trained_top_k=model.trained_top_k,
         stage2_after=model.stage2_after,
         stages=stages,
-        pictures={kind: PictureFit(read, MAX_COUNT, MAX_COUNT) for kind in picture_kinds},
+        pictures={kind: PictureFit(read, MAX_COUNT, MAX_COUNT, MAX_COUNT) for kind in map(upright_kind, picture_kinds)},
         max_text_tokens=MAX_COUNT,
     )
     calibration = Calibration(alpha=0.5, log_margins={}, fallback_log_margin=0.0, num_samples={})

@@ -64,7 +64,7 @@ def make_pacing(model: ElasticModel) -> Pacing:
         model.trained_top_k,
         model.stage2_after,
         stages,
-        {"memory": PictureFit(StageFit((0.0,) * len(READ_TERMS), 1, 0, 0.0, 0.0), 10**9, 0)},
+        {"memory": PictureFit(StageFit((0.0,) * len(READ_TERMS), 1, 0, 0.0, 0.0), 10**9, 10**9, 0)},
         10**6,
     )
     calibration = Calibration(0.1, {"all": 0.05}, 0.05, {"all": 100})

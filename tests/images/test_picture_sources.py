@@ -19,7 +19,7 @@ import pacevlm.images
 from pacevlm.config import DataConfig, ModelConfig, PictureConfig, config_from_dict, config_to_dict
 from pacevlm.data.splits import load_splits
 from pacevlm.errors import ConfigError, ImageError
-from pacevlm.images import load_image, open_picture
+from pacevlm.images import TURNED, load_image, open_picture
 from pacevlm.models.molmoe.image_processing import MolmoEImageProcessor
 from pacevlm.pipeline import RunConfig, load_elastic_model
 from pacevlm.types import Example
@@ -320,3 +320,12 @@ def test_settings_reach_every_reader(tmp_path: Path, tiny_elastic_dir: Path) -> 
     expected = np.array(load_image(KINDS["png with transparency"], PictureConfig("black")))
     assert not np.array_equal(expected, np.array(load_image(KINDS["png with transparency"])))
     assert np.array_equal(np.array(splits.test[0].image), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_file_is_of_a_kind_of_its_own(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("JPEG", "PNG", "WEBP"):
+        kind = open_picture(encoded(SMOOTH, name, exif=exif)).kind
+        assert kind == ("" if orientation == 1 else TURNED) + open_picture(encoded(SMOOTH, name)).kind

@@ -147,7 +147,9 @@ def random_estimator(space: KnobSpace, device_facts: DeviceFacts) -> Callable[..
         stages = {}
         for stage, terms in STAGE_TERMS.items():
             stages[stage] = random_fit(rng, len(terms))
-        pictures = {kind: PictureFit(random_fit(rng, len(READ_TERMS)), 5_000_000, 4_000_000) for kind in READING}
+        pictures = {
+            kind: PictureFit(random_fit(rng, len(READ_TERMS)), 5_000_000, 5_000_000, 4_000_000) for kind in READING
+        }
         return LatencyEstimator("weights-a", space, device_facts, TRAINED_TOP_K, stage2_after, stages, pictures, 200)
 
     return make

@@ -300,3 +300,15 @@ def test_an_estimator_is_not_carried_over_to_another_model(make_device: Any, mak
     estimator = LatencyEstimator.fit(profile, trained_top_k=8)
     with pytest.raises(IdentityError, match="weights-b"):
         estimator.transfer(dataclasses.replace(profile, model_identity="weights-b"))
+
+
+def test_turned_pictures_are_promised_as_far_as_turned_ones_were_profiled(random_estimator: Any) -> None:
+    estimator = random_estimator(np.random.default_rng(7))
+    sizes = RequestSizes(tuple(VisionSizes(c, 144 * c) for c in (2, 6, 12)), 20, 1_000_000, "turned jpeg", 400_000)
+    upright = dataclasses.replace(sizes, picture_kind="jpeg")
+    assert estimator.beyond(sizes) is None
+    assert (estimator.predict_all(sizes, 2) >= estimator.predict_all(upright, 2)).all()
+    pictures = {kind: dataclasses.replace(fit, max_turned_pixels=0) for kind, fit in estimator.pictures.items()}
+    without = dataclasses.replace(estimator, pictures=pictures)
+    assert "turned jpeg" in str(without.beyond(sizes))
+    assert without.beyond(upright) is None

@@ -18,7 +18,7 @@ from pacevlm.config import EvaluateConfig
 from pacevlm.controller.policy import Controller, ControllerConfig
 from pacevlm.errors import ImageError, QuestionError
 from pacevlm.evaluation.timed import time_requests
-from pacevlm.images import Picture, open_picture
+from pacevlm.images import TURNED, Picture, open_picture
 from pacevlm.latency import profiler
 from pacevlm.latency.calibrate import fit_latency
 from pacevlm.latency.profiler import ProfileProgress, ProfilerSettings
@@ -38,6 +38,8 @@ MAX_PIXELS = 12_000
 # What reading a picture takes on the counted clock: milliseconds once and per pixel.
 READING = {"memory": (0.0, 0.0), "jpeg": (5.0, 1e-3), "progressive jpeg": (5.0, 2e-3), "png": (7.0, 3e-3)}
 READING["webp"] = (4.0, 4e-3)
+TURNING = 5e-4
+READING |= {f"{TURNED}{kind}": (first, each + TURNING) for kind, (first, each) in READING.items() if kind != "memory"}
 # Every look at the counted clock takes so long, so that no stage takes no time.
 TICK_S = 1e-4
 

@@ -40,7 +40,7 @@ def make_pacing(model: ElasticModel, output_length: OutputLengthModel | None = N
     stages = {stage: StageFit((1.0,) * len(terms), 1, 0, 0.0, 0.0) for stage, terms in STAGE_TERMS.items()}
     facts = collect_device_facts("cpu", model.dtype)
     read = StageFit((1.0,) * len(READ_TERMS), 1, 0, 0.0, 0.0)
-    pictures = {"memory": PictureFit(read, 100_000, 0), "jpeg": PictureFit(read, 100_000, 50_000)}
+    pictures = {"memory": PictureFit(read, 100_000, 0, 0), "jpeg": PictureFit(read, 100_000, 100_000, 50_000)}
     estimator = LatencyEstimator(
         model.identity, model.knob_space, facts, model.trained_top_k, model.stage2_after, stages, pictures, 100
     )

@@ -48,7 +48,7 @@ def make_estimator() -> LatencyEstimator:
         stage: StageFit(tuple(COEFFICIENTS.get(stage, {}).get(term, 0.0) for term in terms), 1, 0, 0.0, 0.0)
         for stage, terms in STAGE_TERMS.items()
     }
-    pictures = {"memory": PictureFit(StageFit((0.0,) * len(READ_TERMS), 1, 0, 0.0, 0.0), 10**9, 0)}
+    pictures = {"memory": PictureFit(StageFit((0.0,) * len(READ_TERMS), 1, 0, 0.0, 0.0), 10**9, 10**9, 0)}
     return LatencyEstimator(MODEL, SPACE, FACTS, 8, 1, stages, pictures, 10**6)
 
 
