@@ -5,10 +5,6 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check clean
 
-# Large tensors stay on the heap: mapping and unmapping memory for each of them costs up to half of a rollout batch.
-export MALLOC_MMAP_THRESHOLD_ := 4294967296
-export MALLOC_TRIM_THRESHOLD_ := 17179869184
-
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pacevlm.artefact import Range, Text, typed
 from pacevlm.checks import as_int
-from pacevlm.devices import resolve_device
+from pacevlm.devices import keep_memory, resolve_device
 from pacevlm.errors import CheckpointError, ConfigError, KnobError, QuestionError
 from pacevlm.files import read_json, sha256_file, write_json_atomic
 from pacevlm.images import ImageSource, Picture, PictureConfig, open_picture
@@ -187,6 +187,7 @@ class ElasticModel:
         from pacevlm.models.molmoe.loading import load_molmoe
 
         device = resolve_device(device)
+        keep_memory()
         folder = EMBEDDED_DIR if str(path) == "embedded" else Path(path)
         if not folder.is_dir():
             raise CheckpointError(
