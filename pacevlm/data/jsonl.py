@@ -146,7 +146,8 @@ def _texts(values: list[Any], what: str) -> tuple[str, ...]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # A whole number may be too large to be asked whether it is finite.
+    return type(value) is int or (isinstance(value, float) and math.isfinite(value))
 
 
 def _number_text(value: float) -> str:
