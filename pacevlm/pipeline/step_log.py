@@ -97,7 +97,9 @@ class StepLog:
             self._steps = typed(dict[Text, _Entry], values, str(self.path), CheckpointError)
             for name, entry in self._steps.items():
                 for fact, hint in _FACTS.get(name, {}).items():
-                    typed(hint, entry["facts"].get(fact), f"{self.path}: the fact {fact} of {name}", CheckpointError)
+                    if fact not in entry["facts"]:
+                        raise CheckpointError(f"{self.path} lacks the fact {fact} of {name}; start over with --fresh")
+                    typed(hint, entry["facts"][fact], f"{self.path}: the fact {fact} of {name}", CheckpointError)
 
     def get(self, name: str) -> FinishedStep | None:
         """What a finished step was and found; None if it is not finished."""
