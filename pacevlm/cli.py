@@ -538,7 +538,7 @@ class _RichReporter:
             self._bars.stop()
 
     def missing(self, step: str, names: Sequence[str]) -> None:
-        self._say(f"[bold]{step}[/bold]: {', '.join(names)} {'is' if len(names) == 1 else 'are'} gone and made again")
+        self._say((step, "bold"), f": {', '.join(names)} {'is' if len(names) == 1 else 'are'} gone and made again")
 
     def started(self, step: str) -> None:
         self._say((step, "bold"))

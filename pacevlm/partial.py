@@ -23,12 +23,13 @@ class PartialFile:
             and is started anew.
         what: what the file is meant to be, for the message: "interrupted evaluation".
         error: the class of error to raise.
+        keep_other: refuse a file that other work left instead of starting it anew: that work took long.
 
     Attributes:
         records: what an interrupted start left, in order.
 
     Raises:
-        error: the file is damaged before its last line.
+        error: the file is damaged before its last line, or is of other work that is to be kept.
         StorageError: the file cannot be started anew.
     """
 
@@ -38,6 +39,8 @@ class PartialFile:
         header: Mapping[str, Any],
         what: str,
         error: type[PacevlmError] = DataError,
+        *,
+        keep_other: bool = False,
     ) -> None:
         self._error = error
         self.path = None if path is None else Path(path)
@@ -53,6 +56,12 @@ class PartialFile:
             raise error(f"{cause}; remove the file to begin that work anew") from cause
         if found[:1] == [self._header]:
             self.records, self._is_begun = found[1:], True
+        elif found and keep_other:
+            other = [name for name in {**self._header, **found[0]} if found[0].get(name) != self._header.get(name)]
+            raise error(
+                f"{self.path} was begun for another {', '.join(other).replace('_', ' ')}; remove it, or go on with "
+                "what it was begun with"
+            )
         else:
             self.remove()
 
@@ -60,7 +69,7 @@ class PartialFile:
         """What `make` makes of every record; raises the file's error for one that is malformed."""
         try:
             return [make(record) for record in self.records]
-        except (AttributeError, KeyError, TypeError, ValueError) as cause:
+        except (AttributeError, KeyError, TypeError, ValueError, self._error) as cause:
             raise self._error(
                 f"{self.path} holds a line that is malformed ({cause!r}); remove the file to begin that work anew"
             ) from cause

@@ -596,3 +596,23 @@ def test_a_bound_that_is_not_promised_is_null_in_json(capsys: pytest.CaptureFixt
     assert "nothing promised" in shown
     assert "read 3.0" in shown
     assert "inf" not in shown.replace("infeasible", "")
+
+
+def test_a_reporter_shows_what_it_is_told_and_no_markup_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    name, facts = "[red]5 cm[/red]", {"num_steps": 3, "reward": 0.5, "entropy": 1.0}
+    with cli._RichReporter() as reporter:
+        reporter.started(name)
+        reporter.missing(name, ["a.json"])
+        reporter.missing(name, ["a.json", name])
+        reporter.warned(name, name)
+        reporter.skipped("train", facts)
+        reporter.finished("train", 61.0, facts)
+    shown = capsys.readouterr().err
+    assert [line.strip() for line in shown.splitlines() if line.strip()] == [
+        name,
+        f"{name}: a.json is gone and made again",
+        f"{name}: a.json, {name} are gone and made again",
+        f"warning: {name}",
+        "train is done already: 3 steps; reward 0.500, entropy 1.00",
+        "3 steps; reward 0.500, entropy 1.00 (1 min 1 s)",
+    ]

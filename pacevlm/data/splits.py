@@ -109,11 +109,8 @@ def load_splits(config: DataConfig, picture_config: PictureConfig | None = None)
     The digits have parts of their own, made of different scans. How files are divided: see `divide_files`.
 
     Args:
-        picture_config: how pictures of files are read.
-
-    Args:
         config: which data set, and how it is divided.
-        picture: how the pictures of files are read.
+        picture_config: how pictures of files are read; the defaults if None.
 
     Raises:
         ConfigError: there is no such metric.

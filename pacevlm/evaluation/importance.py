@@ -173,7 +173,7 @@ def measure_importance(
     num_measured = 0
     header = {
         "model_identity": model.identity,
-        "metric": getattr(metric, "__qualname__", repr(metric)),
+        "metric": base.metric_name,
         "examples": [[example.example_id, example.content_id, list(example.references)] for example in examples],
     }
     partial = PartialFile(partial_path, header, "interrupted measurement of importance")

@@ -128,14 +128,11 @@ def describe_requests(
     config: EvaluateConfig,
 ) -> dict[str, Any]:
     """What timed requests, and choices under the same bounds, depend on; ready for JSON."""
-    calibrations = pacing.guardrail.calibrations
     return {
         "model_identity": model.identity,
-        "estimator": pacing.guardrail.estimator.fingerprint,
-        "calibrations": {kind: calibration.to_dict() for kind, calibration in calibrations.items()},
-        "kind": pacing.kind,
+        "pacing": pacing.identity,
         "policies": [policy.name for policy in policies],
-        "examples": [example.example_id for example in examples],
+        "examples": [[example.example_id, example.content_id] for example in examples],
         "budgets_ms": list(budgets_ms),
         "settings": config_to_dict(config),
     }

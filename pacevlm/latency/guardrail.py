@@ -314,9 +314,9 @@ class Guardrail:
         mask[~any_feasible, 0, 0, 0] = True
         return FeasibilityBatch(mask, any_feasible)
 
-    def save(self, path: str | Path) -> None:
-        """Write the calibration as JSON, the estimator by its fingerprint alone; raises StorageError if that fails."""
-        content = {
+    def to_dict(self) -> dict[str, Any]:
+        """All that bounds depend on, ready for JSON; the estimator by its fingerprint alone."""
+        return {
             "model_identity": self.estimator.model_identity,
             "knob_space": self.estimator.knob_space.to_dict(),
             "estimator_fingerprint": self.estimator.fingerprint,
@@ -324,7 +324,10 @@ class Guardrail:
             "calibrations": {kind: calibration.to_dict() for kind, calibration in self.calibrations.items()},
             "picture": self.picture.to_dict(),
         }
-        save_artefact(path, "latency guardrail", GUARDRAIL_SCHEMA_VERSION, content)
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict` as JSON; raises StorageError if that fails."""
+        save_artefact(path, "latency guardrail", GUARDRAIL_SCHEMA_VERSION, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path, estimator: LatencyEstimator) -> Guardrail:

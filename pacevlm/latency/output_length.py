@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
-from pacevlm.artefact import load_artefact, save_artefact, typed
+from pacevlm.artefact import content_sha256, load_artefact, save_artefact, typed
 from pacevlm.errors import IdentityError, ProfileError
 from pacevlm.latency.conformal import check_alpha, conformal_quantile, min_num_scores
 
@@ -177,9 +178,9 @@ class OutputLengthModel:
         rounded = np.clip(np.ceil(quantile - 1e-6), 1, self.max_new_tokens).astype(np.int64)
         return np.clip(rounded + self.correction, 1, self.max_new_tokens)
 
-    def save(self, path: str | Path) -> None:
-        """Write the model as JSON; raises StorageError if that fails."""
-        content = {
+    def to_dict(self) -> dict[str, Any]:
+        """All values, ready for JSON."""
+        return {
             "model_identity": self.model_identity,
             "weights": list(self.weights),
             "text_weight": self.text_weight,
@@ -188,7 +189,15 @@ class OutputLengthModel:
             "max_new_tokens": self.max_new_tokens,
             "alpha": self.alpha,
         }
-        save_artefact(path, "output length model", OUTPUT_LENGTH_SCHEMA_VERSION, content)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the bounds depend on."""
+        return content_sha256(self.to_dict())
+
+    def save(self, path: str | Path) -> None:
+        """Write the model as JSON; raises StorageError if that fails."""
+        save_artefact(path, "output length model", OUTPUT_LENGTH_SCHEMA_VERSION, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path, *, model_identity: str | None = None) -> OutputLengthModel:

@@ -6,18 +6,18 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from pacevlm.errors import ConfigError, ProfileError
-from pacevlm.files import append_jsonl, read_numbered_jsonl
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.measuring import use_num_threads, without_garbage_collection
 from pacevlm.latency.profile import NoiseFloor, Profile, Sample, collect_device_facts
+from pacevlm.partial import PartialFile
 from pacevlm.types import StageTimes
 
 if TYPE_CHECKING:
@@ -231,6 +231,7 @@ def profile_requests(
     model_identity: str,
     device: str | torch.device,
     dtype: str | torch.dtype,
+    request_ids: Sequence[str] = (),
     path: str | os.PathLike[str] | None = None,
     keep_partial: bool = False,
     progress: Callable[[ProfileProgress], None] | None = None,
@@ -249,6 +250,7 @@ def profile_requests(
         model_identity: names the model's weights and settings.
         device: where the model runs.
         dtype: of its weights.
+        request_ids: what tells the requests from others; an interrupted run with other ones is not gone on with.
         path: where the profile is written. Meanwhile measurements are appended to `<path>.partial.jsonl`, from which an
             interrupted run with the same settings goes on.
         keep_partial: leave that file to the caller, who removes it once what is made of the profile is written, too.
@@ -268,9 +270,11 @@ def profile_requests(
             "knob_space": space.to_dict(),
             "device": list(facts.identity),
             "settings": asdict(settings),
+            "requests": list(request_ids),
         }
-        partial = None if path is None else Path(f"{os.fspath(path)}.partial.jsonl")
-        session = _Session(run, workload.reference, settings, partial, _open_partial(partial, header), progress, clock)
+        partial_path = None if path is None else Path(f"{os.fspath(path)}.partial.jsonl")
+        partial = PartialFile(partial_path, header, "interrupted profile", ProfileError, keep_other=True)
+        session = _Session(run, workload.reference, settings, partial, progress, clock)
         samples = session.measure(workload.schedule)
         for _ in range(settings.max_reruns):
             again = _noisy_entries(workload.schedule, samples)
@@ -290,9 +294,8 @@ def profile_requests(
     )
     if path is not None:
         profile.save(Path(path))
-        assert partial is not None
         if not keep_partial:
-            partial.unlink(missing_ok=True)
+            partial.remove()
     return profile
 
 
@@ -315,24 +318,20 @@ def _noisy_entries(schedule: Sequence[Measurement], samples: Sequence[Sample]) -
 
 
 class _Session:
-    """Measures one part of a schedule after the other; what an interrupted run left is not measured again.
-
-    Args:
-        earlier: samples of an interrupted run, in the order in which they were measured.
-    """
+    """Measures one part of a schedule after the other; what an interrupted run left is not measured again."""
 
     def __init__(
         self,
         run: RunRequest,
         reference: Measurement,
         settings: ProfilerSettings,
-        partial: Path | None,
-        earlier: list[Sample],
+        partial: PartialFile,
         progress: Callable[[ProfileProgress], None] | None,
         clock: Callable[[], float],
     ) -> None:
         self.run, self.reference, self.settings = run, reference, settings
-        self.partial, self.earlier, self.progress, self.clock = partial, earlier, progress, clock
+        self.partial, self.progress, self.clock = partial, progress, clock
+        self.earlier = partial.read(Sample.from_dict)
         self.is_warm = False
 
     def measure(self, schedule: Sequence[Measurement]) -> list[Sample]:
@@ -346,8 +345,7 @@ class _Session:
             with without_garbage_collection():
                 for measurement in window:
                     samples.append(_measure(self.run, measurement))
-                    if self.partial is not None:
-                        append_jsonl(self.partial, samples[-1].to_dict())
+                    self.partial.append(samples[-1].to_dict())
                     if self.progress is not None:
                         seconds_each = (self.clock() - started) / (len(samples) - num_before)
                         seconds_left = (len(schedule) - len(samples)) * seconds_each
@@ -377,30 +375,6 @@ def _measure(run: RunRequest, measurement: Measurement) -> Sample:
             f"{result.num_output_tokens}"
         )
     return sample_of(result)
-
-
-def _open_partial(path: Path | None, header: Mapping[str, Any]) -> list[Sample]:
-    """Measurements of an interrupted run; starts the file if there is none."""
-    if path is None:
-        return []
-    if not path.exists():
-        append_jsonl(path, header)
-        return []
-    numbered = read_numbered_jsonl(path, "interrupted profile", ProfileError)
-    if not numbered:  # a kill before its first line was whole
-        append_jsonl(path, header)
-        return []
-    if numbered[0][1] != header:
-        raise ProfileError(
-            f"{path} was begun for another model, device or settings; remove it, or go on with what it was begun with"
-        )
-    samples = []
-    for number, record in numbered[1:]:
-        try:
-            samples.append(Sample.from_dict(record))
-        except ProfileError as error:
-            raise ProfileError(f"{path}, line {number}: {error}; remove the file") from error
-    return samples
 
 
 def sample_of(result: MeasuredRequest) -> Sample:

@@ -280,7 +280,9 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
     header = {
         "model_identity": model.identity,
         "controller": weights_sha256(controller),
-        "estimator": pacing.guardrail.estimator.fingerprint,
+        "pacing": pacing.identity,
+        "examples": [run.splits.val[int(place)].content_id for place in order[: config.num_requests]],
+        "num_threads": profile_config.num_threads,
         "settings": config_to_dict(config),
         "budgets_ms": budgets_ms.tolist(),
     }

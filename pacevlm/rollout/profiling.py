@@ -29,6 +29,7 @@ from pacevlm.latency.stage_fit import StageFit
 from pacevlm.latency.stage_terms import STAGE_TERMS
 from pacevlm.models.elastic import ElasticModel, RequestResult
 from pacevlm.rollout.request import Pacing, run_with_policy
+from pacevlm.types import Example
 
 NOMINAL_MS = 1.0
 
@@ -168,6 +169,10 @@ def measure_profile(
         model_identity=model.identity,
         device=model.device,
         dtype=model.dtype,
+        request_ids=[
+            Example("", source, question, (), picture_config=model.picture_config).content_id
+            for source, question in requests
+        ],
         path=path,
         keep_partial=keep_partial,
         progress=progress,

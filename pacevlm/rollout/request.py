@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,16 @@ class Pacing:
                 f"output lengths were fitted for at most {self.output_length.max_new_tokens} new tokens, but the model "
                 f"generates up to {self.max_new_tokens}; fit them anew"
             )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that bounds depend on, ready for JSON."""
+        return {
+            "guardrail": self.guardrail.to_dict(),
+            "output_length": None if self.output_length is None else self.output_length.fingerprint,
+            "max_new_tokens": self.max_new_tokens,
+            "kind": self.kind,
+        }
 
     def check_model(self, model: ElasticModel) -> None:
         """Raise IdentityError unless everything was made for this model and knob space."""

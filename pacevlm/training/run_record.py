@@ -6,7 +6,6 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from pacevlm.artefact import Count, Sha256, Text, load_artefact, save_artefact, typed
 from pacevlm.errors import CheckpointError
-from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.latency.profile import DeviceFacts
 from pacevlm.training.train_config import TrainConfig
 from pacevlm.types import Example
@@ -112,12 +110,6 @@ def dataset_identity(examples: Sequence[Example]) -> str:
     """SHA-256 of all ids, pictures, questions, references and options, in order."""
     facts = [[e.example_id, e.content_id, e.references, e.choices] for e in examples]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def output_length_identity(model: OutputLengthModel) -> str:
-    """SHA-256 of all that the bounds of an output length model depend on."""
-    values = {entry.name: getattr(model, entry.name) for entry in fields(model) if entry.init}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def weights_sha256(module: nn.Module) -> str:

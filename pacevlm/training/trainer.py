@@ -43,7 +43,7 @@ from pacevlm.training.rollouts import (
     sample_knobs,
     tier_log_probs,
 )
-from pacevlm.training.run_record import dataset_identity, output_length_identity, weights_sha256, write_run_record
+from pacevlm.training.run_record import dataset_identity, weights_sha256, write_run_record
 from pacevlm.training.train_config import TrainConfig
 from pacevlm.types import Example, StageTimes
 
@@ -121,11 +121,8 @@ class Trainer:
                 "knob_space": controller.knob_space.to_dict(),
             },
             "estimator": estimator.fingerprint,
-            "guardrail": {
-                "group_by": guardrail.group_by,
-                "calibrations": {kind: entry.to_dict() for kind, entry in guardrail.calibrations.items()},
-            },
-            "output_length": output_length_identity(output_length),
+            "guardrail": guardrail.to_dict(),
+            "output_length": output_length.fingerprint,
             "reference_ms": self.reference_ms,
             "config": config.identity(),
         }

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from pacevlm.data.metrics import load_metric
 from pacevlm.errors import ConfigError, DataError
 from pacevlm.evaluation.importance import measure_importance
 from pacevlm.knobs import Knobs, KnobSpace
@@ -162,6 +163,10 @@ def test_a_stopped_measurement_goes_on_and_ends_the_same(
     resumed = measure_importance(model, examples, 4, partial_path=path)
     assert resumed.to_dict() == whole.to_dict()
     assert path.read_bytes().startswith(kept)
+    # The header says the same in every process: a metric by its name, which no address of a function is.
+    assert json.loads(lines[0])["metric"] == "exact_match"
+    measure_importance(model, examples, 4, metric=load_metric("anls"), partial_path=path)
+    assert json.loads(path.read_bytes().splitlines()[0])["metric"] == "anls"
     # Other examples are other work.
     measure_importance(model, examples[1:], 5, partial_path=path)
     assert not path.read_bytes().startswith(lines[0])

@@ -296,8 +296,10 @@ def test_another_runs_measurements_are_refused(make_device: Callable[..., Any], 
     with pytest.raises(KeyboardInterrupt):
         profile(FakeModel(make_device(), fail_after=14), settings, path=tmp_path / "p.json")
     other = ProfilerSettings(num_requests=4, num_samples=20, repeats=1, seed=1)
-    with pytest.raises(ProfileError, match="begun for another"):
+    with pytest.raises(ProfileError, match="begun for another settings;"):
         profile(FakeModel(make_device()), other, path=tmp_path / "p.json")
+    with pytest.raises(ProfileError, match="begun for another requests;"):
+        profile(FakeModel(make_device()), settings, path=tmp_path / "p.json", request_ids=["a", "b", "c", "d"])
 
 
 def test_a_request_with_other_knobs_is_refused(make_device: Callable[..., Any]) -> None:

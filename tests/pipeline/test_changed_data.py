@@ -16,10 +16,11 @@ from PIL import Image
 from pacevlm.config import CalibrateConfig, DataConfig, EvaluateConfig, LookupConfig, ModelConfig, ProfileConfig
 from pacevlm.data.division import part_of
 from pacevlm.data.splits import load_splits
-from pacevlm.errors import ConfigError, DataError, IdentityError
+from pacevlm.errors import ConfigError, DataError, IdentityError, ProfileError
 from pacevlm.evaluation.records import read_records
 from pacevlm.files import read_jsonl
 from pacevlm.pipeline import STEPS, RunConfig, run_pipeline
+from pacevlm.pipeline.artefacts import PARTIAL_NAMES
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.training.grpo import GRPOConfig
 from pacevlm.training.train_config import TrainConfig
@@ -243,3 +244,46 @@ def test_lines_that_were_left_out_are_remarked(copied: RunConfig) -> None:
     assert again.ran == []
     assert again.remarks[0].startswith("1 line left out, whose picture cannot be read: ")
     assert "data.jsonl, line 91: there is no image" in again.remarks[0]
+
+
+class Stopper(Recorder):
+    """Stops after so many timed requests."""
+
+    def __init__(self, num_timed: int) -> None:
+        super().__init__()
+        self.num_timed = num_timed
+
+    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
+        if what == "timed requests" and done >= self.num_timed:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("step", "part"), [("profile", "train"), ("calibrate", "val"), ("evaluate", "test")])
+def test_what_an_unfinished_step_measured_goes_with_the_question_that_it_asked(
+    step: str, part: str, copied: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pacevlm.pipeline.steps.WINDOW", 2)
+    monkeypatch.setattr("pacevlm.evaluation.timed.WINDOW", 1)
+    copied = dataclasses.replace(copied, evaluate=dataclasses.replace(copied.evaluate, num_timed=4))
+    for example in getattr(load_splits(copied.data), part):
+        change_line(copied, example, id=f"mine {example.content_id}")  # names that say nothing of the content
+    examples = list(getattr(load_splits(copied.data), part))
+    StepLog(copied.run_dir).remove(*STEPS[STEPS.index(step) :])
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(copied, step, reporter=Stopper(4))
+    partial = copied.run_dir / PARTIAL_NAMES[step][0]
+    kept = partial.read_bytes()
+    assert kept.count(b"\n") > 1
+    with pytest.raises(KeyboardInterrupt):  # the same goes on
+        run_pipeline(copied, step, reporter=Stopper(1))
+    assert partial.read_bytes().startswith(kept)
+    for example in examples:
+        change_line(copied, example, question=f"{example.question} Really?")
+    if step == "profile":  # which takes hours where a model is large
+        with pytest.raises(ProfileError, match="begun for another requests; remove it"):
+            run_pipeline(copied, step)
+        assert partial.read_bytes().startswith(kept)
+        return
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(copied, step, reporter=Stopper(1))
+    assert not partial.read_bytes().startswith(kept.splitlines()[0])

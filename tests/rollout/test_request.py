@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -334,3 +336,22 @@ def test_the_profiler_times_what_is_served(tiny_elastic: ElasticModel, law_examp
     assert forced.token_ids == tiny_elastic.run_static(*requests[1], knobs).token_ids
     with pytest.raises(ProfileError, match="no requests"):
         profiling_run(tiny_elastic, [])
+
+
+def test_a_pacings_identity_tells_everything_that_bounds_depend_on(tiny_elastic: ElasticModel) -> None:
+    pacing = make_pacing(tiny_elastic, constant_length(tiny_elastic, 2))
+    guardrail = pacing.guardrail
+    wider = Calibration(0.1, {}, float(np.log(1.6)), {})
+    others = [
+        replace(pacing, kind="ttft"),
+        replace(pacing, output_length=None),
+        replace(pacing, output_length=constant_length(tiny_elastic, 1)),
+        replace(pacing, guardrail=replace(guardrail, picture=wider)),
+        replace(pacing, guardrail=replace(guardrail, group_by="tier")),
+        replace(pacing, guardrail=replace(guardrail, calibrations={**guardrail.calibrations, "e2e": wider})),
+        replace(pacing, guardrail=replace(guardrail, estimator=replace(guardrail.estimator, max_text_tokens=101))),
+    ]
+    told = [json.dumps(each.identity, sort_keys=True) for each in (pacing, *others)]
+    assert len(set(told)) == len(told)
+    again = make_pacing(tiny_elastic, constant_length(tiny_elastic, 2))
+    assert json.dumps(again.identity, sort_keys=True) == told[0]
