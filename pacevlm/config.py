@@ -18,7 +18,7 @@ from pacevlm.files import read_json, write_json_atomic
 from pacevlm.knobs import KnobSpace
 
 ConfigT = TypeVar("ConfigT")
-# The names of `data.metrics.METRICS`.
+# The names of `data.metrics.METRICS`, which a test compares: settings load without what metrics need.
 MetricName = Literal["exact_match", "vqa", "relaxed", "anls", "multiple_choice", "f1"]
 
 MAX_KNOB = 1024

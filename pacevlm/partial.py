@@ -70,8 +70,9 @@ class PartialFile:
         try:
             return [make(record) for record in self.records]
         except (AttributeError, KeyError, TypeError, ValueError, self._error) as cause:
+            said = str(cause) if isinstance(cause, self._error) else repr(cause)
             raise self._error(
-                f"{self.path} holds a line that is malformed ({cause!r}); remove the file to begin that work anew"
+                f"{self.path} holds a line that is malformed ({said}); remove the file to begin that work anew"
             ) from cause
 
     def append(self, record: Mapping[str, Any]) -> None:

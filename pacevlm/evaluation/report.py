@@ -198,6 +198,7 @@ def _facts(results: Mapping[str, Any], command: str | None) -> list[tuple[str, s
     facts = [
         ("model", results["model"]),
         ("data", f"{dataset['name']}, {dataset['split']} split, n = {dataset['n']}, {results['num_timed'] or 0} timed"),
+        ("metric", results["metric"]["name"]),
         ("device", results["device"]),
         ("number type", results["dtype"]),
         ("commit", results["commit"]),

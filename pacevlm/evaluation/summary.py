@@ -50,6 +50,8 @@ class RunFacts:
         versions: versions of the libraries used.
         seeds: every seed that had an influence, by name.
         warnings: what was seen that makes the numbers of little use.
+        metric: what accuracy means.
+        summaries: the metric's numbers of whole sets, by policy and fraction, if it has any.
     """
 
     commit: str
@@ -61,6 +63,8 @@ class RunFacts:
     versions: Mapping[str, str] = field(default_factory=dict)
     seeds: Mapping[str, int] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    metric: str = "exact_match"
+    summaries: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
 
 class _IntervalEntry(TypedDict):
@@ -105,6 +109,11 @@ class _DatasetEntry(TypedDict):
     n: Count
 
 
+class _MetricEntry(TypedDict):
+    name: Text
+    summaries: dict[Text, dict[Text, dict[Text, _Finite]]]
+
+
 class _FullLatencyEntry(TypedDict):
     p50: Ms | None
     p95: Ms | None
@@ -122,6 +131,7 @@ class _Results(TypedDict):
     device: str
     model: str
     dataset: _DatasetEntry
+    metric: _MetricEntry
     full: _FullEntry
     budgets: Annotated[list[_BudgetEntry], Range(1, 10_000)]
     average: dict[Text, _IntervalEntry | None]
@@ -250,6 +260,7 @@ def build_results(
         "device": facts.device,
         "model": facts.model,
         "dataset": {"name": facts.dataset_name, "split": facts.dataset_split, "n": len(grid.example_ids)},
+        "metric": {"name": facts.metric, "summaries": dict(facts.summaries)},
         "full": {
             "accuracy": float(mean["full"].mean()) if "full" in mean else None,
             "latency_ms": {"p50": full_latency["p50"], "p95": full_latency["p95"]},
@@ -370,7 +381,7 @@ def format_summary(results: Mapping[str, Any]) -> str:
     console.print(
         printable(
             f"{results['model']} on {dataset['name']}/{dataset['split']}, {dataset['n']} examples "
-            f"({results.get('num_timed', 0)} timed), {results['device']}"
+            f"({results.get('num_timed', 0)} timed), {results['metric']['name']}, {results['device']}"
         ),
         markup=False,
     )

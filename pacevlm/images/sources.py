@@ -45,7 +45,7 @@ def opened_file(source: object) -> Iterator[tuple[BinaryIO, int] | None]:
             opener = lambda path, flags: os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # noqa: E731
             file = open(source, "rb", opener=opener)  # noqa: SIM115
         except (OSError, ValueError) as error:
-            raise _notopened_file(source, error) from error
+            raise _why_not_opened(source, error) from error
         with file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -80,7 +80,7 @@ def _file_behind(image: Image.Image) -> BinaryIO | None:
     return None if is_reduced else cast(BinaryIO, file)
 
 
-def _notopened_file(source: str | os.PathLike[str], error: OSError | ValueError) -> ImageError:
+def _why_not_opened(source: str | os.PathLike[str], error: OSError | ValueError) -> ImageError:
     name, text = source_name(source), os.fsdecode(source)
     if isinstance(error, IsADirectoryError):
         return ImageError(f"{name} is a directory; give the path of one image")

@@ -398,6 +398,8 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
             "evaluate": config.seed,
         },
         warnings=[*(sentence for step in earlier if step for sentence in step.facts.get("warnings", ())), *warnings],
+        metric=run.splits.metric.name,
+        summaries=summarise_answers(run.splits.metric, evaluation.records, examples),
     )
     results = write_outputs(run.config, evaluation.records, facts, examples, run.command)
     return {
@@ -407,6 +409,4 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
         "controller_vs_lookup_table": results["average"].get("controller"),
         "gap_closed": results["gap_closed"],
         "warnings": warnings,
-        "metric": run.splits.metric.name,
-        "summaries": summarise_answers(run.splits.metric, evaluation.records, examples),
     }

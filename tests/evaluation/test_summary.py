@@ -34,6 +34,7 @@ SCHEMA = {
     "device": str,
     "model": str,
     "dataset": {"name": str, "split": str, "n": int},
+    "metric": {"name": str, "summaries": dict},
     "full": {"accuracy": float, "latency_ms": {"p50": float, "p95": float}},
     "budgets": [{"fraction": float, "budget_ms": float, "policies": {name: POLICY for name in POLICY_ORDER}}],
     "average": {name: INTERVAL for name in POLICY_ORDER},

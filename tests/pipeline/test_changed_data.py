@@ -18,6 +18,7 @@ from pacevlm.data.division import part_of
 from pacevlm.data.splits import load_splits
 from pacevlm.errors import ConfigError, DataError, IdentityError, ProfileError
 from pacevlm.evaluation.records import read_records
+from pacevlm.evaluation.summary import format_summary, read_results
 from pacevlm.files import read_jsonl
 from pacevlm.pipeline import STEPS, RunConfig, run_pipeline
 from pacevlm.pipeline.artefacts import PARTIAL_NAMES
@@ -204,6 +205,21 @@ def test_another_metric_before_training_scores_the_stored_answers(copied: RunCon
     assert again.ran == ["lookup"]
     assert any("data.metric was 'exact_match', now 'anls'" in remark for remark in again.remarks)
     assert run.engine.num_run == 0
+
+
+def test_results_and_report_say_what_accuracy_means(copied: RunConfig) -> None:
+    assert read_results(copied.run_dir / "results.json")["metric"] == {"name": "exact_match", "summaries": {}}
+    StepLog(copied.run_dir).remove("train", "calibrate", "evaluate")
+    shutil.rmtree(copied.run_dir / "train")
+    run_pipeline(dataclasses.replace(copied, data=dataclasses.replace(copied.data, metric="f1")))
+    results = read_results(copied.run_dir / "results.json")
+    assert results["metric"]["name"] == "f1"
+    for policy, row in results["budgets"][0]["policies"].items():
+        numbers = results["metric"]["summaries"][policy]["1"]
+        assert numbers["f1"] == pytest.approx(row["accuracy"]["mean"])
+        assert numbers["exact_match"] <= numbers["f1"]
+    assert "<td>metric</td><td>f1</td>" in (copied.run_dir / "report.html").read_text()
+    assert "f1" in format_summary(results).splitlines()[0]
 
 
 def test_training_goes_on_with_no_other_metric(copied: RunConfig) -> None:
