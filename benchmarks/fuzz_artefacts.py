@@ -38,7 +38,7 @@ from rich.table import Table
 from pacevlm.artefact import content_sha256
 from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.baselines.static import StaticPolicy
-from pacevlm.cli import _describe
+from pacevlm.console import describe_step
 from pacevlm.controller.policy import Controller, ControllerPolicy
 from pacevlm.data.jsonl import JsonlDataset
 from pacevlm.errors import PacevlmError, QuestionError
@@ -208,7 +208,7 @@ class Doors:
         for name in ("profile", "lookup", "train", "calibrate", "evaluate"):
             step = log.get(name)
             if step is not None:
-                _describe(name, step.facts)
+                describe_step(name, step.facts)
                 step.changes({})
         profile = log.get("profile")
         return None if profile is None else np.array([profile.facts["full_p50_ms"]["e2e"]])

@@ -6,14 +6,12 @@ import dataclasses
 import inspect
 import io
 import itertools
-import json
-import math
 import os
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,16 +22,12 @@ import tyro
 
 from pacevlm.checks import check_path
 from pacevlm.config import ImportanceConfig, check_model_path
+from pacevlm.console import RichReporter, print_answer, print_results
 from pacevlm.errors import ConfigError, PacevlmError
 from pacevlm.printing import printable, printable_lines
 from pacevlm.signals import Stopped, stopping_on_signals
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
-    from rich.progress import TaskID
-
-    from pacevlm.pacer import Answer
     from pacevlm.pipeline import RunConfig
 
 OptionsT = TypeVar("OptionsT")
@@ -66,7 +60,7 @@ def quickstart(arguments: Sequence[str]) -> None:
     from pacevlm.pipeline import quickstart_config
 
     config = _run_steps("quickstart", arguments, QUICKSTART_DIR, quickstart_config, "evaluate")
-    _print_results(config)
+    print_results(config)
     _answer_sample(config)
 
 
@@ -117,7 +111,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     run_dir = _given_run_dir(arguments) or DEFAULT_DIR
     if not {"-h", "--help"} & set(arguments) and not (run_dir / "steps.json").exists():
         raise ConfigError(f"{run_dir} holds no run; train one with `pacevlm train --run-dir {run_dir}` first")
-    _print_results(_run_steps("evaluate", arguments, DEFAULT_DIR, RunConfig, "evaluate"))
+    print_results(_run_steps("evaluate", arguments, DEFAULT_DIR, RunConfig, "evaluate"))
 
 
 @dataclass(frozen=True)
@@ -146,7 +140,7 @@ def report(arguments: Sequence[str]) -> None:
     config = load_run_config(options.run_dir)
     with one_writer(options.run_dir):
         draw_outputs(config)
-    _print_results(config)
+    print_results(config)
 
 
 @dataclass(frozen=True)
@@ -195,11 +189,11 @@ def answer(arguments: Sequence[str]) -> None:
     pacer = Pacer.from_pretrained(options.run_dir, device=options.device)
     pacer.answer(options.image, options.question, budget_ms)
     if options.drift_state is None:
-        _print_answer(pacer.answer(options.image, options.question, budget_ms), as_json=options.json)
+        print_answer(pacer.answer(options.image, options.question, budget_ms), as_json=options.json)
         return
     # After the warm-up, which would look like a slow machine.
     pacer.track_drift(options.drift_state)
-    _print_answer(pacer.answer(options.image, options.question, budget_ms), as_json=options.json, with_drift=True)
+    print_answer(pacer.answer(options.image, options.question, budget_ms), as_json=options.json, with_drift=True)
     pacer.save_drift()
 
 
@@ -232,7 +226,7 @@ def importance(arguments: Sequence[str]) -> None:
     examples = list(data.val if config.dataset == "digits" else data.train)[:number]
     folder = EMBEDDED_DIR if config.path == "embedded" else Path(config.path)
     partial_path = folder / "elastic.json.partial.jsonl"
-    with one_writer(folder, ".elastic.json.lock"), _RichReporter() as reporter:
+    with one_writer(folder, ".elastic.json.lock"), RichReporter() as reporter:
         for sentence in data.remarks:
             reporter.warned("data", sentence)
         result = measure_importance(
@@ -457,7 +451,7 @@ def _run_steps(
     check_model_path(config.model.path)
     from pacevlm.pipeline import run_pipeline
 
-    with _RichReporter() as reporter:
+    with RichReporter() as reporter:
         run_pipeline(
             config,
             until,
@@ -466,6 +460,20 @@ def _run_steps(
             command=printable(shlex.join(["pacevlm", command, *arguments])),
         )
     return config
+
+
+def _answer_sample(config: RunConfig) -> None:
+    """Answer the first test question with the bundle, as a user would."""
+    from pacevlm.data.splits import load_splits
+    from pacevlm.pacer import Pacer
+
+    example = load_splits(config.data, config.picture).test[0]
+    pacer = Pacer.from_pretrained(config.run_dir, device=config.model.device)
+    budget_ms = round(0.8 * pacer.full_p50_ms, 1)
+    pacer.answer(example.source, example.question, budget_ms)
+    question, reference = printable(example.question), printable(example.references[0])
+    print(f"\nsample question: {question} (reference answer: {reference})")
+    print_answer(pacer.answer(example.source, example.question, budget_ms))
 
 
 def _read_settings(
@@ -503,155 +511,3 @@ def _given_run_dir(arguments: Sequence[str]) -> Path | None:
         return None
     check_path("run_dir", found)
     return Path(found)
-
-
-# Output --------------------------------------------------------------------------------------------------------------
-
-
-class _RichReporter:
-    """Progress bars with the time left on stderr, and a line for every step that ends; see `pipeline.Reporter`."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._console = Console(stderr=True, highlight=False)
-        self._bars = Progress(
-            TextColumn("  {task.description:<20}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}", markup=False),
-            console=self._console,
-            transient=True,
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> _RichReporter:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with suppress(OSError):  # a terminal that was closed takes no more
-            self._bars.stop()
-
-    def missing(self, step: str, names: Sequence[str]) -> None:
-        self._say((step, "bold"), f": {', '.join(names)} {'is' if len(names) == 1 else 'are'} gone and made again")
-
-    def started(self, step: str) -> None:
-        self._say((step, "bold"))
-
-    def skipped(self, step: str, facts: Mapping[str, Any]) -> None:
-        self._say((step, "bold"), f" is done already: {_describe(step, facts)}")
-
-    def warned(self, step: str, sentence: str) -> None:
-        self._say(("  warning: ", "bold"), sentence)
-
-    def finished(self, step: str, seconds: float, facts: Mapping[str, Any]) -> None:
-        for task in self._tasks.values():
-            self._bars.remove_task(task)
-        self._tasks.clear()
-        self._say(f"  {_describe(step, facts)} ", (f"({_duration(seconds)})", "dim"))
-
-    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
-        if what not in self._tasks:
-            # What another piece of work showed is over.
-            for task in self._tasks.values():
-                self._bars.remove_task(task)
-            self._tasks = {what: self._bars.add_task(what, total=total, note=note)}
-        self._bars.update(self._tasks[what], completed=done, total=total, note=printable(note))
-
-    def _say(self, *parts: str | tuple[str, str]) -> None:
-        """Print one line, of plain texts and of texts with a style; what they hold is no markup."""
-        from rich.text import Text
-
-        styled = [(part, "") if isinstance(part, str) else part for part in parts]
-        self._console.print(Text.assemble(*[(printable(text), style) for text, style in styled]))
-
-
-def _describe(step: str, facts: Mapping[str, Any]) -> str:
-    """What a finished step found, in one line."""
-    if step == "profile":
-        text = (
-            f"{facts['num_samples']} requests timed; the full model takes {facts['full_p50_ms']['e2e']:.1f} ms (median)"
-        )
-        coverage = "" if facts["coverage"] is None else f", {100 * facts['coverage']:.0f} % within their bound"
-        noise = f"one request repeated varies by {100 * facts['noise_cv']:.1f} %"
-        if facts["num_noisy_windows"]:
-            noise += f", {facts['num_noisy_windows']} windows were noisy"
-        return f"{text}; predictions are off by {100 * facts['ape_p50']:.1f} % (median){coverage}; {noise}"
-    if step == "lookup":
-        return (
-            f"{facts['num_examples']} training examples with every configuration; accuracy "
-            f"{100 * facts['accuracy_full']:.1f} % full, {100 * facts['accuracy_cheapest']:.1f} % cheapest"
-        )
-    if step == "train":
-        return f"{facts['num_steps']} steps; reward {facts['reward']:.3f}, entropy {facts['entropy']:.2f}"
-    if step == "calibrate":
-        factors = ", ".join(f"{group} {factor:.2f}" for group, factor in facts["factors"].items())
-        return f"{facts['num_requests']} requests timed; bounds are predictions times {factors}"
-    text = f"{facts['num_examples']} test examples, {facts['num_timed_requests']} timed requests"
-    if facts["num_disagreements"]:
-        text += f", of which {facts['num_disagreements']} scored otherwise than in the batch"
-    return text
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _print_results(config: RunConfig) -> None:
-    from pacevlm.evaluation.summary import format_summary
-    from pacevlm.pipeline.outputs import REPORT_NAME, read_outputs
-
-    results, _ = read_outputs(config.run_dir)
-    print("\n" + format_summary(results), end="")
-    print(f"\nreport: {printable(config.run_dir / REPORT_NAME)}")
-
-
-def _answer_sample(config: RunConfig) -> None:
-    """Answer the first test question with the bundle, as a user would."""
-    from pacevlm.data.splits import load_splits
-    from pacevlm.pacer import Pacer
-
-    example = load_splits(config.data, config.picture).test[0]
-    pacer = Pacer.from_pretrained(config.run_dir, device=config.model.device)
-    budget_ms = round(0.8 * pacer.full_p50_ms, 1)
-    pacer.answer(example.source, example.question, budget_ms)
-    question, reference = printable(example.question), printable(example.references[0])
-    print(f"\nsample question: {question} (reference answer: {reference})")
-    _print_answer(pacer.answer(example.source, example.question, budget_ms))
-
-
-def _print_answer(result: Answer, *, as_json: bool = False, with_drift: bool = False) -> None:
-    if as_json:
-        values = {**dataclasses.asdict(result), "knobs": str(result.knobs)}
-        print(json.dumps({name: _without_infinity(value) for name, value in values.items()}))
-        return
-    knobs, times = result.knobs, result.times
-    if not result.feasible:
-        kept = f"no: {result.why_infeasible}; the cheapest knobs ran"
-    else:
-        kept = "yes" if result.budget_met else "no"
-    rows = {
-        "answer": result.answer,
-        "knobs": f"{knobs}  (tier {knobs.tier}, top_k {knobs.top_k}, num_blocks {knobs.num_blocks})",
-        "latency": f"{result.measured_ms:.1f} ms of {result.budget_ms:g} ms; predicted {result.predicted_ms:.1f} ms, "
-        + (f"at most {result.upper_bound_ms:.1f} ms" if math.isfinite(result.upper_bound_ms) else "nothing promised"),
-        "budget met": kept,
-        "stages": f"read {times.read_ms:.1f}, prepare {times.prepare_ms:.1f}, stage 1 {times.stage1_ms:.1f}, "
-        f"vision {times.vision_ms:.1f}, first block and stage 2 {times.first_block_ms:.1f}, "
-        f"prefill {times.prefill_ms:.1f}, decode {sum(times.decode_ms):.1f} ms ({result.num_output_tokens} tokens)",
-    }
-    if with_drift:
-        rows["drift"] = f"bounds were {result.drift_factor:.2f} times the profiled ones"
-    for name, text in rows.items():
-        print(f"  {name:<10}  {printable(text)}")
-
-
-def _without_infinity(value: Any) -> Any:
-    """The same with None for NaN and infinity, which JSON cannot say."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

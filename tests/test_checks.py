@@ -24,11 +24,16 @@ from pacevlm.config import (
 )
 from pacevlm.errors import BudgetError, ConfigError, KnobError
 from pacevlm.knobs import KnobSpace, check_budget_ms
+from pacevlm.latency.drift import DriftSettings
+from pacevlm.latency.measuring import use_num_threads
+from pacevlm.latency.profiler import ProfilerSettings
+from pacevlm.rollout.limits import BatchLimits
 from pacevlm.training.train_config import ConstraintConfig, GRPOConfig, RewardConfig, TrainConfig
 
 CONFIGS: tuple[Any, ...] = (
     *(ModelConfig(max_new_tokens=4), DataConfig(), ProfileConfig(), LookupConfig(), ControllerSettings()),
     *(CalibrateConfig(), EvaluateConfig(), ImportanceConfig(), GRPOConfig(), RewardConfig(), ConstraintConfig()),
+    *(ProfilerSettings(max_output_tokens=3), DriftSettings(), BatchLimits(4, 5, 6)),
     TrainConfig("train", final_lr=0.1, final_entropy_coef=0.1, num_examples=5, checkpoint_every_seconds=1.0),  # type: ignore[arg-type]
 )
 NUMBERS = [
@@ -100,6 +105,14 @@ def test_every_number_may_be_of_numpy(config: Any, name: str) -> None:
     again = dataclasses.replace(config, **{name: given})
     assert again == config
     assert type(getattr(again, name)) is type(value)
+
+
+def test_numbers_of_threads_may_be_of_numpy() -> None:
+    with use_num_threads(np.int64(1)):  # type: ignore[arg-type]
+        pass
+    for wrong in (0, True, 1.0, "1", 10**6):
+        with pytest.raises(ConfigError, match="num_threads"), use_num_threads(wrong):  # type: ignore[arg-type]
+            pass
 
 
 def test_knob_spaces_take_whole_numbers_alone() -> None:

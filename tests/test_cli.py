@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import random
 import shlex
@@ -18,6 +17,7 @@ import pytest
 
 from pacevlm import cli
 from pacevlm.cli import COMMANDS, main
+from pacevlm.console import RichReporter, print_answer
 from pacevlm.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -350,8 +350,8 @@ def test_what_models_and_data_sets_say_cannot_either(capsys: pytest.CaptureFixtu
 
     times = StageTimes(0.0, 1.0, 0.0, 0.0, 0.0, 0.0, (), 1.0)
     answer = Answer(HOSTILE, Knobs(HOSTILE, 2, 3), 5.0, True, True, 1.0, float("inf"), float("nan"), times, 1)
-    cli._print_answer(answer)
-    with cli._RichReporter() as reporter:
+    print_answer(answer)
+    with RichReporter() as reporter:
         reporter.started(HOSTILE)
         reporter.warned("lookup", HOSTILE)
         reporter.finished("calibrate", 1.0, {"num_requests": 3, "factors": {HOSTILE: 1.0}})
@@ -361,7 +361,7 @@ def test_what_models_and_data_sets_say_cannot_either(capsys: pytest.CaptureFixtu
         assert not {character for character in text if not character.isprintable()} - {"\n"}
         assert "[bold]x[/red]" in text.replace("\n", "")
         assert not [line for line in text.splitlines() if line.startswith("pacevlm: error")]
-    cli._print_answer(answer, as_json=True)
+    print_answer(answer, as_json=True)
     line = capsys.readouterr().out
     assert line.isascii()
     assert len(line.splitlines()) == 1
@@ -574,45 +574,3 @@ def test_importance_says_when_nothing_was_right(
     error = " ".join(capsys.readouterr().err.split())
     assert "warning: none of 2 examples was answered right with all blocks" in error
     assert "never said" in error
-
-
-def test_a_bound_that_is_not_promised_is_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
-    from pacevlm.cli import _print_answer
-    from pacevlm.knobs import Knobs
-    from pacevlm.pacer import Answer
-    from pacevlm.types import StageTimes
-
-    why = "nothing is promised: no gif picture was profiled, only jpeg"
-    times = StageTimes(3.0, 1.0, 0.5, 3.0, 2.0, 4.0, (1.0,), 14.5)
-    answer = Answer("7", Knobs("low", 4, 12), 80.0, False, False, 14.0, math.inf, 14.5, times, 2, why_infeasible=why)
-    _print_answer(answer, as_json=True)
-    values = json.loads(capsys.readouterr().out)
-    assert values["upper_bound_ms"] is None
-    assert values["why_infeasible"] == why
-    assert values["times"]["read_ms"] == 3.0
-    _print_answer(answer)
-    shown = capsys.readouterr().out
-    assert why in shown
-    assert "nothing promised" in shown
-    assert "read 3.0" in shown
-    assert "inf" not in shown.replace("infeasible", "")
-
-
-def test_a_reporter_shows_what_it_is_told_and_no_markup_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    name, facts = "[red]5 cm[/red]", {"num_steps": 3, "reward": 0.5, "entropy": 1.0}
-    with cli._RichReporter() as reporter:
-        reporter.started(name)
-        reporter.missing(name, ["a.json"])
-        reporter.missing(name, ["a.json", name])
-        reporter.warned(name, name)
-        reporter.skipped("train", facts)
-        reporter.finished("train", 61.0, facts)
-    shown = capsys.readouterr().err
-    assert [line.strip() for line in shown.splitlines() if line.strip()] == [
-        name,
-        f"{name}: a.json is gone and made again",
-        f"{name}: a.json, {name} are gone and made again",
-        f"warning: {name}",
-        "train is done already: 3 steps; reward 0.500, entropy 1.00",
-        "3 steps; reward 0.500, entropy 1.00 (1 min 1 s)",
-    ]

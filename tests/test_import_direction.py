@@ -36,6 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"pacer"}),
     frozenset({"pipeline"}),
     frozenset({"serving"}),
+    frozenset({"console"}),
     frozenset({"cli"}),
 )
 ENTRY_POINTS = frozenset({"serving", "cli"})  # nobody imports these

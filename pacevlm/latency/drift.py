@@ -13,7 +13,7 @@ from typing import Any, Self, get_args
 from scipy.special import bdtrc
 
 from pacevlm.artefact import MAX_MS, Text, check_keys, load_artefact, save_artefact, typed
-from pacevlm.checks import MAX_COUNT, check_whole
+from pacevlm.checks import check_real, check_whole
 from pacevlm.config import config_from_dict, config_to_dict
 from pacevlm.errors import ConfigError, IdentityError, ProfileError
 from pacevlm.latency.conformal import check_alpha, conformal_rank
@@ -23,7 +23,7 @@ from pacevlm.types import BudgetKind
 DRIFT_KIND = "drift correction"
 DRIFT_SCHEMA_VERSION = 2
 # Ratios and requests beyond these say nothing, and make arithmetic overflow.
-MAX_SETTING = 1e6
+MAX_SETTING = 10**6
 # A few requests are believed to show a slower machine when the profiled one would miss that often this rarely.
 SLOWER_P_VALUE = 0.001
 
@@ -59,25 +59,13 @@ class DriftSettings:
     max_factor: float = 16.0
 
     def __post_init__(self) -> None:
-        check_alpha(self.alpha)
-        check_whole(self, 2, MAX_COUNT, "window", "min_observations")
-        for name in ("half_life", "step_size", "outlier_ratio", "min_factor", "max_factor"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_SETTING:
-                raise ConfigError(f"{name} is {value!r}; it must be a finite number from 0 to {MAX_SETTING:g}")
-        if self.window > MAX_SETTING:
-            raise ConfigError(f"window is {self.window}; it must hold at most {MAX_SETTING:g} requests")
-        if self.half_life <= 0:
-            raise ConfigError(f"half_life is {self.half_life}; it must be above 0 requests, for example 5")
-        if not 0 <= self.step_size <= 1:
-            raise ConfigError(f"step_size is {self.step_size}; it must lie in [0, 1], for example 0.05")
-        if self.outlier_ratio <= 1:
-            raise ConfigError(f"outlier_ratio is {self.outlier_ratio}; it must be above 1, for example 3")
-        if not 0 < self.min_factor <= 1 <= self.max_factor:
-            raise ConfigError(
-                f"min_factor is {self.min_factor} and max_factor {self.max_factor}; the first must lie in (0, 1], the "
-                "second must be at least 1"
-            )
+        object.__setattr__(self, "alpha", check_alpha(self.alpha))
+        check_whole(self, 2, MAX_SETTING, "window", "min_observations")
+        check_real(self, 0, MAX_SETTING, "half_life", above=True)
+        check_real(self, 0, 1, "step_size")
+        check_real(self, 1, MAX_SETTING, "outlier_ratio", above=True)
+        check_real(self, 0, 1, "min_factor", above=True)
+        check_real(self, 1, MAX_SETTING, "max_factor")
         # The second largest residual of a shorter window is exceeded more often than alpha allows.
         if self.window + 1 < 2 / self.alpha:
             raise ConfigError(

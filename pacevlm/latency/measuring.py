@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pacevlm.checks import as_int
 from pacevlm.errors import ConfigError
 
 
@@ -20,9 +21,10 @@ def check_num_threads(num_threads: int | None) -> None:
     """Raise ConfigError unless CPU operations can use so many threads here; None means as many as they do already."""
     if num_threads is None:
         return
-    if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
+    number = as_int(num_threads)
+    if number is None or number < 1:
         raise ConfigError(f"num_threads is {num_threads!r}; it must be a whole number from 1, or none for all")
-    if num_threads > available_threads():
+    if number > available_threads():
         raise ConfigError(
             f"num_threads is {num_threads}, but this process may use {available_threads()} CPUs; set "
             "profile.num_threads to at most so many"
@@ -45,7 +47,7 @@ def use_num_threads(num_threads: int | None) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(int(num_threads))
     try:
         yield
     finally:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from pacevlm.errors import ConfigError, ProfileError
+from pacevlm.checks import MAX_COUNT, MAX_SEED, check_whole
+from pacevlm.errors import ProfileError
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.measuring import use_num_threads, without_garbage_collection
 from pacevlm.latency.profile import NoiseFloor, Profile, Sample, collect_device_facts
@@ -114,22 +115,11 @@ class ProfilerSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        minimum = {
-            "num_requests": 1,
-            "num_pictures": 0,
-            "samples_per_picture": 1,
-            "num_samples": 2,
-            "repeats": 1,
-            "reference_every": 1,
-            "max_warmup": 0,
-            "max_reruns": 0,
-            "seed": 0,
-        }
-        optional = [name for name in ("num_threads", "max_output_tokens") if getattr(self, name) is not None]
-        for name, least in {**minimum, **dict.fromkeys(optional, 1)}.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number from {least}")
+        check_whole(self, 1, MAX_COUNT, "num_requests", "samples_per_picture", "repeats", "reference_every")
+        check_whole(self, 2, MAX_COUNT, "num_samples")
+        check_whole(self, 0, MAX_COUNT, "num_pictures", "max_warmup", "max_reruns")
+        check_whole(self, 0, MAX_SEED, "seed")
+        check_whole(self, 1, MAX_COUNT, "num_threads", "max_output_tokens", optional=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pacevlm.errors import ConfigError
+from pacevlm.checks import check_whole
+from pacevlm.files import MAX_WHOLE
 from pacevlm.models.elastic import ElasticModel
 
 # Shares of the free memory; the rest stays free.
@@ -39,10 +40,7 @@ class BatchLimits:
     max_prefix_bytes: int
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "max_tokens", "max_prefix_bytes"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number from 1")
+        check_whole(self, 1, MAX_WHOLE, "max_rows", "max_tokens", "max_prefix_bytes")
 
     @classmethod
     def for_model(cls, model: ElasticModel, **given: int | None) -> BatchLimits:

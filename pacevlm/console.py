@@ -1,0 +1,163 @@
+"""What the command line shows: progress and finished steps on stderr, results and answers on stdout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from pacevlm.printing import printable
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from rich.progress import TaskID
+
+    from pacevlm.pacer import Answer
+    from pacevlm.pipeline import RunConfig
+
+
+class RichReporter:
+    """Progress bars with the time left on stderr, and a line for every step that ends; see `pipeline.Reporter`."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console(stderr=True, highlight=False)
+        self._bars = Progress(
+            TextColumn("  {task.description:<20}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=self._console,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> RichReporter:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with suppress(OSError):  # a terminal that was closed takes no more
+            self._bars.stop()
+
+    def missing(self, step: str, names: Sequence[str]) -> None:
+        """Name the files of a finished step that are gone."""
+        self._say((step, "bold"), f": {', '.join(names)} {'is' if len(names) == 1 else 'are'} gone and made again")
+
+    def started(self, step: str) -> None:
+        """Head what a step will show."""
+        self._say((step, "bold"))
+
+    def skipped(self, step: str, facts: Mapping[str, Any]) -> None:
+        """Tell what a step found that was done before."""
+        self._say((step, "bold"), f" is done already: {describe_step(step, facts)}")
+
+    def warned(self, step: str, sentence: str) -> None:
+        """Print a warning on a line of its own."""
+        self._say(("  warning: ", "bold"), sentence)
+
+    def finished(self, step: str, seconds: float, facts: Mapping[str, Any]) -> None:
+        """Take the step's bar away, and tell what it found and how long it took."""
+        for task in self._tasks.values():
+            self._bars.remove_task(task)
+        self._tasks.clear()
+        self._say(f"  {describe_step(step, facts)} ", (f"({_duration(seconds)})", "dim"))
+
+    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Move the bar of a piece of work, or begin one in place of another's."""
+        if what not in self._tasks:
+            # What another piece of work showed is over.
+            for task in self._tasks.values():
+                self._bars.remove_task(task)
+            self._tasks = {what: self._bars.add_task(what, total=total, note=note)}
+        self._bars.update(self._tasks[what], completed=done, total=total, note=printable(note))
+
+    def _say(self, *parts: str | tuple[str, str]) -> None:
+        """Print one line, of plain texts and of texts with a style; what they hold is no markup."""
+        from rich.text import Text
+
+        styled = [(part, "") if isinstance(part, str) else part for part in parts]
+        self._console.print(Text.assemble(*[(printable(text), style) for text, style in styled]))
+
+
+def describe_step(step: str, facts: Mapping[str, Any]) -> str:
+    """What a finished step found, in one line."""
+    if step == "profile":
+        text = (
+            f"{facts['num_samples']} requests timed; the full model takes {facts['full_p50_ms']['e2e']:.1f} ms (median)"
+        )
+        coverage = "" if facts["coverage"] is None else f", {100 * facts['coverage']:.0f} % within their bound"
+        noise = f"one request repeated varies by {100 * facts['noise_cv']:.1f} %"
+        if facts["num_noisy_windows"]:
+            noise += f", {facts['num_noisy_windows']} windows were noisy"
+        return f"{text}; predictions are off by {100 * facts['ape_p50']:.1f} % (median){coverage}; {noise}"
+    if step == "lookup":
+        return (
+            f"{facts['num_examples']} training examples with every configuration; accuracy "
+            f"{100 * facts['accuracy_full']:.1f} % full, {100 * facts['accuracy_cheapest']:.1f} % cheapest"
+        )
+    if step == "train":
+        return f"{facts['num_steps']} steps; reward {facts['reward']:.3f}, entropy {facts['entropy']:.2f}"
+    if step == "calibrate":
+        factors = ", ".join(f"{group} {factor:.2f}" for group, factor in facts["factors"].items())
+        return f"{facts['num_requests']} requests timed; bounds are predictions times {factors}"
+    text = f"{facts['num_examples']} test examples, {facts['num_timed_requests']} timed requests"
+    if facts["num_disagreements"]:
+        text += f", of which {facts['num_disagreements']} scored otherwise than in the batch"
+    return text
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def print_results(config: RunConfig) -> None:
+    """Print a finished evaluation's table and where its report is; raises DataError if there is none."""
+    from pacevlm.evaluation.summary import format_summary
+    from pacevlm.pipeline.outputs import REPORT_NAME, read_outputs
+
+    results, _ = read_outputs(config.run_dir)
+    print("\n" + format_summary(results), end="")
+    print(f"\nreport: {printable(config.run_dir / REPORT_NAME)}")
+
+
+def print_answer(result: Answer, *, as_json: bool = False, with_drift: bool = False) -> None:
+    """Print an answer as a few named lines, or as one line of JSON."""
+    if as_json:
+        values = {**dataclasses.asdict(result), "knobs": str(result.knobs)}
+        print(json.dumps({name: _without_infinity(value) for name, value in values.items()}))
+        return
+    knobs, times = result.knobs, result.times
+    if not result.feasible:
+        kept = f"no: {result.why_infeasible}; the cheapest knobs ran"
+    else:
+        kept = "yes" if result.budget_met else "no"
+    rows = {
+        "answer": result.answer,
+        "knobs": f"{knobs}  (tier {knobs.tier}, top_k {knobs.top_k}, num_blocks {knobs.num_blocks})",
+        "latency": f"{result.measured_ms:.1f} ms of {result.budget_ms:g} ms; predicted {result.predicted_ms:.1f} ms, "
+        + (f"at most {result.upper_bound_ms:.1f} ms" if math.isfinite(result.upper_bound_ms) else "nothing promised"),
+        "budget met": kept,
+        "stages": f"read {times.read_ms:.1f}, prepare {times.prepare_ms:.1f}, stage 1 {times.stage1_ms:.1f}, "
+        f"vision {times.vision_ms:.1f}, first block and stage 2 {times.first_block_ms:.1f}, "
+        f"prefill {times.prefill_ms:.1f}, decode {sum(times.decode_ms):.1f} ms ({result.num_output_tokens} tokens)",
+    }
+    if with_drift:
+        rows["drift"] = f"bounds were {result.drift_factor:.2f} times the profiled ones"
+    for name, text in rows.items():
+        print(f"  {name:<10}  {printable(text)}")
+
+
+def _without_infinity(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON cannot say."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
