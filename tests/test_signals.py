@@ -76,6 +76,8 @@ def test_what_the_process_was_told_to_ignore_stays_ignored() -> None:
     try:
         with stopping_on_signals():
             os.kill(os.getpid(), signal.SIGTERM)
+            inside = signal.getsignal(signal.SIGTERM)
+        assert inside is signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -264,7 +264,7 @@ def test_other_content_gets_a_hint(content: bytes, hint: str) -> None:
     ("source", "hint"),
     [
         ("data:image/png;base64,iVBORw0KGgo=" + "A" * 9000, "data: URL"),
-        ("file:///home/me/cat.png", "without file://"),
+        ("file:///photos/cat.png", "without file://"),
         ("HTTPS://example.com/cat.png", "download it first"),
         (Path("https://example.com/cat.png"), "download it first"),
         (base64.b64encode(KINDS["png"]).decode(), "base64"),
