@@ -30,7 +30,7 @@ from pacevlm.pipeline.artefacts import PROFILE_GUARDRAIL_NAME
 from pacevlm.pipeline.context import RunContext
 from pacevlm.pipeline.run_config import load_run_config
 from pacevlm.training.run_record import source_commit
-from pacevlm.types import Example
+from pacevlm.types import Example, Objective
 
 
 def open_run(folder: Path, skip_test: int, num_test: int) -> RunContext:
@@ -71,13 +71,13 @@ def main() -> None:
     first = open_run(arguments.run_dirs[0], arguments.skip, arguments.num)
     examples = list(first.splits.test)
     fractions = first.config.evaluate.budgets
-    budgets_ms = [fraction * first.full_p50_ms for fraction in fractions]
+    objectives = [Objective(fraction * first.full_p50_ms, first.config.train.budget_kind) for fraction in fractions]
     pacing = first.pacing(PROFILE_GUARDRAIL_NAME)
     with Progress(console=console) as progress:
         trained_on = first.splits.train[: first.config.lookup.num_examples]
-        fitted = fit_baselines(first.engine, trained_on, budgets_ms, pacing, seed=0)
+        fitted = fit_baselines(first.engine, trained_on, objectives, pacing, seed=0)
         table = next(policy for policy in fitted if isinstance(policy, LookupTable))
-        requests = build_requests(first.engine, examples, budgets_ms, pacing)
+        requests = build_requests(first.engine, examples, objectives, pacing)
         base = answer_accuracy(table, first, examples, requests, progress)
         gains = []
         for folder in arguments.run_dirs:

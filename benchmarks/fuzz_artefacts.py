@@ -57,12 +57,13 @@ from pacevlm.pipeline import load_elastic_model, run_pipeline
 from pacevlm.pipeline.outputs import read_shown
 from pacevlm.pipeline.run_config import load_run_config
 from pacevlm.pipeline.step_log import StepLog
+from pacevlm.request.pacing import Pacing
 from pacevlm.rollout.outcome_store import OutcomeStore
-from pacevlm.rollout.request import Pacing, policy_input
 from pacevlm.training.checkpoint import load_checkpoint
 from pacevlm.training.constraint import ConstraintConfig, PIDLagrangian
 from pacevlm.training.metrics_log import read_metrics
 from pacevlm.training.run_record import read_run_record
+from pacevlm.types import Objective
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "How many red digits are there?"
@@ -199,7 +200,8 @@ class Doors:
         self._choose(policy)
 
     def _choose(self, policy: Any) -> None:
-        request = policy_input(self.view, 1e6, Pacing(self.guardrail, None, self.model.max_new_tokens))
+        pacing = Pacing(self.guardrail, None, self.model.max_new_tokens)
+        request = pacing.look(self.view, Objective(1e6))
         tier = policy.choose_tier(request)
         policy.choose_compute(request, tier, torch.zeros(self.model.d_model))
 

@@ -49,7 +49,7 @@ from pacevlm.latency.profile import Profile, Sample
 from pacevlm.latency.profile_summary import stage_sums_ms, summarise_profile
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.pacer import Pacer
-from pacevlm.rollout.request import Pacing
+from pacevlm.request.pacing import Pacing
 
 FILLER = "Look at the picture with care."
 # Prompt tokens and knobs that fitting never sees: a gap in the middle, the longest prompts, and three tenths of the

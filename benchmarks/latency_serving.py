@@ -23,9 +23,10 @@ from pacevlm.latency.measuring import use_num_threads, without_garbage_collectio
 from pacevlm.latency.profile import Profile, Sample
 from pacevlm.latency.profiler import ProfilerSettings, profile_requests, sample_of
 from pacevlm.models.elastic import ElasticModel
-from pacevlm.rollout.profiling import profiling_run
-from pacevlm.rollout.request import PacedResult, Pacing, run_with_policy
-from pacevlm.types import StageTimes
+from pacevlm.request.pacing import Pacing
+from pacevlm.request.profiling import profiling_run
+from pacevlm.request.run import run_request
+from pacevlm.types import Answer, Objective, StageTimes
 
 ALPHA = 0.05
 # Budgets, as shares of the full configuration's median. The picks are bounded for the longest answers, which take
@@ -44,7 +45,8 @@ class DearestFeasible(OneChoicePolicy):
 
     def choose(self, request: PolicyInput) -> Knobs:
         """The feasible configuration with the highest predicted latency."""
-        predicted_ms = self.pacing.guardrail.estimator.predict_all(request.sizes, 4, self.pacing.kind).ravel()
+        estimator = self.pacing.guardrail.estimator
+        predicted_ms = estimator.predict_all(request.view.sizes, 4, request.objective.kind).ravel()
         return self.space[int(np.argmax(np.where(self.feasible(request), predicted_ms, -1.0)))]
 
 
@@ -135,9 +137,9 @@ class Bench:
         what: str,
         drift: DriftCorrection | None = None,
         before: Callable[[int], None] | None = None,
-    ) -> list[PacedResult]:
+    ) -> list[Answer]:
         """Run one request after the other, each under its own budget."""
-        results: list[PacedResult] = []
+        results: list[Answer] = []
         task = self.progress.add_task(what, total=len(budgets_ms))
         with use_num_threads(self.num_threads):
             for start in range(0, len(budgets_ms), 20):
@@ -146,10 +148,8 @@ class Bench:
                         if before is not None:
                             before(i)
                         image, question = requests[i % len(requests)]
-                        budget_ms = float(budgets_ms[i])
-                        results.append(
-                            run_with_policy(self.model, policy, image, question, budget_ms, pacing, drift=drift)
-                        )
+                        objective = Objective(float(budgets_ms[i]))
+                        results.append(run_request(self.model, policy, image, question, objective, pacing, drift=drift))
                 self.progress.update(task, completed=len(results))
         return results
 
@@ -163,14 +163,14 @@ def coverage_of_picks(
     nominal = Pacing(guardrail, None, model.max_new_tokens)
     budgets = full_ms * rng.uniform(*PICK_BUDGETS, num_picked)
     first = bench.serve(DearestFeasible(model.knob_space, nominal), nominal, requests, budgets, "picks to calibrate on")
-    picked = [sample_of(run.result) for run in first]
+    picked = [sample_of(run) for run in first]
     fresh = Guardrail.from_samples(guardrail.estimator, picked, ALPHA, guardrail.group_by, guardrail.picture)
     pacing = Pacing(fresh, None, model.max_new_tokens)
     budgets = full_ms * rng.uniform(*PICK_BUDGETS, num_picked)
     second = bench.serve(
         DearestFeasible(model.knob_space, pacing), pacing, requests[::-1], budgets, "picks to judge the bound on"
     )
-    samples = [sample_of(run.result) for run in second]
+    samples = [sample_of(run) for run in second]
     measured, predicted = times(samples)["e2e"], guardrail.estimator.predict_samples(samples)
     bounds = fresh.bound_samples_ms(samples)
     groups = np.array([group_of(sample.knobs, fresh.group_by) for sample in samples])
@@ -260,7 +260,7 @@ def measure_drift(
     rows: dict[str, Any] = {}
     for name, drift in (
         ("uncorrected", None),
-        ("corrected", DriftCorrection.for_guardrail(pacing.guardrail, pacing.kind, DriftSettings(alpha=ALPHA))),
+        ("corrected", DriftCorrection.for_guardrail(pacing.guardrail, "e2e", DriftSettings(alpha=ALPHA))),
     ):
         contention = Contention(core)
 
@@ -290,7 +290,7 @@ def measure_drift(
                 "infeasible_rate": float(1 - kept.mean()),
                 "violations_first_100": float(late[start : start + 100][feasible[start : start + 100]].mean()),
                 "predicted_ms": float(predicted[later].mean()),
-                "num_blocks": float(np.mean([run.result.knobs.num_blocks for run in runs[later]])),
+                "num_blocks": float(np.mean([run.knobs.num_blocks for run in runs[later]])),
                 "factor": float(np.mean([run.drift_factor for run in runs[later]])),
             }
         rows[name] = {

@@ -30,8 +30,8 @@ from pacevlm.latency.profile import collect_device_facts
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.models.molmoe.adapter import MolmoEAdapter
 from pacevlm.pacer import Pacer
-from pacevlm.rollout.request import policy_input
-from pacevlm.types import Example
+from pacevlm.request.run import run_forced
+from pacevlm.types import Example, Objective
 
 # The cheapest of MolmoE-1B's default knobs, whose cost against full knobs is a bar.
 DEFAULT_CHEAPEST = Knobs("low", 4, 12)
@@ -43,7 +43,7 @@ def generate_with_transformers(model: ElasticModel, example: Example) -> tuple[i
     inputs = processor(images=example.image, text=example.question)
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     ids = network.generate(
-        **inputs, max_new_tokens=model.max_new_tokens, do_sample=False, eos_token_id=model.adapter.eos_token_id
+        **inputs, max_new_tokens=model.max_new_tokens, do_sample=False, eos_token_id=sorted(model.adapter.end_token_ids)
     )
     return tuple(ids[0, inputs["input_ids"].shape[1] :].tolist())
 
@@ -72,7 +72,7 @@ def without_compiled_loops(model: ElasticModel) -> ElasticModel | None:
     return ElasticModel(
         plain,
         model.knob_space,
-        model.max_crops,
+        model.vision_budgets,
         model.order,
         model.identity,
         stage2_after=model.stage2_after,
@@ -87,12 +87,15 @@ def run_requests(
     space = model.knob_space
     ways: dict[str, Callable[[Example], Any]] = {"transformers": lambda e: generate_with_transformers(model, e)}
     for knobs in one_at_a_time(space):
-        ways[str(knobs)] = lambda e, knobs=knobs: model.run_static(e.image, e.question, knobs)  # type: ignore[misc]
+        ways[str(knobs)] = lambda e, knobs=knobs: run_forced(model, e.image, e.question, knobs)  # type: ignore[misc]
     plain = without_compiled_loops(model)
     if plain is not None:
         for knobs in (space.full, cheapest_of(space)):
-            ways[f"{knobs}, not compiled"] = lambda e, knobs=knobs: plain.run_static(  # type: ignore[misc]
-                e.image, e.question, knobs
+            ways[f"{knobs}, not compiled"] = lambda e, knobs=knobs: run_forced(
+                plain,  # type: ignore[misc]
+                e.image,
+                e.question,
+                knobs,
             )
     timed = Interleaved(ways, model.synchronise)
     timed.run(examples, repeats, progress, "requests")
@@ -135,13 +138,7 @@ def decode_against_loop(model: ElasticModel, examples: Sequence[Example], progre
 
 
 def _run_fixed(model: ElasticModel, example: Example, knobs: Knobs, steps: int) -> Any:
-    return model.run_request(
-        example.source,
-        example.question,
-        choose_tier=lambda _: knobs.tier,
-        choose_compute=lambda *_: (knobs.top_k, knobs.num_blocks),
-        num_output_tokens=steps,
-    )
+    return run_forced(model, example.source, example.question, knobs, num_output_tokens=steps)
 
 
 def _with_loop(model: ElasticModel, work: Callable[[], Any]) -> Any:
@@ -153,22 +150,22 @@ def controller_cost(run_dir: Path, examples: Sequence[Example], progress: Progre
     """What the decision takes: encoding the budget, the guardrail, both stages, and the latency token's block."""
     pacer = Pacer.from_pretrained(run_dir)
     model, policy = pacer.model, pacer.policy
-    budget_ms = pacer.full_p50_ms
+    objective = Objective(pacer.full_p50_ms, pacer.kind)
     parts: dict[str, list[float]] = {}
 
     @torch.inference_mode()
     def decide(example: Example) -> None:
         view = model.view(example.source, example.question)
         prompt = model.adapter.encode_question(example.question)
-        request = policy_input(view, budget_ms, pacer.pacing, example.example_id)
-        token = policy.latency_token(budget_ms)
+        request = pacer.pacing.look(view, objective, example.example_id)
+        token = policy.latency_token(request)
         tier = policy.choose_tier(request)
-        prepared = model.adapter.prepare(example.image, prompt, model.max_crops[tier])
+        prepared = model.adapter.prepare(example.image, prompt, model.vision_budgets[tier])
         prefix = model.decoder.prefix([model.adapter.embed(prepared, model.adapter.encode_vision([prepared])[0])])[0]
         output = model.decoder.latency_token([prefix], [token[None].to(prefix.hidden)])[0]
         ways: dict[str, Callable[[Any], Any]] = {
-            "encode the budget": lambda _: policy.latency_token(budget_ms),
-            "guardrail": lambda _: policy_input(view, budget_ms, pacer.pacing, example.example_id),
+            "encode the budget": lambda _: policy.latency_token(request),
+            "guardrail": lambda _: pacer.pacing.look(view, objective, example.example_id),
             "stage 1": lambda _: policy.choose_tier(request),
             "latency token": lambda _: model.decoder.latency_token([prefix], [token[None].to(prefix.hidden)]),
             "stage 2": lambda _: policy.choose_compute(request, tier, output),
@@ -220,7 +217,7 @@ def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> dict[str
     space, full = model.knob_space, str(model.knob_space.full)
     examples = list(DigitVQA("val", arguments.num_requests, seed=arguments.seed))
     with use_num_threads(arguments.num_threads):
-        device = collect_device_facts(model.device, model.dtype)
+        device = collect_device_facts(model.device, model.dtype, compiled=model.adapter.compiled)
         timed, same = run_requests(model, examples, arguments.repeats, progress)
         by_knob = {
             name: {"ratio": ratio.mean, "low": ratio.low, "high": ratio.high, "p50_ms": timed.p50_ms(name)}
@@ -231,7 +228,7 @@ def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> dict[str
         bandwidth, flops = measure_bandwidth(model), measure_flops(model)
         spans = stage_spans(timed, full)
         results = timed.all_results[full]
-        context = float(np.median([r.num_image_tokens + r.num_text_tokens for r in results]))
+        context = float(np.median([r.vision.num_image_tokens + r.sizes.num_text_tokens for r in results]))
         decode_limit_ms = decode_bytes(model, space.full, context) / bandwidth * 1e3
         prefill_limit_ms = prefill_flops(model, space.full, context) / flops * 1e3
         rows = growth(model, examples[0], progress)

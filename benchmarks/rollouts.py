@@ -49,7 +49,7 @@ def sample_jobs(model: ElasticModel, examples: Sequence[Example], group: int, se
 def run_alone(model: ElasticModel, example: Example, knobs: Knobs) -> str:
     """One rollout as transformers would do it: the processor at a tier, then `generate` with the knobs."""
     adapter = model.adapter
-    inputs = adapter.processor(images=example.image, text=example.question, max_crops=model.max_crops[knobs.tier])
+    inputs = adapter.processor(images=example.image, text=example.question, max_crops=model.vision_budgets[knobs.tier])
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     kept = model.order.kept(knobs.num_blocks)
     top_ks = [model.trained_top_k if block < model.stage2_after else knobs.top_k for block in range(adapter.num_blocks)]
@@ -57,7 +57,7 @@ def run_alone(model: ElasticModel, example: Example, knobs: Knobs) -> str:
         **inputs,
         max_new_tokens=model.max_new_tokens,
         do_sample=False,
-        eos_token_id=adapter.eos_token_id,
+        eos_token_id=sorted(adapter.end_token_ids),
         top_k_per_block=top_ks,
         removed_blocks=[block for block in range(adapter.num_blocks) if block not in kept],
     )
@@ -242,7 +242,7 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     model = ElasticModel.from_pretrained(arguments.model, device=arguments.device, dtype=dtype)
     with Progress(console=console) as progress, use_num_threads(arguments.num_threads), torch.inference_mode():
-        device = collect_device_facts(model.device, model.dtype)
+        device = collect_device_facts(model.device, model.dtype, compiled=model.adapter.compiled)
         warm = sample_jobs(model, list(DigitVQA("val", 4)), 8, seed=3)
         timed_run(RolloutEngine(model), warm)
         for way in ALONE:

@@ -68,6 +68,10 @@ def work(arguments: argparse.Namespace) -> None:
     """Do what is asked for, line by line; uses only what all versions have."""
     torch.set_num_threads(arguments.num_threads)
     model = ElasticModel.from_pretrained(arguments.model)
+    try:
+        from pacevlm.request.run import run_forced as forced
+    except ImportError:  # versions in which a request was a method of the model
+        forced = ElasticModel.run_static  # type: ignore[attr-defined]
     space, data = model.knob_space, DigitVQA("val", 100_000)
     for line in sys.stdin:
         asked = json.loads(line)
@@ -79,7 +83,7 @@ def work(arguments: argparse.Namespace) -> None:
             example, knobs = data[asked["number"]], Knobs.parse(asked["knobs"])
             image = example.image
             started = time.perf_counter()
-            answers.append(model.run_static(image, example.question, knobs).answer)
+            answers.append(forced(model, image, example.question, knobs).answer)
         else:
             count = NUM_FRESH if asked["kind"] == "fresh" else NUM_SWEEP
             examples = [data[asked["number"] * count + i] for i in range(count)]

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pacevlm.errors import PacevlmError
     from pacevlm.knobs import Knobs, KnobSpace
-    from pacevlm.pacer import Answer, Pacer
+    from pacevlm.pacer import Pacer
+    from pacevlm.types import Answer
 
 __version__ = "0.1.0"
 
 __all__ = ["Answer", "KnobSpace", "Knobs", "Pacer", "PacevlmError", "__version__"]
 
 _HOMES = {
-    "Answer": "pacevlm.pacer",
+    "Answer": "pacevlm.types",
     "KnobSpace": "pacevlm.knobs",
     "Knobs": "pacevlm.knobs",
     "Pacer": "pacevlm.pacer",

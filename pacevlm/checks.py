@@ -33,6 +33,14 @@ def as_int(value: object) -> int | None:
     return None if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
 
 
+def whole_number(name: str, value: object) -> int:
+    """A number of things as an int; raises ConfigError unless it is whole and at least 1."""
+    number = as_int(value)
+    if number is None or number < 1:
+        raise ConfigError(f"{name} is {_shown(value)}; it must be a whole number of at least 1")
+    return number
+
+
 def check_whole(config: Any, least: int, most: int, *names: str, optional: bool = False) -> None:
     """Fix the named settings as ints; raises ConfigError unless they are whole numbers from `least` to `most`.
 

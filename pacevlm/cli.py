@@ -215,6 +215,7 @@ def importance(arguments: Sequence[str]) -> None:
     from pacevlm.models.embedded import EMBEDDED_DIR
     from pacevlm.pipeline import load_elastic_model
     from pacevlm.pipeline.lock import one_writer
+    from pacevlm.request.run import run_forced
 
     model_config = ModelConfig(path=config.path, dtype=config.dtype, device=config.device, block_policy="prefix")
     model = load_elastic_model(model_config, config.picture)
@@ -241,7 +242,7 @@ def importance(arguments: Sequence[str]) -> None:
         scored = "" if data.metric.name == "exact_match" else f", {data.metric.name}"
         result.save(folder, f"{data.name}, {len(examples)} examples, seed {config.seed}{scored}")
         partial_path.unlink(missing_ok=True)
-        answer = model.run_static(examples[0].source, examples[0].question, model.knob_space.full).answer
+        answer = run_forced(model, examples[0].source, examples[0].question, model.knob_space.full).answer
         for sentence in importance_warnings(result.full.accuracy.mean, len(examples), examples[0], answer):
             reporter.warned("importance", sentence)
     print(f"{'without blocks':<40}  accuracy %   lost %")

@@ -22,7 +22,9 @@ ConfigT = TypeVar("ConfigT")
 MetricName = Literal["exact_match", "vqa", "relaxed", "anls", "multiple_choice", "f1"]
 
 MAX_KNOB = 1024
-"""Most experts, blocks or crops that a knob may ask for; no model comes near it."""
+"""Most experts or blocks that a knob may ask for; no model comes near it."""
+MAX_VISION_BUDGET = 10**9
+"""Largest vision budget of a tier, in whatever unit the family counts, pixels for example."""
 MAX_NEW_TOKENS = 32768
 """Most tokens that an answer may have."""
 MAX_THREADS = 4096
@@ -45,9 +47,10 @@ class ModelConfig:
     Attributes:
         path: model directory (config.json and safetensors files), or `embedded` for the model inside the package.
         tiers: vision tiers, cheapest first; what the model's elastic.json says if None.
-        top_ks: experts per token to choose from; what elastic.json says, or 4 to 8, if None.
-        num_blocks: numbers of transformer blocks to choose from; what elastic.json says, or 12 to 16, if None.
-        max_crops: most image crops of every tier; what elastic.json says, or 2 6 12, if None.
+        top_ks: experts per token to choose from; what elastic.json says, or what suits the model, if None.
+        num_blocks: numbers of transformer blocks to choose from; the same.
+        vision_budgets: what every tier means to the family (MolmoE: most image crops); what elastic.json or the family
+            says if None.
         block_policy: which blocks are left out: the least important ones as measured, or plainly the last ones.
         stage2_after: blocks that always run before stage 2 decides.
         max_new_tokens: most generated tokens per answer; what elastic.json says if None.
@@ -62,7 +65,7 @@ class ModelConfig:
     tiers: tuple[str, ...] | None = None
     top_ks: tuple[int, ...] | None = None
     num_blocks: tuple[int, ...] | None = None
-    max_crops: tuple[int, ...] | None = None
+    vision_budgets: tuple[int, ...] | None = None
     block_policy: Literal["importance", "prefix"] = "importance"
     stage2_after: int = 1
     max_new_tokens: int | None = None
@@ -79,14 +82,18 @@ class ModelConfig:
         for name, values in given.items():
             if values is not None:
                 object.__setattr__(self, name, getattr(space, name))
-        if self.max_crops is None:
+        if self.vision_budgets is None:
             return
-        object.__setattr__(self, "max_crops", tuple(self.max_crops))
-        most = [as_int(number) for number in self.max_crops]
-        if not most or any(number is None or not 1 <= number <= MAX_KNOB for number in most):
-            raise ConfigError(f"max_crops {self.max_crops} must be whole numbers from 1 to {MAX_KNOB}, one per tier")
+        object.__setattr__(self, "vision_budgets", tuple(self.vision_budgets))
+        most = [as_int(number) for number in self.vision_budgets]
+        if not most or any(number is None or not 1 <= number <= MAX_VISION_BUDGET for number in most):
+            raise ConfigError(
+                f"vision_budgets {self.vision_budgets} must be whole numbers from 1 to {MAX_VISION_BUDGET}, one a tier"
+            )
         if self.tiers is not None and len(most) != len(self.tiers):
-            raise ConfigError(f"max_crops {self.max_crops} needs one number for each of the tiers {self.tiers}")
+            raise ConfigError(
+                f"vision_budgets {self.vision_budgets} needs one number for each of the tiers {self.tiers}"
+            )
 
 
 @dataclass(frozen=True)

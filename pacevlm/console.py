@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
 
     from rich.progress import TaskID
 
-    from pacevlm.pacer import Answer
     from pacevlm.pipeline import RunConfig
+    from pacevlm.types import Answer
 
 
 class RichReporter:
@@ -134,8 +133,7 @@ def print_results(config: RunConfig) -> None:
 def print_answer(result: Answer, *, as_json: bool = False, with_drift: bool = False) -> None:
     """Print an answer as a few named lines, or as one line of JSON."""
     if as_json:
-        values = {**dataclasses.asdict(result), "knobs": str(result.knobs)}
-        print(json.dumps({name: _without_infinity(value) for name, value in values.items()}))
+        print(json.dumps(result.to_dict()))
         return
     knobs, times = result.knobs, result.times
     if not result.feasible:
@@ -156,8 +154,3 @@ def print_answer(result: Answer, *, as_json: bool = False, with_drift: bool = Fa
         rows["drift"] = f"bounds were {result.drift_factor:.2f} times the profiled ones"
     for name, text in rows.items():
         print(f"  {name:<10}  {printable(text)}")
-
-
-def _without_infinity(value: Any) -> Any:
-    """The same with None for NaN and infinity, which JSON cannot say."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

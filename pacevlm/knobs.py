@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pacevlm.checks import as_float, as_int
 from pacevlm.errors import BudgetError, KnobError
@@ -13,6 +13,13 @@ from pacevlm.errors import BudgetError, KnobError
 TIERS = ("low", "medium", "high")
 # More values of a knob, or larger ones, than any model has.
 MAX_VALUES, MAX_VALUE, MAX_TIER_NAME = 64, 10_000, 64
+
+
+class Compute(NamedTuple):
+    """What stage 2 chooses: experts per token, and transformer blocks that run."""
+
+    top_k: int
+    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +32,11 @@ class Knobs:
 
     def __str__(self) -> str:
         return f"{self.tier}/{self.top_k}/{self.num_blocks}"
+
+    @property
+    def compute(self) -> Compute:
+        """What stage 2 would choose for it."""
+        return Compute(self.top_k, self.num_blocks)
 
     @classmethod
     def parse(cls, text: str) -> Knobs:
@@ -85,6 +97,17 @@ class KnobSpace:
                 )
             object.__setattr__(self, name, tuple(numbers))
 
+    @classmethod
+    def for_model(cls, tiers: Sequence[str], trained_top_k: int, num_blocks: int) -> KnobSpace:
+        """Up to five values of each number: top_k from half the trained one up, num_blocks from three quarters up."""
+
+        def spread(low: int, high: int) -> tuple[int, ...]:
+            return tuple(sorted({round(low + (high - low) * i / 4) for i in range(5)}))
+
+        return cls(
+            tuple(tiers), spread(-(-trained_top_k // 2), trained_top_k), spread(-(-3 * num_blocks // 4), num_blocks)
+        )
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Number of values per knob: `(tiers, top_ks, num_blocks)`."""
@@ -92,7 +115,7 @@ class KnobSpace:
 
     @property
     def num_stage2(self) -> int:
-        """Number of (top_k, num_blocks) pairs, the actions of stage 2."""
+        """Number of `Compute` choices, the actions of stage 2."""
         return len(self.top_ks) * len(self.num_blocks)
 
     @property
@@ -122,9 +145,8 @@ class KnobSpace:
     def __getitem__(self, index: int) -> Knobs:
         if not 0 <= index < len(self):
             raise KnobError(f"knob index {index} is outside 0..{len(self) - 1}")
-        tier_index, pair = divmod(index, self.num_stage2)
-        top_k_index, num_blocks_index = divmod(pair, len(self.num_blocks))
-        return Knobs(self.tiers[tier_index], self.top_ks[top_k_index], self.num_blocks[num_blocks_index])
+        tier_index, action = divmod(index, self.num_stage2)
+        return Knobs(self.tiers[tier_index], *self.compute(action))
 
     def index(self, knobs: Knobs) -> int:
         """Position of a configuration; raises KnobError with the allowed values if it is not in the space."""
@@ -133,15 +155,19 @@ class KnobSpace:
                 f"knobs {knobs} are not in this space: tier one of {self.tiers}, top_k one of {self.top_ks}, "
                 f"num_blocks one of {self.num_blocks}"
             )
-        pair = self.top_ks.index(knobs.top_k) * len(self.num_blocks) + self.num_blocks.index(knobs.num_blocks)
-        return self.tiers.index(knobs.tier) * self.num_stage2 + pair
+        tier, top_k, num_blocks = self.place(knobs)
+        return (tier * len(self.top_ks) + top_k) * len(self.num_blocks) + num_blocks
 
-    def pair(self, index: int) -> tuple[int, int]:
-        """(top_k, num_blocks) of stage-2 action `index`."""
+    def place(self, knobs: Knobs) -> tuple[int, int, int]:
+        """Where a configuration of the space stands in an array of its `shape`."""
+        return self.tiers.index(knobs.tier), self.top_ks.index(knobs.top_k), self.num_blocks.index(knobs.num_blocks)
+
+    def compute(self, index: int) -> Compute:
+        """What stage-2 action `index` chooses."""
         if not 0 <= index < self.num_stage2:
             raise KnobError(f"stage-2 action {index} is outside 0..{self.num_stage2 - 1}")
         top_k_index, num_blocks_index = divmod(index, len(self.num_blocks))
-        return self.top_ks[top_k_index], self.num_blocks[num_blocks_index]
+        return Compute(self.top_ks[top_k_index], self.num_blocks[num_blocks_index])
 
     def check_model(self, *, max_top_k: int, max_num_blocks: int, min_num_blocks: int = 1) -> None:
         """Refuse values that a model cannot run.

@@ -30,10 +30,11 @@ from pacevlm.latency.guardrail import Guardrail
 from pacevlm.latency.measuring import available_threads, use_num_threads
 from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.latency.profile import MAX_NUM_THREADS, collect_device_facts
-from pacevlm.models.elastic import DEFAULT_MAX_CROPS, ElasticModel, MaxCrops, NewTokens, read_elastic_settings
+from pacevlm.models.elastic import ElasticModel, NewTokens, VisionBudgets
 from pacevlm.models.embedded import EMBEDDED_DIR
-from pacevlm.rollout.request import Pacing, run_with_policy
-from pacevlm.types import BudgetKind, RequestSizes, StageTimes
+from pacevlm.request.pacing import Pacing
+from pacevlm.request.run import run_request
+from pacevlm.types import Answer, BudgetKind, Objective, RequestSizes, check_budget_kind
 
 BUNDLE_NAME = "bundle.json"
 BUNDLE_FOLDER = "bundle"
@@ -52,43 +53,6 @@ _LISTED = (
 # ten times the median on a busy machine, and pictures and answers differ as much.
 MAX_BOUND_RATIO = 100.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer, and how it kept its budget.
-
-    Attributes:
-        answer: the text.
-        knobs: the configuration that ran.
-        budget_ms: what was asked for.
-        budget_met: whether some configuration was expected to fit and the measured time did.
-        feasible: whether any configuration's upper bound fitted what was left of the budget when the request began;
-            where none did, the cheapest ran.
-        predicted_ms: the estimator's latency of these knobs at this answer's length, on the machine as profiled.
-        upper_bound_ms: the bound on the latency that was known beforehand, corrected for drift; infinite where nothing
-            is promised. Waiting comes on top.
-        measured_ms: wall-clock time of what the budget covers, from the call on, waiting included.
-        times: measured stages; the guardrail and the controller are inside.
-        num_output_tokens: tokens generated, end-of-text included.
-        drift_factor: how many times the profiled bounds this request's were; 1 where drift is not tracked.
-        waited_ms: how long the request waited for those of other threads.
-        why_infeasible: why nothing was feasible, in a sentence; None where something was.
-    """
-
-    answer: str
-    knobs: Knobs
-    budget_ms: float
-    budget_met: bool
-    feasible: bool
-    predicted_ms: float
-    upper_bound_ms: float
-    measured_ms: float
-    times: StageTimes
-    num_output_tokens: int
-    drift_factor: float = 1.0
-    waited_ms: float = 0.0
-    why_infeasible: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +83,8 @@ class Pacer:
     Args:
         model: the frozen model.
         controller: chooses the knobs.
-        pacing: guardrail, output lengths and what budgets cover.
+        pacing: guardrail and output lengths.
+        kind: what budgets cover.
         full_p50_ms: median milliseconds of the full configuration on the profiled device.
         model_path: where the model came from, `embedded` or a directory; stored in bundles.
         num_threads: CPU threads of a request, as profiled; None leaves them as they are.
@@ -137,6 +102,7 @@ class Pacer:
         pacing: Pacing,
         *,
         full_p50_ms: float,
+        kind: BudgetKind = "e2e",
         model_path: str | os.PathLike[str] = "embedded",
         num_threads: int | None = None,
         drift: DriftCorrection | None = None,
@@ -150,12 +116,13 @@ class Pacer:
         ):
             if made_for != found:
                 raise IdentityError(f"the controller was trained for another {what}: {made_for!r}, not {found!r}")
-        self.model, self.controller, self.pacing = model, controller, pacing
+        check_budget_kind(kind)
+        self.model, self.controller, self.pacing, self.kind = model, controller, pacing, kind
         self.full_p50_ms = check_budget_ms(full_p50_ms)
         self.model_path, self.num_threads = os.fspath(model_path), num_threads
         self.policy: Policy = ControllerPolicy(controller.eval())
         if drift is not None:
-            drift.check_guardrail(pacing.guardrail, pacing.kind)
+            drift.check_guardrail(pacing.guardrail, kind)
         self.drift = drift
         self._drift_path: Path | None = None
         self._loaded_with: dict[str, Any] | None = None  # what from_pretrained was given
@@ -214,8 +181,7 @@ class Pacer:
             dtype=DTYPES[settings["dtype"]],
             stage2_after=settings["stage2_after"],
             policy=settings["block_policy"],
-            # Limits of tiers outside the knob space count in the model's identity too.
-            max_crops=_stored_max_crops(source) | settings["max_crops"],
+            vision_budgets=settings["vision_budgets"],
             max_new_tokens=settings["max_new_tokens"],
             picture_config=values["picture"],
         )
@@ -229,7 +195,7 @@ class Pacer:
         if any_device and num_threads is not None:
             num_threads = min(num_threads, available_threads())
         with use_num_threads(num_threads):
-            facts = None if any_device else collect_device_facts(device, model.dtype)
+            facts = None if any_device else collect_device_facts(device, model.dtype, compiled=model.adapter.compiled)
         estimator = LatencyEstimator.load(
             folder / ESTIMATOR_NAME, model_identity=model.identity, knob_space=model.knob_space, device=facts
         )
@@ -239,9 +205,9 @@ class Pacer:
             if OUTPUT_LENGTH_NAME in values["files"]
             else None,
             max_new_tokens=model.max_new_tokens,
-            kind=values["budget_kind"],
         )
-        _check_scale(folder, model, pacing, values["full_p50_ms"])
+        kind: BudgetKind = values["budget_kind"]
+        _check_scale(folder, model, pacing, kind, values["full_p50_ms"])
         controller = Controller.from_pretrained(
             folder / CONTROLLER_FOLDER,
             model_identity=model.identity,
@@ -255,6 +221,7 @@ class Pacer:
             controller,
             pacing,
             full_p50_ms=values["full_p50_ms"],
+            kind=kind,
             model_path=place,
             num_threads=num_threads,
         )
@@ -293,13 +260,13 @@ class Pacer:
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "stage2_after": model.stage2_after,
                 "block_policy": model.order.source,
-                "max_crops": model.max_crops,
+                "vision_budgets": model.vision_budgets,
                 "max_new_tokens": model.max_new_tokens,
             },
             "picture": config_to_dict(model.picture_config),
             "knob_space": model.knob_space.to_dict(),
             "full_p50_ms": self.full_p50_ms,
-            "budget_kind": self.pacing.kind,
+            "budget_kind": self.kind,
             "num_threads": self.num_threads,
             "files": {name: sha256_file(folder / name) for name in listed},
         }
@@ -329,27 +296,12 @@ class Pacer:
                 f"policy is {policy!r}; give an object with name, choose_tier, latency_token, choose_compute"
             )
         called = time.perf_counter()
-        budget_ms = check_budget_ms(budget_ms)
+        objective = Objective(budget_ms, self.kind)
         with self._running, use_num_threads(self.num_threads):
             waited_ms = (time.perf_counter() - called) * 1e3
-            paced = run_with_policy(
-                self.model, chosen, image, question, budget_ms, self.pacing, drift=self.drift, waited_ms=waited_ms
+            return run_request(
+                self.model, chosen, image, question, objective, self.pacing, drift=self.drift, waited_ms=waited_ms
             )
-        return Answer(
-            answer=paced.result.answer,
-            knobs=paced.result.knobs,
-            budget_ms=paced.budget_ms,
-            budget_met=paced.budget_met,
-            feasible=paced.feasible,
-            predicted_ms=paced.predicted_ms,
-            upper_bound_ms=paced.upper_bound_ms,
-            measured_ms=paced.measured_ms,
-            times=paced.result.times,
-            num_output_tokens=paced.result.num_output_tokens,
-            drift_factor=paced.drift_factor,
-            waited_ms=paced.waited_ms,
-            why_infeasible=paced.why_infeasible,
-        )
 
     def track_drift(
         self, path: str | os.PathLike[str] | None = None, settings: DriftSettings | None = None
@@ -366,7 +318,7 @@ class Pacer:
             ProfileError: the file is corrupt or of another schema version.
             IdentityError: it was learned with another estimator or kind of budget.
         """
-        guardrail, kind = self.pacing.guardrail, self.pacing.kind
+        guardrail, kind = self.pacing.guardrail, self.kind
         with self._running:
             self._drift_path = None if path is None else Path(path)
             if self._drift_path is not None and self._drift_path.exists():
@@ -405,8 +357,8 @@ class Pacer:
         with torch.inference_mode():
             view = self.model.view(image, question)
         estimator = self.pacing.guardrail.estimator
-        predicted_ms = estimator.predict_all(view.sizes, self.pacing.output_tokens_upper(view), self.pacing.kind)
-        bounds_ms = self.pacing.upper_bounds_ms(view) * (1.0 if self.drift is None else self.drift.factor)
+        predicted_ms = estimator.predict_many([view.sizes], self.pacing.output_tokens_upper([view]), self.kind)
+        bounds_ms = self.pacing.upper_bounds_ms([view], self.kind) * (1.0 if self.drift is None else self.drift.factor)
         return tuple(
             Estimate(knobs, float(predicted), float(bound))
             for knobs, predicted, bound in zip(
@@ -432,7 +384,7 @@ class _Model(TypedDict):
     dtype: Literal["float32", "bfloat16", "float16"]
     stage2_after: Annotated[int, Range(1, 10_000)]
     block_policy: Literal["importance", "prefix"]
-    max_crops: MaxCrops
+    vision_budgets: VisionBudgets
     max_new_tokens: NewTokens
 
 
@@ -467,20 +419,20 @@ def _read_bundle(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _check_scale(folder: Path, model: ElasticModel, pacing: Pacing, full_p50_ms: float) -> None:
+def _check_scale(folder: Path, model: ElasticModel, pacing: Pacing, kind: BudgetKind, full_p50_ms: float) -> None:
     """Refuse bounds on the full configuration that the measured median has nothing to do with."""
     height = width = 336
-    vision = tuple(model.adapter.vision_sizes(height, width, limit) for limit in model.max_crops.values())
+    vision = model.vision_sizes(height, width)
     estimator = pacing.guardrail.estimator
-    kind, picture = min(estimator.pictures.items())
+    picture_kind, picture = min(estimator.pictures.items())
     sizes = RequestSizes(
         vision,
         num_text_tokens=min(32, estimator.max_text_tokens),
         num_pixels=min(height * width, picture.max_pixels),
-        picture_kind=kind,
+        picture_kind=picture_kind,
         num_bytes=min(100_000, picture.max_bytes),
     )
-    bound_ms = float(pacing.guardrail.upper_bounds_ms(sizes, pacing.max_new_tokens, pacing.kind)[-1, -1, -1])
+    bound_ms = float(pacing.guardrail.upper_bounds_ms(sizes, pacing.max_new_tokens, kind)[-1, -1, -1])
     if not 1 / MAX_BOUND_RATIO <= bound_ms / full_p50_ms <= MAX_BOUND_RATIO:
         raise CheckpointError(
             f"the bundle {folder} bounds a small request of the full configuration by {bound_ms:.3g} ms, but says that "
@@ -493,8 +445,3 @@ def _find_model(settings: dict[str, Any], bundle: Path) -> str:
     if settings["path"] == "embedded":
         return "embedded"
     return find_portable(settings["path"], settings["absolute_path"], bundle)
-
-
-def _stored_max_crops(folder: Path) -> dict[str, int]:
-    stored: dict[str, int] = read_elastic_settings(folder).get("max_crops", DEFAULT_MAX_CROPS)
-    return dict(stored)

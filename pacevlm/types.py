@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from PIL import Image
 
-from pacevlm.errors import ImageError
+from pacevlm.errors import ConfigError, ImageError
 from pacevlm.images import ImageSource, Picture, PictureConfig, load_image, open_picture
-from pacevlm.knobs import Knobs
+from pacevlm.knobs import Knobs, check_budget_ms
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BudgetKind = Literal["e2e", "ttft"]
+
+
+def check_budget_kind(kind: object) -> None:
+    """Raise ConfigError unless a kind of budget is known."""
+    if kind not in get_args(BudgetKind):
+        raise ConfigError(f"budget_kind is {kind!r}; use 'e2e' (whole request) or 'ttft' (time to the first token)")
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is asked of a request besides a good answer.
+
+    Attributes:
+        budget_ms: how long it may take, milliseconds.
+        kind: what of it that covers, the whole request (`e2e`) or the time to the first token (`ttft`).
+
+    Raises:
+        BudgetError: the budget is not a positive, finite number.
+        ConfigError: the kind is unknown.
+    """
+
+    budget_ms: float
+    kind: BudgetKind = "e2e"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget_ms", check_budget_ms(self.budget_ms))
+        check_budget_kind(self.kind)
 
 
 @dataclass(frozen=True)
@@ -119,6 +151,23 @@ class RequestSizes:
     num_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class RequestView:
+    """What is known of a request before any pixel reaches the vision encoder.
+
+    Attributes:
+        question_embedding: mean of the prompt's token embeddings, `(d_model,)`, float32 on the CPU.
+        sizes: crops and tokens per tier.
+        image_size: `(height, width)` in pixels; None for a request without a picture.
+        picture: the picture itself, for an optional thumbnail; None for a request without one.
+    """
+
+    question_embedding: Tensor
+    sizes: RequestSizes
+    image_size: tuple[int, int] | None
+    picture: Picture | None
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What running one example with one configuration gave."""
@@ -154,3 +203,72 @@ class StageTimes:
     def ttft_ms(self) -> float:
         """Time to the first token, in milliseconds."""
         return self.e2e_ms - sum(self.decode_ms)
+
+    def covered_ms(self, kind: BudgetKind) -> float:
+        """The time that a budget of this kind covers, in milliseconds."""
+        return self.e2e_ms if kind == "e2e" else self.ttft_ms
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, what it took, and how it kept its budget.
+
+    Attributes:
+        answer: the text.
+        token_ids: what was generated, end-of-text included.
+        knobs: the configuration that ran.
+        sizes: what the request's latency depended on.
+        vision: what the tier that ran made of the picture.
+        times: measured stages; the guardrail and the controller are inside.
+        budget_ms: what was asked for; infinite for a request that was given its knobs.
+        kind: what the budget covers.
+        feasible: whether any configuration's upper bound fitted what was left of the budget when the request began;
+            where none did, the cheapest ran.
+        predicted_ms: the estimator's latency of these knobs at this answer's length, on the machine as profiled, so
+            without drift and waiting. None for a request that was given its knobs.
+        upper_bound_ms: the bound on the latency that was known beforehand, corrected for drift; infinite where nothing
+            is promised. Waiting comes on top.
+        drift_factor: how many times the profiled bounds this request's were; 1 where drift is not tracked.
+        waited_ms: how much of the budget was gone before the request began, for example waiting for other threads.
+        why_infeasible: why nothing was feasible, in a sentence; None where something was.
+    """
+
+    answer: str
+    token_ids: tuple[int, ...]
+    knobs: Knobs
+    sizes: RequestSizes
+    vision: VisionSizes
+    times: StageTimes
+    budget_ms: float = math.inf
+    kind: BudgetKind = "e2e"
+    feasible: bool = True
+    predicted_ms: float | None = None
+    upper_bound_ms: float = math.inf
+    drift_factor: float = 1.0
+    waited_ms: float = 0.0
+    why_infeasible: str | None = None
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated, end-of-text included."""
+        return len(self.token_ids)
+
+    @property
+    def measured_ms(self) -> float:
+        """Wall-clock time of what the budget covers, waiting included."""
+        return self.waited_ms + self.times.covered_ms(self.kind)
+
+    @property
+    def budget_met(self) -> bool:
+        """Whether some configuration was expected to fit and the measured time did."""
+        return self.feasible and self.measured_ms <= self.budget_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values and what follows from them, ready for JSON; None for a bound or budget that is infinite."""
+        values = dataclasses.asdict(self) | {
+            "knobs": str(self.knobs),
+            "num_output_tokens": self.num_output_tokens,
+            "measured_ms": self.measured_ms,
+            "budget_met": self.budget_met,
+        }
+        return {name: None if value in (math.inf, -math.inf) else value for name, value in values.items()}

@@ -93,7 +93,7 @@ def save_tiny_checkpoint(folder: Path, seed: int = 0, crop_px: int = 24, **chang
     )
     write_elastic_settings(
         folder,
-        max_crops={"low": 1, "medium": 2, "high": 4},
+        vision_budgets={"low": 1, "medium": 2, "high": 4},
         removal=[4, 2, 3],
         max_new_tokens=6,
         knob_space={"tiers": ["low", "medium", "high"], "top_ks": [2, 3, 4], "num_blocks": [3, 4, 5, 6]},
@@ -148,8 +148,9 @@ def save_checkpoint() -> Callable[..., Path]:
 # Where a law holds besides the CPU: the pretended device everywhere, a real one where there is one.
 OTHER_DEVICES = ["xpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAW_MODELS = [
-    *("tiny cpu", "tiny_gqa cpu", "embedded cpu", "tiny xpu", "tiny_gqa xpu"),
-    *(pytest.param(f"{name} cuda", marks=pytest.mark.gpu) for name in ("tiny", "tiny_gqa", "embedded")),
+    *("tiny cpu", "tiny_gqa cpu", "embedded cpu", "toy cpu", "dense cpu"),
+    *("tiny xpu", "tiny_gqa xpu", "toy xpu", "dense xpu"),
+    *(pytest.param(f"{name} cuda", marks=pytest.mark.gpu) for name in ("tiny", "tiny_gqa", "embedded", "toy", "dense")),
 ]
 
 
@@ -172,6 +173,8 @@ def other_device(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(scope="session", params=LAW_MODELS)
 def law_model_anywhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ElasticModel:
     """See `law_model`."""
+    from families.toy_moe import save_toy
+
     from pacevlm.models.elastic import ElasticModel, read_elastic_settings
     from pacevlm.models.embedded import EMBEDDED_DIR
 
@@ -184,6 +187,8 @@ def law_model_anywhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.
             return ElasticModel.from_pretrained(
                 "embedded", policy="importance" if measured else "prefix", device=device
             )
+        if name in ("toy", "dense"):
+            return ElasticModel.from_pretrained(save_toy(tmp_path_factory.mktemp(name), name), device=device)
         if name == "tiny_gqa":
             folder = save_tiny_checkpoint(tmp_path_factory.mktemp("tiny_gqa"), seed=1, n_kv_heads=2)
             return ElasticModel.from_pretrained(folder, device=device)

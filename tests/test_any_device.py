@@ -27,13 +27,14 @@ from pacevlm.models.elastic import ElasticModel
 from pacevlm.models.molmoe import loading
 from pacevlm.pacer import Pacer
 from pacevlm.pipeline import RunConfig, load_elastic_model, run_pipeline
+from pacevlm.request.pacing import Pacing
+from pacevlm.request.profiling import nominal_pacing
+from pacevlm.request.run import run_forced, run_request
 from pacevlm.rollout.engine import RolloutEngine
-from pacevlm.rollout.profiling import nominal_pacing
-from pacevlm.rollout.request import Pacing, run_with_policy
 from pacevlm.training.grpo import GRPOConfig
 from pacevlm.training.train_config import TrainConfig
 from pacevlm.training.trainer import Trainer
-from pacevlm.types import Example
+from pacevlm.types import Example, Objective
 
 ABSENT = ["meta", "cpu:1", "cuda:7", "xpu:0", "mps", "tpu", "", " cpu", "cuda:-1", "cpu:x", None, 0, True, ["cpu"]]
 
@@ -122,7 +123,7 @@ def test_requests_take_the_same_way(plain: ElasticModel, elsewhere: ElasticModel
         pacing = nominal_pacing(model)
         policy = ControllerPolicy(make_controller(model, pacing).to(model.device))
         results = [
-            run_with_policy(model, policy, example.image, example.question, budget_ms, pacing).result
+            run_request(model, policy, example.image, example.question, Objective(budget_ms), pacing)
             for example in law_examples
             for budget_ms in (20.0, 80.0, 300.0)
         ]
@@ -163,7 +164,7 @@ def test_training_steps_are_the_same(
             tensorboard=False,
         )
         engine = RolloutEngine(model, Metric("first", lambda answer, *_: float(answer[:1] < "c")))
-        parts = (engine, pacing.guardrail.estimator, pacing.guardrail, pacing.output_length, law_examples, config)
+        parts = (engine, pacing, law_examples, config)
         Trainer(controller, *parts, 100.0).run(until_step=1)
         # Stopped and begun again: everything is restored onto the device.
         again = Trainer(make_controller(model, pacing).to(next(controller.parameters()).device), *parts, 100.0)
@@ -192,7 +193,7 @@ def test_the_same_blocks_are_important(
 def make_config(run_dir: Path, model: ModelConfig) -> RunConfig:
     return RunConfig(
         run_dir=run_dir,
-        model=dataclasses.replace(model, max_new_tokens=2, max_crops=(1, 1, 2)),
+        model=dataclasses.replace(model, max_new_tokens=2, vision_budgets=(1, 1, 2)),
         data=DataConfig(num_train=24, num_val=4, num_test=3),
         profile=ProfileConfig(
             num_requests=4, num_samples=24, repeats=1, max_warmup=1, num_lengths=24, alpha=0.4, num_threads=2
@@ -233,7 +234,7 @@ def test_a_whole_run_and_its_bundle(
     for record in records:
         example = examples[record.example_id]
         answer = pacer.answer(example.image, example.question, 10 * pacer.full_p50_ms)
-        assert answer.answer == plain.run_static(example.image, example.question, answer.knobs).answer
+        assert answer.answer == run_forced(plain, example.image, example.question, answer.knobs).answer
 
     # On a machine with fewer CPUs.
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
@@ -253,4 +254,4 @@ def test_a_whole_run_in_half_precision(
     assert str(run.model.dtype) == f"torch.{dtype}"
     pacer, example = Pacer.from_pretrained(config.run_dir), run.splits.test[0]
     answer = pacer.answer(example.image, example.question, 10 * pacer.full_p50_ms)
-    assert answer.answer == run.model.run_static(example.image, example.question, answer.knobs).answer
+    assert answer.answer == run_forced(run.model, example.image, example.question, answer.knobs).answer

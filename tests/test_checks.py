@@ -149,13 +149,13 @@ def test_paths_that_cannot_be_kept_are_refused(path: Any, message: str) -> None:
 
 
 def test_knob_settings_of_a_model_are_checked_before_it_is_loaded() -> None:
-    model = ModelConfig(tiers=["low", "high"], top_ks=[np.int64(2)], max_crops=[1, 2])  # type: ignore[arg-type,list-item]
-    assert (model.tiers, model.top_ks, model.max_crops) == (("low", "high"), (2,), (1, 2))
+    model = ModelConfig(tiers=["low", "high"], top_ks=[np.int64(2)], vision_budgets=[1, 2])  # type: ignore[arg-type,list-item]
+    assert (model.tiers, model.top_ks, model.vision_budgets) == (("low", "high"), (2,), (1, 2))
     for wrong in ({"top_ks": (4, 3)}, {"tiers": ()}, {"num_blocks": (0,)}):
         with pytest.raises(KnobError):
             ModelConfig(**wrong)  # type: ignore[arg-type]
     for crops in ((), (0, 1), (1.5,), (10**9,)):
-        with pytest.raises(ConfigError, match="max_crops"):
-            ModelConfig(max_crops=crops)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="vision_budgets"):
+            ModelConfig(vision_budgets=crops)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="one number for each of the tiers"):
-        ModelConfig(tiers=("low", "high"), max_crops=(1, 2, 3))
+        ModelConfig(tiers=("low", "high"), vision_budgets=(1, 2, 3))

@@ -451,7 +451,7 @@ def test_quickstart_ends_with_a_report(run_dir: Path) -> None:
     assert "pacevlm quickstart --run-dir" in report
     config = json.loads((run_dir / "config.json").read_text())
     assert config["train"]["grpo"]["group_size"] == 2
-    assert config["model"]["max_crops"] == [1, 1, 2]
+    assert config["model"]["vision_budgets"] == [1, 1, 2]
 
 
 def test_a_second_start_skips_what_is_done_and_remembers_its_settings(

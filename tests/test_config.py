@@ -28,7 +28,7 @@ from pacevlm.pipeline import RunConfig, quickstart_config
 from pacevlm.training.train_config import GRPOConfig, TrainConfig
 
 SECTIONS = (
-    ModelConfig(top_ks=(2, 4), max_crops=(1, 2, 3), dtype="bfloat16", device="cuda:1"),
+    ModelConfig(top_ks=(2, 4), vision_budgets=(1, 2, 3), dtype="bfloat16", device="cuda:1"),
     DataConfig(dataset="a.jsonl", test_dataset="b.jsonl", num_train=7),
     ProfileConfig(num_threads=None, alpha=0.1, group_by="knobs"),
     LookupConfig(num_examples=3),

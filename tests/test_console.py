@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 
 from pacevlm.console import RichReporter, print_answer
 from pacevlm.knobs import Knobs
-from pacevlm.pacer import Answer
-from pacevlm.types import StageTimes
+from pacevlm.types import Answer, RequestSizes, StageTimes, VisionSizes
 
 
 def test_a_bound_that_is_not_promised_is_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     why = "nothing is promised: no gif picture was profiled, only jpeg"
     times = StageTimes(3.0, 1.0, 0.5, 3.0, 2.0, 4.0, (1.0,), 14.5)
-    answer = Answer("7", Knobs("low", 4, 12), 80.0, False, False, 14.0, math.inf, 14.5, times, 2, why_infeasible=why)
+    vision = VisionSizes(1, 20)
+    answer = Answer(
+        answer="7",
+        token_ids=(7, 0),
+        knobs=Knobs("low", 4, 12),
+        sizes=RequestSizes((vision,), 12, 900),
+        vision=vision,
+        times=times,
+        budget_ms=80.0,
+        feasible=False,
+        predicted_ms=14.0,
+        why_infeasible=why,
+    )
     print_answer(answer, as_json=True)
     values = json.loads(capsys.readouterr().out)
     assert values["upper_bound_ms"] is None
     assert values["why_infeasible"] == why
     assert values["times"]["read_ms"] == 3.0
+    assert (values["measured_ms"], values["budget_met"], values["num_output_tokens"]) == (14.5, False, 2)
     print_answer(answer)
     shown = capsys.readouterr().out
     assert why in shown

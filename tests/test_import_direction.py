@@ -29,6 +29,7 @@ VOCABULARY = frozenset(
 LAYERS: tuple[frozenset[str], ...] = (
     VOCABULARY,
     frozenset({"models", "data", "latency", "controller"}),
+    frozenset({"request"}),
     frozenset({"rollout"}),
     frozenset({"training"}),
     frozenset({"baselines"}),

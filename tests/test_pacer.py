@@ -48,7 +48,8 @@ from pacevlm.latency.stage_fit import StageFit
 from pacevlm.latency.stage_terms import STAGE_TERMS
 from pacevlm.models.elastic import ElasticModel, write_elastic_settings
 from pacevlm.pacer import Pacer
-from pacevlm.rollout.request import Pacing
+from pacevlm.request.pacing import Pacing
+from pacevlm.request.run import run_forced
 
 QUESTION = "How many red digits are there?"
 NUM_THREADS = 1
@@ -56,7 +57,9 @@ NUM_THREADS = 1
 
 def make_estimator(model: ElasticModel, coefficient: float = 1e-4) -> LatencyEstimator:
     stages = {stage: StageFit((coefficient,) * len(terms), 1, 0, 0.0, 0.0) for stage, terms in STAGE_TERMS.items()}
-    facts = dataclasses.replace(collect_device_facts("cpu", model.dtype), num_threads=NUM_THREADS)
+    facts = dataclasses.replace(
+        collect_device_facts("cpu", model.dtype, compiled=model.adapter.compiled), num_threads=NUM_THREADS
+    )
     read = StageFit((coefficient,) * len(READ_TERMS), 1, 0, 0.0, 0.0)
     pictures = {"memory": PictureFit(read, 100_000, 0, 0), "jpeg": PictureFit(read, 100_000, 100_000, 50_000)}
     return LatencyEstimator(
@@ -145,7 +148,7 @@ def test_an_answer_accounts_for_itself(pacer: Pacer, image: Image.Image) -> None
         assert answer.upper_bound_ms == pytest.approx(estimates[answer.knobs].upper_bound_ms)
         assert answer.upper_bound_ms <= budget_ms
         assert len(answer.times.decode_ms) == answer.num_output_tokens - 1
-        assert answer.answer == pacer.model.run_static(image, QUESTION, answer.knobs).answer
+        assert answer.answer == run_forced(pacer.model, image, QUESTION, answer.knobs).answer
         assert answer.predicted_ms > 0
         with pytest.raises(dataclasses.FrozenInstanceError):
             answer.answer = "another"  # type: ignore[misc]
@@ -156,7 +159,7 @@ def test_a_hopeless_budget_runs_the_cheapest(pacer: Pacer, image: Image.Image) -
     assert (answer.feasible, answer.budget_met) == (False, False)
     assert answer.why_infeasible is not None
     assert answer.knobs == pacer.model.knob_space.cheapest
-    assert answer.answer == pacer.model.run_static(image, QUESTION, answer.knobs).answer
+    assert answer.answer == run_forced(pacer.model, image, QUESTION, answer.knobs).answer
 
 
 def test_another_policy_may_choose(pacer: Pacer, image: Image.Image) -> None:
@@ -261,7 +264,7 @@ def test_waiting_is_inside_the_budget(pacer: Pacer, image: Image.Image) -> None:
     assert patient.waited_ms >= 50
     assert patient.feasible
     assert patient.why_infeasible is None
-    assert patient.answer == pacer.model.run_static(image, QUESTION, space.full).answer
+    assert patient.answer == run_forced(pacer.model, image, QUESTION, space.full).answer
 
 
 def test_a_spent_budget_runs_the_cheapest(pacer: Pacer, image: Image.Image) -> None:
@@ -530,7 +533,7 @@ def test_missing_and_malformed_files_are_named(bundle: Path, changed: Callable[.
         ({"full_p50_ms": -1.0}, "full_p50_ms"),
         ({"full_p50_ms": "fast"}, "full_p50_ms"),
         ({"knob_space": {"tiers": ["low"]}}, "knob_space"),
-        ({"model__max_crops": None}, "max_crops"),
+        ({"model__vision_budgets": None}, "vision_budgets"),
     ):
         with pytest.raises(CheckpointError, match=message):
             Pacer.from_pretrained(changed(**changes))

@@ -34,6 +34,7 @@ from pacevlm.pipeline import STEPS, RunConfig, load_elastic_model, run_pipeline
 from pacevlm.pipeline.run_config import load_run_config
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.pipeline.steps import recalibrate
+from pacevlm.request.run import run_forced
 from pacevlm.training.train_config import GRPOConfig, TrainConfig
 from pacevlm.types import StageTimes
 
@@ -85,7 +86,7 @@ class Recorder:
 def make_config(run_dir: Path, model_dir: Path) -> RunConfig:
     return RunConfig(
         run_dir=run_dir,
-        model=ModelConfig(path=str(model_dir), max_new_tokens=2, max_crops=(1, 1, 2)),
+        model=ModelConfig(path=str(model_dir), max_new_tokens=2, vision_budgets=(1, 1, 2)),
         data=DataConfig(num_train=24, num_val=8, num_test=6),
         profile=ProfileConfig(
             num_requests=6, num_samples=24, repeats=1, max_warmup=1, num_lengths=24, alpha=0.3, max_megapixels=0.02
@@ -163,7 +164,7 @@ def test_a_bundle_answers(config: RunConfig, first: Recorder) -> None:
     assert pacer.num_threads == config.profile.num_threads
     result = pacer.answer(example.image, example.question, budget_ms=10 * pacer.full_p50_ms)
     assert result.knobs in pacer.model.knob_space
-    assert result.answer == pacer.model.run_static(example.image, example.question, result.knobs).answer
+    assert result.answer == run_forced(pacer.model, example.image, example.question, result.knobs).answer
 
 
 def test_a_finished_run_is_not_run_again(copied: RunConfig) -> None:
@@ -257,13 +258,13 @@ def test_a_model_is_loaded_as_described(tiny_elastic_dir: Path, tiny_elastic: El
     plain = load_elastic_model(ModelConfig(path=str(tiny_elastic_dir)))
     assert (plain.identity, plain.knob_space) == (tiny_elastic.identity, tiny_elastic.knob_space)
     other = load_elastic_model(
-        ModelConfig(path=str(tiny_elastic_dir), tiers=("low", "high"), top_ks=(2, 4), max_crops=(1, 3))
+        ModelConfig(path=str(tiny_elastic_dir), tiers=("low", "high"), top_ks=(2, 4), vision_budgets=(1, 3))
     )
     assert other.knob_space.to_dict() == {"tiers": ["low", "high"], "top_ks": [2, 4], "num_blocks": [3, 4, 5, 6]}
-    assert other.max_crops == {"low": 1, "high": 3}
+    assert other.vision_budgets == {"low": 1, "high": 3}
     assert other.identity != plain.identity
     with pytest.raises(ConfigError, match="one number for each of the tiers"):
-        load_elastic_model(ModelConfig(path=str(tiny_elastic_dir), max_crops=(1, 2)))
+        load_elastic_model(ModelConfig(path=str(tiny_elastic_dir), vision_budgets=(1, 2)))
 
 
 def test_groups_with_too_few_new_samples_keep_their_bound(config: RunConfig, first: Recorder) -> None:

@@ -73,7 +73,7 @@ class Reporter(SilentReporter):
 def make_config(run_dir: Path, model_dir: Path, **changes: object) -> RunConfig:
     config = RunConfig(
         run_dir=run_dir,
-        model=ModelConfig(path=str(model_dir), max_new_tokens=2, max_crops=(1, 1, 1)),
+        model=ModelConfig(path=str(model_dir), max_new_tokens=2, vision_budgets=(1, 1, 1)),
         data=DataConfig(num_train=24, num_val=4, num_test=4),
         profile=ProfileConfig(num_requests=4, num_samples=16, repeats=1, max_warmup=1, num_lengths=24, alpha=0.3),
         lookup=LookupConfig(num_examples=2),

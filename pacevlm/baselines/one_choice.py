@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.errors import KnobError
-from pacevlm.knobs import Knobs, KnobSpace
+from pacevlm.knobs import Compute, Knobs, KnobSpace
 
 if TYPE_CHECKING:
     import torch
@@ -32,21 +32,19 @@ class OneChoicePolicy(ABC):
         """Stage 1: the tier of the configuration chosen."""
         return self.choose(request).tier
 
-    def latency_token(self, budget_ms: float) -> torch.Tensor | None:
+    def latency_token(self, request: PolicyInput) -> torch.Tensor | None:
         """None: no latency token is needed."""
         return None
 
-    def choose_compute(
-        self, request: PolicyInput, tier: str, latency_token_output: torch.Tensor | None
-    ) -> tuple[int, int]:
-        """Stage 2: (top_k, num_blocks) of the configuration chosen; raises KnobError for another tier than chosen."""
+    def choose_compute(self, request: PolicyInput, tier: str, latency_token_output: torch.Tensor | None) -> Compute:
+        """Stage 2: top_k and num_blocks of the configuration chosen; raises KnobError for another tier than chosen."""
         knobs = self.choose(request)
         if tier != knobs.tier:
             raise KnobError(
                 f"policy {self.name} chose tier {knobs.tier!r} for example {request.example_id!r}, "
                 f"so it cannot go on from tier {tier!r}; run stage 2 with the tier that stage 1 gave"
             )
-        return knobs.top_k, knobs.num_blocks
+        return knobs.compute
 
     def feasible(self, request: PolicyInput) -> NDArray[np.bool_]:
         """The request's mask, flat in the order of the knob space, `(configurations,)`.

@@ -34,12 +34,14 @@ def size_features(request: PolicyInput) -> list[float]:
     Image height, width and aspect (width / height), text tokens, then crops and image tokens of each tier.
 
     Raises:
-        ImageError: the image has no pixels.
+        ImageError: there is no image, or it has no pixels.
     """
-    height, width = request.image_size
+    if request.view.image_size is None:
+        raise ImageError(f"example {request.example_id!r} came without an image; the controller reads its size")
+    height, width = request.view.image_size
     if height < 1 or width < 1:
         raise ImageError(f"example {request.example_id!r} has an image of {height}x{width} px; it needs at least 1x1")
-    sizes = request.sizes
+    sizes = request.view.sizes
     features = [
         _standardised(height, _SIDE_PX),
         _standardised(width, _SIDE_PX),
@@ -62,13 +64,14 @@ def thumbnail_features(request: PolicyInput) -> NDArray[np.float32]:
     Raises:
         ImageError: the request carries no image.
     """
-    if request.picture is None:
+    picture = request.view.picture
+    if picture is None:
         raise ImageError(
             f"example {request.example_id!r} came without its image, but this controller looks at a thumbnail; "
             "pass the image, or train a controller with thumbnail=False"
         )
     # The gap lets large images be shrunk by whole factors first, which is what keeps this quick.
-    small = request.picture.decode().resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    small = picture.decode().resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BILINEAR, reducing_gap=2.0)
     return np.asarray(small, dtype=np.float32).reshape(-1) / np.float32(127.5) - np.float32(1.0)
 
 

@@ -30,7 +30,7 @@ from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.controller.sampling import best_action, mask_logits
 from pacevlm.controller.stages import Stage1, Stage2
 from pacevlm.errors import CheckpointError, ConfigError, DataError, IdentityError, KnobError
-from pacevlm.knobs import KnobSpace, check_budget_ms
+from pacevlm.knobs import Compute, KnobSpace, check_budget_ms
 
 MAX_EMBEDDING_SCALE = 1e6
 """Largest root mean square of token embeddings, far beyond any model's."""
@@ -177,7 +177,7 @@ class Controller(nn.Module):
         parts = [self.budget_encoder.feature_array(request.budget_ms), np.array(sizes, dtype=np.float32)]
         if self.config.thumbnail:
             parts.append(thumbnail_features(request))
-        parts.append(request.question_embedding.detach().float().cpu().numpy())
+        parts.append(request.view.question_embedding.detach().float().cpu().numpy())
         return np.concatenate(parts)
 
     def stage1_logits(self, features: Tensor, tier_mask: Tensor | None = None) -> Tensor:
@@ -209,7 +209,7 @@ class Controller(nn.Module):
         tier_indices: Sequence[int] | Tensor,
         pair_mask: Tensor | None = None,
     ) -> Tensor:
-        """Pair logits `(batch, top_ks, num_blocks)`; flattened, they follow `KnobSpace.pair`.
+        """Logits `(batch, top_ks, num_blocks)`; flattened, they follow `KnobSpace.compute`.
 
         Args:
             latency_token_outputs: the latency token behind the first block, `(batch, d_model)`, any float type.
@@ -304,16 +304,16 @@ class Controller(nn.Module):
 
     def _check_request(self, request: PolicyInput) -> None:
         shape = self.knob_space.shape
-        if request.feasible.shape != shape or len(request.sizes.vision) != shape[0]:
+        if request.feasible.shape != shape or len(request.view.sizes.vision) != shape[0]:
             raise KnobError(
                 f"example {request.example_id!r} has a feasible mask of shape {request.feasible.shape} and sizes of "
-                f"{len(request.sizes.vision)} tiers, but the controller's knob space has the shape {shape}; "
+                f"{len(request.view.sizes.vision)} tiers, but the controller's knob space has the shape {shape}; "
                 "build both for the controller's own knob space"
             )
-        if request.question_embedding.shape != (self.d_model,):
+        if request.view.question_embedding.shape != (self.d_model,):
             raise IdentityError(
                 f"example {request.example_id!r} has a question embedding of shape "
-                f"{tuple(request.question_embedding.shape)}, but the controller was made for a model of width "
+                f"{tuple(request.view.question_embedding.shape)}, but the controller was made for a model of width "
                 f"{self.d_model}; use the embeddings of that model"
             )
 
@@ -338,12 +338,12 @@ class ControllerPolicy:
         mask = np.array([tier.any() for tier in request.feasible])
         return self.controller.knob_space.tiers[best_action(logits, mask)]
 
-    def latency_token(self, budget_ms: float) -> Tensor:
-        """The budget as one token, `(d_model,)`, single precision on the CPU; raises BudgetError."""
-        return torch.from_numpy(self._token(self.controller.budget_encoder.feature_array(budget_ms)))
+    def latency_token(self, request: PolicyInput) -> Tensor:
+        """The budget as one token, `(d_model,)`, single precision on the CPU."""
+        return torch.from_numpy(self._token(self.controller.budget_encoder.feature_array(request.budget_ms)))
 
-    def choose_compute(self, request: PolicyInput, tier: str, latency_token_output: Tensor | None) -> tuple[int, int]:
-        """Stage 2: the best (top_k, num_blocks) that the guardrail admits at this tier.
+    def choose_compute(self, request: PolicyInput, tier: str, latency_token_output: Tensor | None) -> Compute:
+        """Stage 2: the best top_k and num_blocks that the guardrail admits at this tier.
 
         Raises:
             DataError: there is no latency token output, or it has another width than the model.
@@ -353,7 +353,7 @@ class ControllerPolicy:
         if latency_token_output is None:
             raise DataError(
                 "the controller reads the latency token's output, but none came; run the first block with the token "
-                "that latency_token(budget_ms) gives"
+                "that latency_token gives"
             )
         if tier not in space.tiers:
             raise KnobError(f"tier {tier!r} is not in the controller's knob space; use one of {space.tiers}")
@@ -376,4 +376,4 @@ class ControllerPolicy:
             )
         output = latency_token_output.detach().float().cpu().numpy()
         logits = self._stage2(output, self.controller.budget_encoder.feature_array(request.budget_ms), tier_index)
-        return space.pair(best_action(logits.reshape(-1), mask))
+        return space.compute(best_action(logits.reshape(-1), mask))

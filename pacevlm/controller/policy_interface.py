@@ -9,41 +9,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pacevlm.errors import KnobError
-from pacevlm.types import RequestSizes
+from pacevlm.knobs import Compute
+from pacevlm.types import Objective, RequestView
 
 if TYPE_CHECKING:
     import torch
 
-    from pacevlm.images import Picture
-
 
 @dataclass(frozen=True, eq=False)
 class PolicyInput:
-    """What is known of a request before the vision encoder runs.
+    """What is known of a request, and what the guardrail says of it, before the vision encoder runs.
 
     Attributes:
-        example_id: identity of the request, the seed of policies that draw at random.
-        budget_ms: latency budget.
-        question_embedding: mean of the prompt's token embeddings, `(d_model,)`.
-        image_size: height and width in pixels.
-        sizes: what the request's latency depends on besides its knobs.
-        feasible: the guardrail's mask, bool `(tiers, top_ks, num_blocks)`; it always admits something, the cheapest
-            configuration where nothing fits the budget.
+        view: the request's looks.
+        objective: what is asked for, as the machine that was profiled would have to keep it.
+        bounds_ms: upper bound on the latency of every configuration on that machine, `(tiers, top_ks, num_blocks)`.
+        feasible: which of them may run, bool, of the same shape; always something, the cheapest configuration where
+            nothing fits the budget.
         any_feasible: whether anything fits the budget; false where `feasible` holds only that fallback.
-        picture: the picture itself, for policies that look at a thumbnail.
+        example_id: identity of the request, the seed of policies that draw at random.
 
     Raises:
         KnobError: `feasible` is not a three-dimensional bool array or admits nothing.
     """
 
-    example_id: str
-    budget_ms: float
-    question_embedding: torch.Tensor
-    image_size: tuple[int, int]
-    sizes: RequestSizes
+    view: RequestView
+    objective: Objective
+    bounds_ms: NDArray[np.float64]
     feasible: NDArray[np.bool_]
     any_feasible: bool
-    picture: Picture | None = None
+    example_id: str = ""
+
+    @property
+    def budget_ms(self) -> float:
+        """The budget, in milliseconds of the machine that was profiled."""
+        return self.objective.budget_ms
 
     def __post_init__(self) -> None:
         if self.feasible.ndim != 3 or self.feasible.dtype != np.bool_:
@@ -68,12 +68,13 @@ class Policy(Protocol):
         """Stage 1: the vision tier, before any pixel reaches the vision encoder."""
         ...
 
-    def latency_token(self, budget_ms: float) -> torch.Tensor | None:
-        """The budget encoded as one token `(d_model,)`, or None where the policy reads none."""
+    def latency_token(self, request: PolicyInput) -> torch.Tensor | None:
+        """The objective encoded as one token `(d_model,)`, or None where the policy reads none.
+
+        It depends on nothing else, so that requests of one objective may share it.
+        """
         ...
 
-    def choose_compute(
-        self, request: PolicyInput, tier: str, latency_token_output: torch.Tensor | None
-    ) -> tuple[int, int]:
-        """Stage 2: (top_k, num_blocks), after the first block turned the latency token into `(d_model,)`."""
+    def choose_compute(self, request: PolicyInput, tier: str, latency_token_output: torch.Tensor | None) -> Compute:
+        """Stage 2: top_k and num_blocks, after the first block turned the latency token into `(d_model,)`."""
         ...

@@ -99,7 +99,7 @@ class _WithoutBlocks(RolloutEngine):
         variant = ElasticModel(
             model.adapter,
             space,
-            model.max_crops,
+            model.vision_budgets,
             BlockOrder(num_blocks, removed),
             f"{model.identity} without {','.join(map(str, removed)) or 'none'}",
             stage2_after=model.stage2_after,
@@ -156,8 +156,9 @@ def measure_importance(
         StorageError: scores could not be appended.
     """
     num_blocks, first = model.adapter.num_blocks, model.stage2_after
-    if not first <= min_num_blocks < num_blocks:
-        raise ConfigError(f"min_num_blocks is {min_num_blocks}; it must be {first}..{num_blocks - 1}")
+    least = max(first, len(model.adapter.fixed_blocks | set(range(first))))
+    if not least <= min_num_blocks < num_blocks:
+        raise ConfigError(f"min_num_blocks is {min_num_blocks}; it must be {least}..{num_blocks - 1}")
     if num_candidates < 1:
         raise ConfigError(f"num_candidates is {num_candidates}; it must be a whole number from 1")
     ids = {example.example_id for example in examples}
@@ -167,7 +168,7 @@ def measure_importance(
             "ids of their own"
         )
     base = RolloutEngine(model, metric, max_rows=max_rows, max_tokens=max_tokens)
-    blocks = range(first, num_blocks)
+    blocks = [block for block in range(first, num_blocks) if block not in model.adapter.fixed_blocks]
     num_removed = num_blocks - min_num_blocks
     num_sets = 1 + len(blocks) + sum(min(num_candidates, len(blocks) - i) for i in range(1, num_removed))
     num_measured = 0

@@ -27,11 +27,11 @@ from pacevlm.evaluation.records import EvaluationRecord
 from pacevlm.evaluation.timed import describe_requests, time_requests
 from pacevlm.knobs import Knobs
 from pacevlm.latency.measuring import use_num_threads
-from pacevlm.models.elastic import ElasticModel, RequestView
+from pacevlm.models.elastic import ElasticModel
 from pacevlm.partial import PartialFile
+from pacevlm.request.pacing import Pacing, policy_inputs
 from pacevlm.rollout.engine import RolloutEngine
-from pacevlm.rollout.request import PacedResult, Pacing
-from pacevlm.types import Example, Outcome
+from pacevlm.types import Answer, BudgetKind, Example, Objective, Outcome
 
 # What is going on, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
@@ -50,59 +50,31 @@ CHUNK = 128
 def build_requests(
     engine: RolloutEngine,
     examples: Sequence[Example],
-    budgets_ms: Sequence[float],
+    objectives: Sequence[Objective],
     pacing: Pacing,
     factors: NDArray[np.float64] | None = None,
 ) -> list[list[PolicyInput]]:
-    """What policies are told of every example at every budget: one list per budget, in the order of the examples.
+    """What policies are told of every example at every objective: one list per objective, in the order of the examples.
 
     Args:
-        factors: how many times slower than profiled the machine is, `(budgets, examples)`; budgets are divided by
-            them, as `run_with_policy` does. As profiled if None.
+        objectives: of one kind of budget.
+        factors: how many times slower than profiled the machine is, `(objectives, examples)`; budgets are divided by
+            them, as `run_request` does. As profiled if None.
 
     Raises:
-        BudgetError: a budget is not a positive, finite number.
         ProfileError: the guardrail is not calibrated for this kind of budget, or does not fit the model.
     """
     views = [engine.view(example) for example in examples]
     if not views:
-        return [[] for _ in budgets_ms]
-    num_output_tokens = _bound_output_tokens(views, pacing)
-    profiled_ms = np.repeat(np.array(budgets_ms, dtype=np.float64)[:, None], len(views), axis=1)
-    if factors is not None:
-        profiled_ms /= factors
+        return [[] for _ in objectives]
+    bounds_ms = pacing.upper_bounds_ms(views, objectives[0].kind)
+    slower = np.ones((len(objectives), len(views))) if factors is None else factors
+    ids = [example.example_id for example in examples]
     requests = []
-    for row_ms in profiled_ms:
-        feasibility = pacing.guardrail.feasible_masks(
-            [view.sizes for view in views], row_ms, num_output_tokens, pacing.kind
-        )
-        requests.append(
-            [
-                PolicyInput(
-                    example_id=example.example_id,
-                    budget_ms=budget_ms,
-                    question_embedding=view.question_embedding,
-                    image_size=view.image_size,
-                    sizes=view.sizes,
-                    feasible=mask,
-                    any_feasible=bool(any_feasible),
-                    picture=view.picture,
-                )
-                for example, view, budget_ms, mask, any_feasible in zip(
-                    examples, views, row_ms.tolist(), feasibility.mask, feasibility.any_feasible, strict=True
-                )
-            ]
-        )
+    for objective, row in zip(objectives, slower.tolist(), strict=True):
+        profiled = [Objective(objective.budget_ms / factor, objective.kind) for factor in row]
+        requests.append(policy_inputs(views, profiled, bounds_ms, ids))
     return requests
-
-
-def _bound_output_tokens(views: Sequence[RequestView], pacing: Pacing) -> NDArray[np.int64]:
-    model = pacing.output_length
-    if model is None:
-        return np.full(len(views), pacing.max_new_tokens)
-    embeddings = torch.stack([view.question_embedding for view in views]).detach().double().cpu().numpy()
-    text = None if model.text_weight is None else [view.sizes.num_text_tokens for view in views]
-    return model.upper_many(embeddings, text)
 
 
 def feasible_table(requests: Sequence[Sequence[PolicyInput]]) -> NDArray[np.bool_]:
@@ -121,8 +93,8 @@ def choose_knobs(
     """
     tiers = [policy.choose_tier(request) for request in requests]
     outputs: list[torch.Tensor | None] = [None] * len(requests)
-    tokens = {budget_ms: policy.latency_token(budget_ms) for budget_ms in {request.budget_ms for request in requests}}
-    given = [(i, token) for i, request in enumerate(requests) if (token := tokens[request.budget_ms]) is not None]
+    tokens = {o: policy.latency_token(request) for o, request in {r.objective: r for r in requests}.items()}
+    given = [(i, token) for i, request in enumerate(requests) if (token := tokens[request.objective]) is not None]
     if given:
         places = [i for i, _ in given]
         together = engine.latency_token_outputs(
@@ -185,7 +157,7 @@ def exhaustive_sweep(
 def fit_baselines(
     engine: RolloutEngine,
     examples: Sequence[Example],
-    budgets_ms: Sequence[float],
+    objectives: Sequence[Objective],
     pacing: Pacing,
     *,
     seed: int = 0,
@@ -195,15 +167,17 @@ def fit_baselines(
 
     Args:
         examples: of the training split; each runs with every configuration unless that is remembered.
-        budgets_ms: the budgets asked for, strictly increasing; the lookup table knows others in between as well.
+        objectives: what is asked for, of one kind, with strictly increasing budgets; the lookup table knows others in
+            between as well.
         pacing: the same that applies to every policy later.
         seed: of the random policy.
     """
     space = engine.model.knob_space
     accuracy = exhaustive_sweep(engine, examples, progress)
+    budgets_ms, kind = [objective.budget_ms for objective in objectives], objectives[0].kind
     between_ms = np.geomspace(0.5 * budgets_ms[0], 1.5 * budgets_ms[-1], NUM_TABLE_BUDGETS)
     table_ms = sorted({*budgets_ms, *between_ms.tolist()})
-    feasible = feasible_table(build_requests(engine, examples, table_ms, pacing))
+    feasible = feasible_table(build_requests(engine, examples, [Objective(ms, kind) for ms in table_ms], pacing))
     asked_for = [table_ms.index(budget_ms) for budget_ms in budgets_ms]
     return [
         LookupTable.fit(space, table_ms, accuracy, feasible),
@@ -218,6 +192,7 @@ def build_oracle(
     engine: RolloutEngine,
     examples: Sequence[Example],
     pacing: Pacing,
+    kind: BudgetKind,
     progress: Callable[[int, int], None] | None = None,
 ) -> OraclePolicy:
     """The oracle of these examples, from running each with every configuration."""
@@ -226,7 +201,7 @@ def build_oracle(
     predicted_ms = pacing.guardrail.estimator.predict_many(
         [engine.view(example).sizes for example in examples],
         np.full(len(examples), pacing.max_new_tokens),
-        pacing.kind,
+        kind,
     ).reshape(len(examples), -1)
     ids = [example.example_id for example in examples]
     return OraclePolicy(
@@ -260,7 +235,7 @@ def evaluate(
     engine: RolloutEngine,
     policies: Sequence[Policy],
     examples: Sequence[Example],
-    budgets_ms: Sequence[float],
+    objectives: Sequence[Objective],
     pacing: Pacing,
     config: EvaluateConfig,
     *,
@@ -276,48 +251,50 @@ def evaluate(
 
     Args:
         policies: learned ones and baselines; `config.oracle` adds the oracle.
-        budgets_ms: one per fraction of `config.budgets`.
+        objectives: one per fraction of `config.budgets`, of one kind of budget.
         pacing: the same for every policy.
         num_threads: CPU threads of the timed requests; None leaves them.
         partial_dir: folder that keeps what an interrupted evaluation timed and chose, under `PARTIAL_NAMES`, for the
             next one with the same settings. The caller removes the files once everything is written.
 
     Raises:
-        DataError: there are no examples, two share an id, or budgets and fractions differ in number.
+        DataError: there are no examples, two share an id, or objectives and fractions differ in number.
         IdentityError: the pacing was made for another model.
     """
     pacing.check_model(model)
     ids = {example.example_id for example in examples}
     if len(ids) != len(examples):
         raise DataError(f"{len(examples)} examples with {len(ids)} different ids given; records tell them apart by it")
-    if not examples or len(budgets_ms) != len(config.budgets):
+    if not examples or len(objectives) != len(config.budgets):
         raise DataError(
-            f"{len(examples)} examples and {len(budgets_ms)} budgets for the fractions {config.budgets}; give at least "
-            "one example and one budget per fraction"
+            f"{len(examples)} examples and {len(objectives)} objectives for the fractions {config.budgets}; give at "
+            "least one example and one objective per fraction"
         )
     examples = list(examples)
     report = progress or (lambda *_: None)
     competitors = list(policies)
     if config.oracle:
-        competitors.append(build_oracle(engine, examples, pacing, partial(report, "every configuration")))
+        competitors.append(
+            build_oracle(engine, examples, pacing, objectives[0].kind, partial(report, "every configuration"))
+        )
     with use_num_threads(num_threads):
         timing = partial(report, "timed requests")
         timed = time_requests(
             model,
             competitors,
             examples,
-            budgets_ms,
+            objectives,
             pacing,
             config,
             timing,
             partial_dir and partial_dir / PARTIAL_NAMES[0],
         )
-    requests = build_requests(engine, examples, budgets_ms, pacing, timed.factors)
+    requests = build_requests(engine, examples, objectives, pacing, timed.factors)
     choices = PartialFile(
         partial_dir and partial_dir / PARTIAL_NAMES[1],
         {
             "factors": timed.factors.tolist(),
-            **describe_requests(model, competitors, examples, budgets_ms, pacing, config),
+            **describe_requests(model, competitors, examples, objectives, pacing, config),
         },
         "interrupted evaluation",
     )
@@ -333,7 +310,7 @@ def evaluate(
             record = EvaluationRecord(
                 policy=policy_name,
                 fraction=config.budgets[b],
-                budget_ms=budgets_ms[b],
+                budget_ms=objectives[b].budget_ms,
                 example_id=example.example_id,
                 knobs=outcome.knobs,
                 accuracy=outcome.accuracy,
@@ -351,7 +328,7 @@ def evaluate(
             run = timed.runs.get((policy_name, b, i))
             if run is not None:
                 record = _add_latency(record, run)
-                disagreements += engine.metric(run.result.answer, example) != outcome.accuracy
+                disagreements += engine.metric(run.answer, example) != outcome.accuracy
             records.append(record)
     return Evaluation(records, len(timed.runs), disagreements)
 
@@ -377,7 +354,8 @@ def _predict(pacing: Pacing, requests: Sequence[PolicyInput], outcomes: Sequence
     """Predicted latency of every request with the knobs and the output length it had, `(requests,)`."""
     estimator = pacing.guardrail.estimator
     lengths = [outcome.num_output_tokens for outcome in outcomes]
-    predicted_ms = estimator.predict_many([request.sizes for request in requests], lengths, pacing.kind)
+    sizes = [request.view.sizes for request in requests]
+    predicted_ms = estimator.predict_many(sizes, lengths, requests[0].objective.kind)
     indices = [estimator.knob_space.index(outcome.knobs) for outcome in outcomes]
     return predicted_ms.reshape(len(outcomes), -1)[np.arange(len(outcomes)), indices]
 
@@ -391,12 +369,11 @@ def _kept_metadata(example: Example) -> dict[str, Any]:
     }
 
 
-def _add_latency(record: EvaluationRecord, run: PacedResult) -> EvaluationRecord:
+def _add_latency(record: EvaluationRecord, timed: Answer) -> EvaluationRecord:
     """A record with its measured latency, and with what the timed run did otherwise than the batched one."""
-    result = run.result
-    metadata = {**record.metadata, "e2e_ms": result.times.e2e_ms, "ttft_ms": result.times.ttft_ms}
-    if result.answer != record.metadata["answer"]:
-        metadata["timed_answer"] = result.answer
-    if result.knobs != record.knobs:
-        metadata["timed_knobs"] = str(result.knobs)
-    return replace(record, latency_ms=run.measured_ms, metadata=metadata)
+    metadata = {**record.metadata, "e2e_ms": timed.times.e2e_ms, "ttft_ms": timed.times.ttft_ms}
+    if timed.answer != record.metadata["answer"]:
+        metadata["timed_answer"] = timed.answer
+    if timed.knobs != record.knobs:
+        metadata["timed_knobs"] = str(timed.knobs)
+    return replace(record, latency_ms=timed.measured_ms, metadata=metadata)

@@ -18,8 +18,9 @@ from pacevlm.latency.drift import DriftCorrection
 from pacevlm.latency.measuring import without_garbage_collection
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.partial import PartialFile
-from pacevlm.rollout.request import PacedResult, Pacing, run_with_policy
-from pacevlm.types import Example
+from pacevlm.request.pacing import Pacing
+from pacevlm.request.run import run_request
+from pacevlm.types import Answer, Example, Objective
 
 # Timed requests between two garbage collections.
 WINDOW = 20
@@ -30,12 +31,12 @@ class TimedRequests:
     """What the timed requests gave.
 
     Attributes:
-        runs: by policy, place of the budget and place of the example.
-        factors: what the guardrail's bounds were multiplied by for every example at every budget,
-            `(budgets, examples)`; 1 where drift is not tracked.
+        runs: by policy, place of the objective and place of the example.
+        factors: what the guardrail's bounds were multiplied by for every example at every objective,
+            `(objectives, examples)`; 1 where drift is not tracked.
     """
 
-    runs: dict[tuple[str, int, int], PacedResult]
+    runs: dict[tuple[str, int, int], Answer]
     factors: NDArray[np.float64]
 
 
@@ -43,7 +44,7 @@ def time_requests(
     model: ElasticModel,
     policies: Sequence[Policy],
     examples: Sequence[Example],
-    budgets_ms: Sequence[float],
+    objectives: Sequence[Objective],
     pacing: Pacing,
     config: EvaluateConfig,
     progress: Callable[[int, int], None] | None = None,
@@ -59,6 +60,7 @@ def time_requests(
 
     Args:
         examples: `config.num_timed` of them are timed.
+        objectives: of one kind of budget.
         progress: called with (requests done, requests to do).
         partial_path: file to which every round is appended, and from which an interrupted evaluation of the same
             policies, examples and settings goes on: with what it measured, and with the correction as it was. The
@@ -71,45 +73,43 @@ def time_requests(
     report = progress or (lambda *_: None)
     rng = np.random.default_rng(config.seed)
     drawn = rng.permutation(len(examples))[: config.num_timed].tolist()
-    rounds = list(itertools.product(range(len(budgets_ms)), drawn))
+    rounds = list(itertools.product(range(len(objectives)), drawn))
     rounds = [rounds[place] for place in rng.permutation(len(rounds))]
-    drift = DriftCorrection.for_guardrail(pacing.guardrail, pacing.kind) if config.track_drift else None
+    drift = DriftCorrection.for_guardrail(pacing.guardrail, objectives[0].kind) if config.track_drift else None
 
-    def run(policy: Policy, b: int, i: int) -> PacedResult:
-        example, budget_ms = examples[i], budgets_ms[b]
-        return run_with_policy(
-            model, policy, example.source, example.question, budget_ms, pacing, example.example_id, drift=drift
-        )
+    def run(policy: Policy, b: int, i: int) -> Answer:
+        source, question, name = examples[i].source, examples[i].question, examples[i].example_id
+        return run_request(model, policy, source, question, objectives[b], pacing, example_id=name, drift=drift)
 
     partial = PartialFile(
-        partial_path, describe_requests(model, policies, examples, budgets_ms, pacing, config), "interrupted evaluation"
+        partial_path, describe_requests(model, policies, examples, objectives, pacing, config), "interrupted evaluation"
     )
     model.capture_decode()
     requests = itertools.cycle(itertools.product(rounds, policies))
     num_warmup = config.num_warmup if len(partial.records) < len(rounds) else 0
     for (b, i), policy in itertools.islice(requests, num_warmup):
         run(policy, b, i)
-    runs: dict[tuple[str, int, int], PacedResult] = {}
-    factors = np.full((len(budgets_ms), len(examples)), np.nan)
+    runs: dict[tuple[str, int, int], Answer] = {}
+    factors = np.full((len(objectives), len(examples)), np.nan)
     orders = [[policies[place] for place in rng.permutation(len(policies))] for _ in rounds]
     for (b, i), (factor, after, earlier) in zip(
         rounds, partial.read(lambda record: _restore(record, pacing)), strict=False
     ):
         factors[b, i], drift = factor, after
-        runs |= {(name, b, i): paced for name, paced in earlier.items()}
+        runs |= {(name, b, i): answer for name, answer in earlier.items()}
     num_rounds = max(1, WINDOW // max(1, len(policies)))
     for start in range(len(partial.records), len(rounds), num_rounds):
         with without_garbage_collection():
             for place in range(start, min(start + num_rounds, len(rounds))):
                 b, i = rounds[place]
                 with nullcontext(1.0) if drift is None else drift.held() as factors[b, i]:
-                    paced = {policy.name: run(policy, b, i) for policy in orders[place]}
-                runs |= {(name, b, i): result for name, result in paced.items()}
+                    answers = {policy.name: run(policy, b, i) for policy in orders[place]}
+                runs |= {(name, b, i): answer for name, answer in answers.items()}
                 partial.append(
                     {
                         "factor": float(factors[b, i]),
                         "drift": None if drift is None else drift.to_dict(),
-                        "runs": {name: config_to_dict(result) for name, result in paced.items()},
+                        "runs": {name: config_to_dict(answer) for name, answer in answers.items()},
                     }
                 )
         report(len(runs), len(rounds) * len(policies))
@@ -123,7 +123,7 @@ def describe_requests(
     model: ElasticModel,
     policies: Sequence[Policy],
     examples: Sequence[Example],
-    budgets_ms: Sequence[float],
+    objectives: Sequence[Objective],
     pacing: Pacing,
     config: EvaluateConfig,
 ) -> dict[str, Any]:
@@ -133,15 +133,15 @@ def describe_requests(
         "pacing": pacing.identity,
         "policies": [policy.name for policy in policies],
         "examples": [[example.example_id, example.content_id] for example in examples],
-        "budgets_ms": list(budgets_ms),
+        "objectives": [config_to_dict(objective) for objective in objectives],
         "settings": config_to_dict(config),
     }
 
 
-def _restore(record: dict[str, Any], pacing: Pacing) -> tuple[float, DriftCorrection | None, dict[str, PacedResult]]:
+def _restore(record: dict[str, Any], pacing: Pacing) -> tuple[float, DriftCorrection | None, dict[str, Answer]]:
     """What a round left: its factor, the correction after it, and its requests by policy."""
     drift = None if record["drift"] is None else DriftCorrection.from_dict(record["drift"])
-    runs = {name: config_from_dict(PacedResult, paced) for name, paced in record["runs"].items()}
+    runs = {name: config_from_dict(Answer, answer) for name, answer in record["runs"].items()}
     if drift is not None:
-        drift.check_guardrail(pacing.guardrail, pacing.kind)
+        drift.check_guardrail(pacing.guardrail, drift.kind)
     return float(record["factor"]), drift, runs

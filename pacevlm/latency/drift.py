@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 from scipy.special import bdtrc
 
@@ -18,7 +18,7 @@ from pacevlm.config import config_from_dict, config_to_dict
 from pacevlm.errors import ConfigError, IdentityError, ProfileError
 from pacevlm.latency.conformal import check_alpha, conformal_rank
 from pacevlm.latency.guardrail import Guardrail
-from pacevlm.types import BudgetKind
+from pacevlm.types import BudgetKind, check_budget_kind
 
 DRIFT_KIND = "drift correction"
 DRIFT_SCHEMA_VERSION = 2
@@ -117,8 +117,7 @@ class DriftCorrection:
     ) -> None:
         if not isinstance(estimator_fingerprint, str) or not estimator_fingerprint:
             raise ProfileError(f"estimator_fingerprint is {estimator_fingerprint!r}; give the estimator's fingerprint")
-        if kind not in get_args(BudgetKind):
-            raise ConfigError(f"budget kind is {kind!r}; use one of {get_args(BudgetKind)}")
+        check_budget_kind(kind)
         self.estimator_fingerprint, self.kind = estimator_fingerprint, kind
         self.settings = DriftSettings() if settings is None else settings
         self._decay = 0.5 ** (1.0 / self.settings.half_life)

@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pacevlm.artefact import MAX_COUNT, Text, check_keys, load_artefact, save_artefact, typed
-from pacevlm.errors import ConfigError, KnobError, ProfileError
+from pacevlm.errors import KnobError, ProfileError
 from pacevlm.images import TURNED
 from pacevlm.knobs import MAX_VALUE, Knobs, KnobSpace
 from pacevlm.latency.picture_fit import RANGE_TOLERANCE, PictureFit, fit_pictures, upright_kind
 from pacevlm.latency.profile import DeviceFacts, Profile, Sample, check_identity, load_knob_space
 from pacevlm.latency.stage_fit import StageFit, check_coefficients, fit_stage
 from pacevlm.latency.stage_terms import STAGE_TERMS, WORK_UNITS, measured_stages, stage_terms, terms_of
-from pacevlm.types import BudgetKind, RequestSizes, VisionSizes
+from pacevlm.types import BudgetKind, RequestSizes, VisionSizes, check_budget_kind
 
 ESTIMATOR_SCHEMA_VERSION = 5
 
@@ -50,6 +50,10 @@ class StagePrediction:
     def e2e_ms(self) -> float:
         """Time to the last token, in milliseconds."""
         return self.ttft_ms + self.decode_ms
+
+    def covered_ms(self, kind: BudgetKind) -> float:
+        """The time that a budget of this kind covers, in milliseconds."""
+        return self.e2e_ms if kind == "e2e" else self.ttft_ms
 
 
 class SplitMs(NamedTuple):
@@ -243,7 +247,7 @@ class LatencyEstimator:
 
     def split_samples_ms(self, samples: Sequence[Sample], kind: BudgetKind = "e2e") -> SplitMs:
         """`predict_samples` in two parts, each of shape `(samples,)`."""
-        _check_kind(kind)
+        check_budget_kind(kind)
         terms = stage_terms(samples, self.trained_top_k, self.stage2_after)
         picture_ms, rest_ms = (
             np.array([self._read_ms(sample) for sample in samples], np.float64),
@@ -291,7 +295,7 @@ class LatencyEstimator:
 
         Raises as `predict_many` does.
         """
-        _check_kind(kind)
+        check_budget_kind(kind)
         output_tokens = np.asarray(num_output_tokens)
         self._check_requests(sizes, output_tokens)
         if not sizes:
@@ -430,8 +434,3 @@ def _per_top_k(block: Array, expert: Array, top_ks: Array) -> Array:
 
 
 _PLURAL = {"top_k": "top_ks", "num_blocks": "num_blocks"}
-
-
-def _check_kind(kind: str) -> None:
-    if kind not in ("e2e", "ttft"):
-        raise ConfigError(f"budget kind is {kind!r}; use 'e2e' (whole request) or 'ttft' (time to the first token)")

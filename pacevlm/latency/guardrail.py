@@ -13,11 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from pacevlm.artefact import Count, Text, load_artefact, save_artefact, shown, typed
 from pacevlm.errors import ConfigError, IdentityError, ProfileError
-from pacevlm.knobs import Knobs, KnobSpace, check_budget_ms
+from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.conformal import check_alpha, conformal_quantile, min_num_scores
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.profile import Sample, check_identity
-from pacevlm.types import BudgetKind, RequestSizes
+from pacevlm.types import BudgetKind, RequestSizes, check_budget_kind
 
 GUARDRAIL_SCHEMA_VERSION = 2
 # No request takes a hundredth of its prediction; one that a machine pauses may take thousands of times as long.
@@ -134,22 +134,34 @@ def calibrate(predicted_ms: ArrayLike, measured_ms: ArrayLike, groups: Sequence[
 
 
 class Feasibility(NamedTuple):
-    """Which knobs keep a budget.
+    """Which knobs keep the budgets of several requests.
 
     Attributes:
-        mask: boolean, shape `(tiers, top_ks, num_blocks)`; only the cheapest knobs where nothing is feasible.
-        any_feasible: False where nothing is feasible.
+        mask: boolean, `(batch, tiers, top_ks, num_blocks)`; only the cheapest knobs where nothing is feasible.
+        any_feasible: False where nothing is feasible, `(batch,)`.
     """
 
     mask: NDArray[np.bool_]
-    any_feasible: bool
-
-
-class FeasibilityBatch(NamedTuple):
-    """`Feasibility` of several requests: `mask` `(batch, tiers, top_ks, num_blocks)`, `any_feasible` `(batch,)`."""
-
-    mask: NDArray[np.bool_]
     any_feasible: NDArray[np.bool_]
+
+
+def feasible_knobs(bounds_ms: Array, budgets_ms: ArrayLike) -> Feasibility:
+    """Say which configurations keep each request's own budget.
+
+    Args:
+        bounds_ms: as `Guardrail.upper_bounds_many_ms` gives them, `(batch, tiers, top_ks, num_blocks)`.
+        budgets_ms: `(batch,)`.
+
+    Raises:
+        ProfileError: bounds and budgets differ in number.
+    """
+    budgets = np.asarray(budgets_ms, np.float64)
+    if budgets.shape != bounds_ms.shape[:1]:
+        raise ProfileError(f"{len(bounds_ms)} requests need {len(bounds_ms)} budgets, not shape {budgets.shape}")
+    mask = bounds_ms <= budgets[:, None, None, None]
+    any_feasible: NDArray[np.bool_] = np.asarray(mask.any(axis=(1, 2, 3)))
+    mask[~any_feasible, 0, 0, 0] = True
+    return Feasibility(mask, any_feasible)
 
 
 class _Stored(TypedDict):
@@ -200,8 +212,7 @@ class Guardrail:
         groups = [group_of(knobs, self.group_by) for knobs in space]
         factors = {}
         for kind, calibration in self.calibrations.items():
-            if kind not in get_args(BudgetKind):
-                raise ConfigError(f"budget kind is {kind!r}; use one of {get_args(BudgetKind)}")
+            check_budget_kind(kind)
             unknown = sorted({*calibration.log_margins, *calibration.num_samples} - set(groups))
             if unknown:
                 raise ProfileError(f"the calibration of {kind!r} names the groups {shown(unknown)}, but there are none")
@@ -283,36 +294,6 @@ class Guardrail:
         if kind not in self.calibrations:
             raise ProfileError(f"this guardrail is calibrated for {sorted(self._factors)}, not for {kind!r} budgets")
         return self.calibrations[kind]
-
-    def feasible_mask(
-        self, sizes: RequestSizes, budget_ms: float, num_output_tokens_upper: int, kind: BudgetKind = "e2e"
-    ) -> Feasibility:
-        """Say which configurations keep a budget of `budget_ms` milliseconds.
-
-        Raises:
-            BudgetError: the budget is not a positive, finite number.
-            ConfigError, ProfileError: as `upper_bounds_ms` does.
-        """
-        batch = self.feasible_masks([sizes], [budget_ms], [num_output_tokens_upper], kind)
-        return Feasibility(batch.mask[0], bool(batch.any_feasible[0]))
-
-    def feasible_masks(
-        self,
-        sizes: Sequence[RequestSizes],
-        budgets_ms: Sequence[float] | Array,
-        num_output_tokens_upper: ArrayLike,
-        kind: BudgetKind = "e2e",
-    ) -> FeasibilityBatch:
-        """Say for several requests which configurations keep each one's own budget; raises as `feasible_mask` does."""
-        values = budgets_ms.tolist() if isinstance(budgets_ms, np.ndarray) else budgets_ms
-        budgets = np.array([check_budget_ms(budget_ms) for budget_ms in values])
-        bounds_ms = self.upper_bounds_many_ms(sizes, num_output_tokens_upper, kind)
-        if len(budgets) != len(bounds_ms):
-            raise ProfileError(f"{len(bounds_ms)} requests need {len(bounds_ms)} budgets, not {len(budgets)}")
-        mask = bounds_ms <= budgets[:, None, None, None]
-        any_feasible: NDArray[np.bool_] = np.asarray(mask.any(axis=(1, 2, 3)))
-        mask[~any_feasible, 0, 0, 0] = True
-        return FeasibilityBatch(mask, any_feasible)
 
     def to_dict(self) -> dict[str, Any]:
         """All that bounds depend on, ready for JSON; the estimator by its fingerprint alone."""

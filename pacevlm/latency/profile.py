@@ -34,7 +34,7 @@ class DeviceFacts:
         device_name: the processor's or accelerator's own name.
         num_threads: threads that one CPU operation may use.
         dtype: number format of the model's weights, for example `float32`.
-        numba_version: the compiler of the loops that run a model on a CPU, where it is installed.
+        numba_version: the compiler of the loops that ran the model; None where none are compiled.
         load_average: the machine's mean number of runnable processes over 1, 5 and 15 minutes, where it tells.
         clock_mhz: the processor's or accelerator's clock rate when the profile began, where it tells.
         clock: the timer that measured, and its resolution.
@@ -66,9 +66,7 @@ class DeviceFacts:
     @property
     def identity(self) -> tuple[str, str, int, str, str]:
         """The facts that must agree before latencies carry over: device type, name, threads, dtype, kind of loops."""
-        # What a model's loader goes by.
-        compiled = self.device_type == "cpu" and self.dtype == "float32" and self.numba_version is not None
-        loops = "compiled" if compiled else "not compiled"
+        loops = "not compiled" if self.numba_version is None else "compiled"
         return self.device_type, self.device_name, self.num_threads, self.dtype, loops
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,8 +80,13 @@ class DeviceFacts:
         return facts
 
 
-def collect_device_facts(device: str | torch.device, dtype: str | torch.dtype) -> DeviceFacts:
+def collect_device_facts(
+    device: str | torch.device, dtype: str | torch.dtype, *, compiled: bool = False
+) -> DeviceFacts:
     """Describe the device that a model runs on, and the machine's state now.
+
+    Args:
+        compiled: whether the model's family runs compiled loops there.
 
     Raises:
         ConfigError: there is no such device here.
@@ -100,7 +103,7 @@ def collect_device_facts(device: str | torch.device, dtype: str | torch.dtype) -
         dtype=str(dtype).removeprefix("torch."),
         torch_version=str(torch.__version__),
         transformers_version=metadata.version("transformers"),
-        numba_version=_installed_version("numba"),
+        numba_version=_installed_version("numba") if compiled else None,
         python_version=platform.python_version(),
         platform=platform.platform(),
         load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.measuring import use_num_threads, without_garbage_collection
 from pacevlm.latency.profile import NoiseFloor, Profile, Sample, collect_device_facts
 from pacevlm.partial import PartialFile
-from pacevlm.types import StageTimes
+from pacevlm.types import Answer
 
 if TYPE_CHECKING:
     import torch
@@ -34,47 +34,7 @@ WARMUP_TOLERANCE = 0.05
 NOISY_TOLERANCE = 0.2
 
 
-class MeasuredRequest(Protocol):
-    """What running one request must tell."""
-
-    @property
-    def knobs(self) -> Knobs:
-        """The configuration that ran."""
-
-    @property
-    def num_crops(self) -> int:
-        """Image crops."""
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Image tokens of the prompt."""
-
-    @property
-    def num_text_tokens(self) -> int:
-        """Other tokens of the prompt, BOS included."""
-
-    @property
-    def num_pixels(self) -> int:
-        """Pixels of the image as given."""
-
-    @property
-    def picture_kind(self) -> str:
-        """What reading the picture costs depends on."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the picture's file; 0 for what is in memory."""
-
-    @property
-    def num_output_tokens(self) -> int:
-        """Tokens generated, end-of-text included."""
-
-    @property
-    def times(self) -> StageTimes:
-        """Wall-clock milliseconds of every stage."""
-
-
-RunRequest = Callable[[int, Knobs, int | None], MeasuredRequest]
+RunRequest = Callable[[int, Knobs, int | None], Answer]
 """Runs request number i with given knobs, alone, and times it; the third argument is how many tokens it generates,
 None for as many as its answer has."""
 
@@ -221,6 +181,7 @@ def profile_requests(
     model_identity: str,
     device: str | torch.device,
     dtype: str | torch.dtype,
+    compiled: bool = False,
     request_ids: Sequence[str] = (),
     path: str | os.PathLike[str] | None = None,
     keep_partial: bool = False,
@@ -240,6 +201,7 @@ def profile_requests(
         model_identity: names the model's weights and settings.
         device: where the model runs.
         dtype: of its weights.
+        compiled: whether it runs compiled loops there.
         request_ids: what tells the requests from others; an interrupted run with other ones is not gone on with.
         path: where the profile is written. Meanwhile measurements are appended to `<path>.partial.jsonl`, from which an
             interrupted run with the same settings goes on.
@@ -254,7 +216,7 @@ def profile_requests(
     """
     workload = plan_workload(space, settings)
     with use_num_threads(settings.num_threads):
-        facts = collect_device_facts(device, dtype)
+        facts = collect_device_facts(device, dtype, compiled=compiled)
         header = {
             "model_identity": model_identity,
             "knob_space": space.to_dict(),
@@ -367,16 +329,16 @@ def _measure(run: RunRequest, measurement: Measurement) -> Sample:
     return sample_of(result)
 
 
-def sample_of(result: MeasuredRequest) -> Sample:
+def sample_of(answer: Answer) -> Sample:
     """What a profile keeps of a measured request."""
     return Sample(
-        knobs=result.knobs,
-        num_crops=result.num_crops,
-        num_image_tokens=result.num_image_tokens,
-        num_text_tokens=result.num_text_tokens,
-        num_pixels=result.num_pixels,
-        num_output_tokens=result.num_output_tokens,
-        stages=result.times,
-        picture_kind=result.picture_kind,
-        num_bytes=result.num_bytes,
+        knobs=answer.knobs,
+        num_crops=answer.vision.num_crops,
+        num_image_tokens=answer.vision.num_image_tokens,
+        num_text_tokens=answer.sizes.num_text_tokens,
+        num_pixels=answer.sizes.num_pixels,
+        num_output_tokens=answer.num_output_tokens,
+        stages=answer.times,
+        picture_kind=answer.sizes.picture_kind,
+        num_bytes=answer.sizes.num_bytes,
     )

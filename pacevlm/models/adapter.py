@@ -1,9 +1,11 @@
-"""The interface between one family of multimodal mixture-of-experts models and everything else."""
+"""The interface between one family of vision-language models and everything else."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -11,15 +13,20 @@ from torch import Tensor
 
 from pacevlm.types import VisionSizes
 
-Rope = tuple[Tensor, Tensor]
+# Tables of rotary positions, whose first dimension counts rows, or is 1 where all rows have the same.
+Rope = tuple[Tensor, ...]
 
 
 class Prompt(Protocol):
     """A tokenised question: what a request has besides its image."""
 
     @property
+    def text_ids(self) -> Sequence[int]:
+        """Tokens of the question and of the words around it, at least one."""
+
+    @property
     def num_text_tokens(self) -> int:
-        """Prompt tokens that are not image tokens, BOS included."""
+        """Prompt tokens that are not image tokens, special ones included."""
 
 
 class Prepared(Protocol):
@@ -31,15 +38,29 @@ class Prepared(Protocol):
 
     @property
     def vision_sizes(self) -> VisionSizes:
-        """Crops and image tokens."""
+        """What the picture became."""
 
-    @property
-    def num_text_tokens(self) -> int:
-        """Prompt tokens that are not image tokens, BOS included."""
+
+@dataclass(frozen=True)
+class EmbeddedPrompt:
+    """What the blocks read of one prompt.
+
+    Attributes:
+        hidden: the stream in front of the first block, `(tokens, d_model)`.
+        positions: of every token, `(tokens, axes)`; None where they are 0, 1, 2 and so on.
+        next_position: of the first generated token, on every axis; None where it is the number of tokens.
+        added: by the number of a block in the checkpoint, what is added to the stream behind it, `(tokens, d_model)`,
+            whether that block runs or not.
+    """
+
+    hidden: Tensor
+    positions: Tensor | None = None
+    next_position: int | None = None
+    added: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class RowDecode(Protocol):
-    """Steps of a single row, one token each, apart from the loop over blocks."""
+    """Steps of a single row, one token each, apart from the loop over blocks; for prompts without positions."""
 
     def load(self, block: int, keys: Tensor, values: Tensor) -> None:
         """Take over the prompt's keys and values of a block, each `(1, heads, tokens, head_dim)`."""
@@ -58,94 +79,116 @@ PromptT = TypeVar("PromptT", bound=Prompt)
 PreparedT = TypeVar("PreparedT", bound=Prepared)
 
 
-class Adapter(Protocol[PromptT, PreparedT]):
-    """What pacevlm needs from a model family; one small class per family implements it.
+class Adapter(ABC, Generic[PromptT, PreparedT]):
+    """What pacevlm needs from a model family; one class per family derives from it.
 
     The loop over blocks is not the model's: `project`, `attend` and `mix_experts` are the three steps of one block,
-    so that the caller owns caches, masks and the choice of blocks.
+    so that the caller owns caches, masks and the choice of blocks. How a smaller top_k is applied (kept weights
+    renormalised or not, shared experts, groups, biases) is the family's, and so is all of attention but the mask.
+
+    A tier is a *vision budget* to the family: a whole number in a unit of its own, such as crops, patches or pixels.
+
+    Attributes:
+        num_blocks: decoder blocks of the checkpoint.
+        num_experts: experts per block; 1 for a dense model.
+        trained_top_k: experts per token that the checkpoint was trained with; 1 for a dense model.
+        d_model: width of the residual stream.
+        max_positions: most tokens of prompt and answer together.
+        end_token_ids: ids that end an answer.
+        cache_bytes_per_token: bytes of one token's keys and values in one block.
+        device, dtype: where the weights are, and their type.
+        default_vision_budgets: what tiers mean where nobody says otherwise, cheapest first.
+        fixed_blocks: blocks that no configuration leaves out, besides those in front of stage 2.
+        position_axes: axes of the rotary positions that prompts are given; 0 where positions count 0, 1, 2 and so on.
+        compiled: whether loops between matrix products are compiled; latencies with and without do not compare.
     """
 
-    @property
-    def num_blocks(self) -> int:
-        """Decoder blocks of the checkpoint."""
+    num_blocks: int
+    num_experts: int
+    trained_top_k: int
+    d_model: int
+    max_positions: int
+    end_token_ids: frozenset[int]
+    cache_bytes_per_token: int
+    device: torch.device
+    dtype: torch.dtype
+    default_vision_budgets: Mapping[str, int]
+    fixed_blocks: frozenset[int] = frozenset()
+    position_axes: int = 0
+    compiled: bool = False
 
-    @property
-    def num_experts(self) -> int:
-        """Experts per block."""
+    # Text and pictures ------------------------------------------------------------------------------------------------
 
-    @property
-    def trained_top_k(self) -> int:
-        """Experts per token that the checkpoint was trained with."""
-
-    @property
-    def renormalises_top_k(self) -> bool:
-        """Whether the kept router weights are scaled to sum to one."""
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-
-    @property
-    def eos_token_id(self) -> int:
-        """Id that ends an answer."""
-
-    @property
-    def max_positions(self) -> int:
-        """Most tokens of prompt and answer together."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-
+    @abstractmethod
     def encode_question(self, question: str) -> PromptT:
-        """Check and tokenise a question."""
+        """Check and tokenise a question; raises QuestionError."""
 
-    def question_embedding(self, prompt: PromptT) -> Tensor:
-        """Mean of the prompt's token embeddings, `(d_model,)`, float32, on the CPU, where policies read it."""
+    @abstractmethod
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of generated tokens, special tokens left out, surrounding white space removed."""
 
-    def vision_sizes(self, height: int, width: int, max_crops: int) -> VisionSizes:
-        """Crops and image tokens of an image, from its size in pixels alone."""
+    @abstractmethod
+    def vision_sizes(self, height: int, width: int, vision_budget: int) -> VisionSizes:
+        """What an image becomes, from its size in pixels alone; raises ImageError for one that cannot be taken."""
 
-    def prepare(self, image: Image.Image, prompt: PromptT, max_crops: int) -> PreparedT:
-        """Cut an RGB image for a tier and lay out the prompt."""
+    def max_image_tokens(self, vision_budget: int) -> int:
+        """Image tokens of the largest pictures."""
+        shapes = ((4096, 4096), (2048, 8192), (8192, 2048))
+        return max(self.vision_sizes(*shape, vision_budget).num_image_tokens for shape in shapes)
 
-    def encode_vision(self, requests: Sequence[PreparedT]) -> list[Tensor]:
-        """Image features of every request, one batch for all crops; each `(crops, cells, d_model)`."""
+    @abstractmethod
+    def prepare(self, image: Image.Image, prompt: PromptT, vision_budget: int) -> PreparedT:
+        """Cut an RGB image for a tier and lay out the prompt; raises ImageError."""
 
-    def embed(self, request: PreparedT, features: Tensor) -> Tensor:
-        """Input of the first block, `(tokens, d_model)`."""
+    @abstractmethod
+    def encode_vision(self, requests: Sequence[PreparedT]) -> list[Any]:
+        """Features of every request's image, one batch for all, in whatever form `embed` reads."""
 
+    # The decoder ------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def embed(self, request: PreparedT, features: Any) -> EmbeddedPrompt:
+        """What the blocks read of a request."""
+
+    @abstractmethod
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
-        """Embeddings of generated tokens, `(rows,)` to `(rows, d_model)`."""
+        """Embeddings of text tokens as the first block reads them, scaled where the family scales them.
 
-    def rope(self, position_ids: Tensor) -> Rope:
-        """Rotary tables of positions `(rows, tokens)`, shared by all blocks."""
+        Args:
+            token_ids: `(rows,)`.
 
+        Returns:
+            `(rows, d_model)`.
+        """
+
+    @abstractmethod
+    def rope(self, positions: Tensor) -> Rope:
+        """Rotary tables, shared by all blocks.
+
+        Args:
+            positions: `(rows, tokens)`, or `(rows, tokens, axes)` for a family that gives prompts positions.
+        """
+
+    @abstractmethod
     def project(self, block: int, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of a block, each `(rows, heads, tokens, head_dim)`."""
+        """Queries, keys and values of a block, each `(rows, heads, tokens, head_dim)`; fewer heads for the latter."""
 
+    @abstractmethod
     def attend(self, block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        """Attention output for the residual stream, `(rows, tokens, d_model)`."""
+        """Attention output for the residual stream, `(rows, tokens, d_model)`.
 
-    def project_out(self, block: int, mixed: Tensor) -> Tensor:
-        """Output projection of heads that are mixed already, `(rows, heads, tokens, head_dim)` to the stream."""
+        Args:
+            mask: True where a query may look, `(rows, 1, queries, keys)`; None where everything, or `is_causal`, says.
+        """
 
+    @abstractmethod
     def mix_experts(self, block: int, x: Tensor, top_k: int | Tensor) -> Tensor:
-        """Experts' output for the residual stream; `top_k` is one number or one per row."""
+        """Experts' output for the residual stream, `(rows, tokens, d_model)`; `top_k` is one number or one per row."""
 
-    def row_decode(self, num_tokens: int) -> RowDecode | None:
-        """Steps of a row of at most so many tokens that are quicker than the loop's; None if there are none."""
-
+    @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and output head: `(rows, d_model)` to `(rows, vocabulary)`."""
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of generated tokens, special tokens left out, surrounding white space removed."""
+    def row_decode(self, num_tokens: int) -> RowDecode | None:
+        """Steps of a row of at most so many tokens that are quicker than the loop's; None if there are none."""
+        return None

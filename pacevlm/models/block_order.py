@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from pacevlm.errors import KnobError
@@ -33,9 +33,9 @@ class BlockOrder:
             )
 
     @classmethod
-    def prefix(cls, num_blocks: int) -> BlockOrder:
-        """Plain early exit: the last blocks go first."""
-        return cls(num_blocks, tuple(range(num_blocks - 1, 0, -1)), "prefix")
+    def prefix(cls, num_blocks: int, fixed_blocks: Collection[int] = ()) -> BlockOrder:
+        """Plain early exit: the last blocks go first, but for fixed ones."""
+        return cls(num_blocks, tuple(b for b in range(num_blocks - 1, 0, -1) if b not in fixed_blocks), "prefix")
 
     def kept(self, num_blocks: int) -> tuple[int, ...]:
         """Blocks that run, ascending; raises KnobError if the order is too short for so few blocks."""
@@ -48,9 +48,18 @@ class BlockOrder:
         gone = set(self.removal[:dropped])
         return tuple(b for b in range(self.num_blocks) if b not in gone)
 
-    def check_space(self, num_blocks: Sequence[int], stage2_after: int) -> None:
-        """Refuse knob values that would drop a block at or before the latency token's."""
-        early = [b for b in self.removal[: self.num_blocks - min(num_blocks)] if b < stage2_after]
+    def check_space(
+        self, num_blocks: Sequence[int], stage2_after: int, fixed_blocks: Collection[int] = frozenset()
+    ) -> None:
+        """Refuse knob values that would drop a block at or before the latency token's, or one that has to run."""
+        dropped = self.removal[: self.num_blocks - min(num_blocks)]
+        fixed = [b for b in dropped if b in fixed_blocks]
+        if fixed:
+            raise KnobError(
+                f"num_blocks {min(num_blocks)} would drop blocks {fixed}, which this family cannot leave out; raise "
+                "num_blocks, or measure the order anew"
+            )
+        early = [b for b in dropped if b < stage2_after]
         if early:
             raise KnobError(
                 f"num_blocks {min(num_blocks)} would drop blocks {early}, but the first {stage2_after} blocks always "

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pacevlm.models.adapter import Adapter, RowDecode
+from pacevlm.models.adapter import Adapter, EmbeddedPrompt, Rope, RowDecode
 from pacevlm.models.block_order import BlockOrder
 from pacevlm.models.prefix_tree import PrefixTree
 from pacevlm.models.static_decode import StaticDecode
@@ -21,18 +21,40 @@ class Prefix:
     """A prompt after the blocks that always run; shared by every continuation of the same image, tier and question.
 
     Attributes:
-        hidden: residual stream after those blocks, `(tokens, d_model)`.
+        prompt: what the first block read, its `hidden` replaced by the stream behind those blocks.
         keys, values: one entry per block that ran, each `(heads, tokens, head_dim)`.
     """
 
-    hidden: Tensor
+    prompt: EmbeddedPrompt
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
     @property
+    def hidden(self) -> Tensor:
+        """Residual stream behind the first blocks, `(tokens, d_model)`."""
+        return self.prompt.hidden
+
+    @property
     def num_tokens(self) -> int:
         """Prompt tokens."""
-        return self.hidden.shape[0]
+        return self.prompt.hidden.shape[0]
+
+    @property
+    def next_position(self) -> int:
+        """Position of the token behind the prompt."""
+        return self.num_tokens if self.prompt.next_position is None else self.prompt.next_position
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it keeps."""
+        tensors = (self.hidden, *self.keys, *self.values, *self.prompt.added.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def clone(self) -> Prefix:
+        """A copy that shares no memory, for example with the padded batch that it came from."""
+        added = {block: tensor.clone() for block, tensor in self.prompt.added.items()}
+        prompt = replace(self.prompt, hidden=self.hidden.clone(), added=added)
+        return Prefix(prompt, tuple(k.clone() for k in self.keys), tuple(v.clone() for v in self.values))
 
 
 @dataclass
@@ -63,20 +85,38 @@ class ElasticDecoder:
     ) -> None:
         self.adapter, self.order, self.stage2_after, self.static = adapter, order, stage2_after, static
 
-    def prefix(self, embeddings: Sequence[Tensor]) -> list[Prefix]:
-        """Run the first `stage2_after` blocks on prompts, each `(tokens, d_model)`."""
-        x, lengths = _pad(embeddings)
-        rope = self.adapter.rope(torch.arange(x.shape[1], device=x.device)[None])
+    def prefix(self, prompts: Sequence[EmbeddedPrompt]) -> list[Prefix]:
+        """Run the first `stage2_after` blocks on prompts."""
+        x, lengths = _pad([prompt.hidden for prompt in prompts])
+        rope = self.rope(prompts)
         kept = []
         for block in range(self.stage2_after):
             q, k, v = self.adapter.project(block, x, rope)
             kept.append((k, v))
             x = x + self.adapter.attend(block, q, k, v, None, is_causal=True)
             x = x + self.adapter.mix_experts(block, x, self.adapter.trained_top_k)
+            x = _add(x, block, prompts)
         return [
-            Prefix(x[i, :n], tuple(k[i, :, :n] for k, _ in kept), tuple(v[i, :, :n] for _, v in kept))
-            for i, n in enumerate(lengths)
+            Prefix(
+                replace(prompt, hidden=x[i, :n]),
+                tuple(k[i, :, :n] for k, _ in kept),
+                tuple(v[i, :, :n] for _, v in kept),
+            )
+            for i, (prompt, n) in enumerate(zip(prompts, lengths, strict=True))
         ]
+
+    def rope(self, prompts: Sequence[EmbeddedPrompt]) -> Rope:
+        """Rotary tables of padded prompts; one row for all where positions count 0, 1, 2 and so on."""
+        if not self.adapter.position_axes:
+            hidden = max((prompt.hidden for prompt in prompts), key=len)
+            return self.adapter.rope(torch.arange(len(hidden), device=hidden.device)[None])
+        positions = [prompt.positions for prompt in prompts if prompt.positions is not None]
+        return self.adapter.rope(_pad(positions)[0])
+
+    def rope_at(self, positions: Tensor) -> Rope:
+        """Rotary tables of tokens behind prompts, at positions `(rows, tokens)`, the same on all axes."""
+        axes = self.adapter.position_axes
+        return self.adapter.rope(positions[..., None].expand(*positions.shape, axes) if axes else positions)
 
     def latency_token(self, prefixes: Sequence[Prefix], tokens: Sequence[Tensor]) -> Tensor:
         """Run latency tokens through the first blocks behind prompts that have been run already.
@@ -91,98 +131,66 @@ class ElasticDecoder:
         Returns:
             `(sum of n_i, d_model)`, in order.
         """
-        if len(prefixes) == 1 and tokens[0].shape[0] == 1:
-            return self._one_latency_token(prefixes[0], tokens[0])
-        counts = [t.shape[0] for t in tokens]
-        lengths = [p.num_tokens for p in prefixes]
-        x, _ = _pad(tokens)
-        device = x.device
-        # Padded queries compute garbage that is cut off below; padded keys are masked.
-        seen = None
-        if len(lengths) > 1:
-            seen = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-        position = torch.tensor(lengths, device=device)[:, None].expand(-1, x.shape[1])
-        rope = self.adapter.rope(position)
+        x, counts = _pad(tokens)
+        lengths, most = [prefix.num_tokens for prefix in prefixes], max(counts)
+        alone = len(prefixes) == 1 and most == 1
+        row = self.row_decode(lengths[0] + 1) if alone and not x.requires_grad else None
+        if row is not None:
+            # One token behind one prompt is an ordinary decode step.
+            for block in range(self.stage2_after):
+                row.load(block, prefixes[0].keys[block][None], prefixes[0].values[block][None])
+            return row.run(x[0], lengths[0], dict.fromkeys(range(self.stage2_after), self.adapter.trained_top_k))
+        mask = None
+        if not alone:
+            # Padded queries compute garbage that is cut off below; padded keys are masked.
+            seen = torch.arange(max(lengths), device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
+            itself = torch.eye(most, dtype=torch.bool, device=x.device).expand(len(lengths), -1, -1)
+            mask = torch.cat([seen[:, None].expand(-1, most, -1), itself], dim=-1)[:, None]
+        positions = torch.tensor([prefix.next_position for prefix in prefixes], device=x.device)
+        rope = self.rope_at(positions[:, None].expand(-1, most))
         for block in range(self.stage2_after):
             q, k, v = self.adapter.project(block, x, rope)
-            keys = _pad_heads([p.keys[block] for p in prefixes])
-            values = _pad_heads([p.values[block] for p in prefixes])
-            groups = q.shape[1] // keys.shape[1]
-            if groups > 1:
-                keys, values, k, v = (t.repeat_interleave(groups, dim=1) for t in (keys, values, k, v))
-            scale = q.shape[-1] ** -0.5
-            prompt = (q @ keys.transpose(-1, -2)).float() * scale
-            if seen is not None:
-                prompt = prompt.masked_fill(~seen[:, None, None, :], float("-inf"))
-            itself = (q * k).sum(-1, keepdim=True).float() * scale
-            weights = torch.softmax(torch.cat([prompt, itself], dim=-1), dim=-1).to(q.dtype)
-            mixed = weights[..., :-1] @ values + weights[..., -1:] * v
-            x = x + self.adapter.project_out(block, mixed)
+            keys = torch.cat([_pad_heads([prefix.keys[block] for prefix in prefixes]), k], dim=2)
+            values = torch.cat([_pad_heads([prefix.values[block] for prefix in prefixes]), v], dim=2)
+            x = x + self.adapter.attend(block, q, keys, values, mask, is_causal=False)
             x = x + self.adapter.mix_experts(block, x, self.adapter.trained_top_k)
         return torch.cat([x[i, :n] for i, n in enumerate(counts)])
 
-    def _one_latency_token(self, prefix: Prefix, token: Tensor) -> Tensor:
-        """The same for one token behind one prompt, where it is the next position of an ordinary decode step."""
-        row = None if token.requires_grad else self.adapter.row_decode(prefix.num_tokens + 1)
-        if row is not None:
-            for block in range(self.stage2_after):
-                row.load(block, prefix.keys[block][None], prefix.values[block][None])
-            return row.run(
-                token, prefix.num_tokens, dict.fromkeys(range(self.stage2_after), self.adapter.trained_top_k)
-            )
-        x = token[None]
-        rope = self.adapter.rope(torch.tensor([[prefix.num_tokens]], device=x.device))
-        for block in range(self.stage2_after):
-            q, k, v = self.adapter.project(block, x, rope)
-            keys = torch.cat([prefix.keys[block][None], k], dim=2)
-            values = torch.cat([prefix.values[block][None], v], dim=2)
-            x = x + self.adapter.attend(block, q, keys, values, None, is_causal=False)
-            x = x + self.adapter.mix_experts(block, x, self.adapter.trained_top_k)
-        return x[0]
+    def row_decode(self, num_tokens: int) -> RowDecode | None:
+        """The adapter's quicker steps of a single row, where positions are places."""
+        return None if self.adapter.position_axes else self.adapter.row_decode(num_tokens)
 
     def generate(
-        self,
-        prefixes: Sequence[Prefix],
-        top_k: Sequence[int],
-        num_blocks: Sequence[int],
-        max_new_tokens: int,
-        *,
-        min_new_tokens: int = 0,
-        on_token: Callable[[int], None] | None = None,
-        keep_logits: bool = False,
-    ) -> tuple[list[list[int]], list[Tensor]]:
-        """Finish the prefill and decode greedily, every row with its own knobs.
-
-        A row stops at end-of-text or after `max_new_tokens` and then leaves the batch.
-
-        Args:
-            prefixes: one per row; rows may share a prefix object.
-            top_k: experts per token in the blocks behind the first ones, one per row.
-            num_blocks: blocks that run, one per row.
-            max_new_tokens: most generated tokens, end-of-text included.
-            min_new_tokens: end-of-text ends nothing before so many tokens, for measurements of a given length.
-            on_token: called after every step with its number, 0 being the prefill.
-            keep_logits: also return the logits of every step.
+        self, prefixes: Sequence[Prefix], top_k: Sequence[int], num_blocks: Sequence[int], max_new_tokens: int
+    ) -> list[list[int]]:
+        """Finish the prefill and decode greedily, every row with its own knobs; arguments as `Generation` takes them.
 
         Returns:
-            generated ids of each row (end-of-text included), and the logits of each step `(alive rows, vocabulary)`.
+            generated ids of each row, end-of-text included.
         """
-        loop = _Generation(self, prefixes, top_k, num_blocks, max_new_tokens, min_new_tokens)
-        kept_logits = []
-        for step in range(max_new_tokens):
-            logits = loop.step()
-            if keep_logits:
-                kept_logits.append(logits.clone())
-            finished = loop.accept(logits.argmax(-1))
-            if on_token is not None:
-                on_token(step)
-            if finished:
-                break
-        return loop.generated, kept_logits
+        generation = Generation(self, prefixes, top_k, num_blocks, max_new_tokens)
+        while generation.alive:
+            generation.step()
+        return generation.generated
 
 
-class _Generation:
-    """State of one batch being decoded."""
+class Generation:
+    """A batch being decoded greedily, step by step.
+
+    A row stops at end-of-text or after `max_new_tokens` and then leaves the batch.
+
+    Args:
+        decoder: runs the blocks.
+        prefixes: one per row; rows may share a prefix object.
+        top_k: experts per token in the blocks behind the first ones, one per row.
+        num_blocks: blocks that run, one per row.
+        max_new_tokens: most generated tokens, end-of-text included.
+        min_new_tokens: end-of-text ends nothing before so many tokens, for measurements of a given length.
+
+    Attributes:
+        generated: ids of each row so far, end-of-text included.
+        alive: rows that have not finished.
+    """
 
     def __init__(
         self,
@@ -195,7 +203,7 @@ class _Generation:
     ) -> None:
         self.decoder, self.adapter = decoder, decoder.adapter
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
-        self.prefixes = prefixes
+        self.prefixes, self.adds = prefixes, any(prefix.prompt.added for prefix in prefixes)
         one_row = len(prefixes) == 1
         self.static = decoder.static if one_row else None
         device = prefixes[0].hidden.device
@@ -203,8 +211,9 @@ class _Generation:
         self.same_length = len(set(lengths)) == 1
         self.padded_length = max(lengths)
         self.lengths = torch.tensor(lengths, device=device)
+        self.next_positions = torch.tensor([prefix.next_position for prefix in prefixes], device=device)
         most = self.padded_length + max_new_tokens
-        self.row_decode = self.adapter.row_decode(most) if one_row and self.static is None else None
+        self.row_decode = decoder.row_decode(most) if one_row and self.static is None else None
         # Steps of a single row have a cache of their own.
         self.capacity = most if self.static is None and self.row_decode is None else self.padded_length
         self.num_blocks = list(num_blocks)
@@ -215,26 +224,32 @@ class _Generation:
         self.alive = list(range(len(prefixes)))
         self.caches: dict[int, _BlockCache] = {}
         self.num_steps = 0
-        self.last = self.lengths  # ids fed at the next step; set by `accept`
+        self.last = self.lengths  # ids fed at the next step; set by `_accept`
 
     def step(self) -> Tensor:
-        """Logits of the next token of every alive row, `(alive rows, vocabulary)`."""
-        return self._prefill() if self.num_steps == 0 else self._decode()
+        """Append the next token of every alive row and drop rows that have finished; the first step is the prefill.
 
-    def accept(self, token_ids: Tensor) -> bool:
-        """Append tokens, drop rows that have finished; returns whether none is left."""
+        Returns:
+            logits of these tokens, `(rows that were alive, vocabulary)`; the next step may overwrite them.
+        """
+        logits = self._prefill() if self.num_steps == 0 else self._decode()
+        self._accept(logits.argmax(-1))
+        return logits
+
+    def _accept(self, token_ids: Tensor) -> None:
         self.num_steps += 1
         ids = token_ids.tolist()
         stay = []
         for place, (row, token) in enumerate(zip(self.alive, ids, strict=True)):
             self.generated[row].append(token)
-            ended = token == self.adapter.eos_token_id and len(self.generated[row]) >= self.min_new_tokens
+            ended = token in self.adapter.end_token_ids and len(self.generated[row]) >= self.min_new_tokens
             if not ended and len(self.generated[row]) < self.max_new_tokens:
                 stay.append(place)
         self.last = token_ids
-        if len(stay) < len(ids) and stay:
+        if not stay:
+            self.alive = []
+        elif len(stay) < len(ids):
             self._leave(stay)
-        return not stay
 
     def _row_top_k(self, rows: Tensor | list[int] | None) -> int | Tensor:
         if self.only_top_k is not None:
@@ -249,20 +264,22 @@ class _Generation:
         prefixes = [self.prefixes[row] for row in tree.some_row()]
         # Padding stands behind every real token, so causal attention already hides it from them.
         x, _ = _pad([prefix.hidden for prefix in prefixes])
-        rope = self.adapter.rope(torch.arange(x.shape[1], device=x.device)[None])
+        rope = self.decoder.rope([prefix.prompt for prefix in self.prefixes])
         first = self.decoder.stage2_after
         for block in range(first):
             keys = _pad_heads([prefix.keys[block] for prefix in prefixes])
             values = _pad_heads([prefix.values[block] for prefix in prefixes])
             self.caches[block] = self._cache(tree, block, None, keys, values)
         last = max(max(kept) for kept in self.kept_blocks)
-        for block in range(first, last + 1):
+        is_cut = False  # whether only the last token of each prompt is left of the stream
+        for block in range(first, self.adapter.num_blocks):
             x, members = tree.split(block, x)
             if members == []:
+                x = self._add(tree, x, block, is_cut)
                 continue
             index = None if members is None else torch.tensor(members, device=x.device)
             part = x if index is None else x[index]
-            q, k, v = self.adapter.project(block, part, rope)
+            q, k, v = self.adapter.project(block, part, _take(rope, tree.some_row(members)))
             self.caches[block] = self._cache(tree, block, members, k, v)
             mask = None
             if block == last:
@@ -272,12 +289,20 @@ class _Generation:
                 part, q = _ends(part, own), _ends(q.transpose(1, 2), own).transpose(1, 2)
                 if not self.same_length:
                     mask = (torch.arange(k.shape[2], device=x.device) < own[:, None])[:, None, None]
-                x = _ends(x, lengths)
+                x, is_cut = _ends(x, lengths), True
             part = part + self.adapter.attend(block, q, k, v, mask, is_causal=block < last)
             part = part + self.adapter.mix_experts(block, part, self._row_top_k(tree.some_row(members)))
             x = part if index is None else x.index_copy(0, index, part)
-        x = x[:, 0] if last >= first else _ends(x, self.lengths[tree.some_row()])[:, 0]
+            x = self._add(tree, x, block, is_cut)
+        x = x[:, 0] if is_cut else _ends(x, self.lengths[tree.some_row()])[:, 0]
         return tree.spread(None, self.adapter.logits(x))[1]
+
+    def _add(self, tree: PrefixTree, x: Tensor, block: int, is_cut: bool) -> Tensor:
+        """The branches' stream with what their prompts add behind a block; only its ends are left once it is cut."""
+        if not self.adds:
+            return x
+        rows = tree.some_row()
+        return _add(x, block, [self.prefixes[row].prompt for row in rows], self.lengths[rows] if is_cut else None)
 
     def _cache(
         self, tree: PrefixTree, block: int, members: list[int] | None, keys: Tensor, values: Tensor
@@ -297,9 +322,9 @@ class _Generation:
             for block, cache in self.caches.items():
                 static.load(block, cache.keys, cache.values)
         assert self.only_top_k is not None
-        position = self.padded_length + self.num_steps - 1
-        most = self.padded_length + self.max_new_tokens
-        return static.step(self.last, position, self.only_top_k, self.num_blocks[0], most)
+        step, most = self.num_steps - 1, self.padded_length + self.max_new_tokens
+        place, position = self.padded_length + step, self.prefixes[0].next_position + step
+        return static.step(self.last, place, position, self.only_top_k, self.num_blocks[0], most)
 
     def _decode_row(self, row: RowDecode) -> Tensor:
         assert self.only_top_k is not None
@@ -315,7 +340,7 @@ class _Generation:
             return self._decode_row(self.row_decode)
         x = self.adapter.embed_tokens(self.last)[:, None]
         end = self.padded_length + self.num_steps  # columns in use after this step
-        rope = self.adapter.rope((self.lengths + self.num_steps - 1)[:, None])
+        rope = self.decoder.rope_at((self.next_positions + self.num_steps - 1)[:, None])
         mask = None
         if not self.same_length:
             columns = torch.arange(end, device=x.device)
@@ -327,8 +352,7 @@ class _Generation:
                 continue
             rows = cache.rows
             part = x if rows is None else x[rows]
-            part_rope = rope if rows is None else (rope[0][rows], rope[1][rows])
-            q, k, v = self.adapter.project(block, part, part_rope)
+            q, k, v = self.adapter.project(block, part, rope if rows is None else _take(rope, rows))
             cache.keys.narrow(2, end - 1, 1).copy_(k)
             cache.values.narrow(2, end - 1, 1).copy_(v)
             part_mask = mask if mask is None or rows is None else mask[rows]
@@ -357,7 +381,25 @@ class _Generation:
             cache.keys, cache.values = cache.keys[chosen], cache.values[chosen]
             cache.rows = None if len(rows) == len(stay) else torch.tensor(rows, device=index.device)
         self.alive = [self.alive[i] for i in stay]
-        self.lengths, self.top_k, self.last = self.lengths[index], self.top_k[index], self.last[index]
+        self.lengths, self.next_positions = self.lengths[index], self.next_positions[index]
+        self.top_k, self.last = self.top_k[index], self.last[index]
+
+
+def _take(rope: Rope, rows: Sequence[int] | Tensor) -> Rope:
+    """The tables of some rows; those that all rows share stay as they are."""
+    return tuple(table if table.shape[0] == 1 else table[rows] for table in rope)
+
+
+def _add(x: Tensor, block: int, prompts: Sequence[EmbeddedPrompt], ends: Tensor | None = None) -> Tensor:
+    """The stream with what prompts add behind a block, `(prompts, tokens, d_model)`.
+
+    Args:
+        ends: lengths of the prompts where x holds their last tokens alone, `(prompts,)`.
+    """
+    if not any(block in prompt.added for prompt in prompts):
+        return x
+    added, _ = _pad([prompt.added.get(block, torch.zeros_like(prompt.hidden)) for prompt in prompts])
+    return x + (added if ends is None else _ends(added, ends))
 
 
 def _ends(x: Tensor, lengths: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pacevlm.errors import ConfigError
-from pacevlm.models.adapter import Adapter
+from pacevlm.models.adapter import Adapter, Rope
 from pacevlm.models.block_order import BlockOrder
 
 # Capacities are multiples of this, so that requests of many lengths share few graphs.
@@ -46,7 +46,8 @@ class StaticDecode:
         self._graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
         self._token = torch.zeros(1, dtype=torch.long, device=adapter.device)
-        self._position = torch.zeros(1, dtype=torch.long, device=adapter.device)
+        self._place = torch.zeros(1, dtype=torch.long, device=adapter.device)
+        self._position = torch.zeros(1, max(1, adapter.position_axes), dtype=torch.long, device=adapter.device)
 
     @property
     def num_graphs(self) -> int:
@@ -72,15 +73,17 @@ class StaticDecode:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def step(self, token: Tensor, position: int, top_k: int, num_blocks: int, num_tokens: int) -> Tensor:
+    def step(self, token: Tensor, place: int, position: int, top_k: int, num_blocks: int, num_tokens: int) -> Tensor:
         """Logits of the next token, `(1, vocabulary)`; the next step overwrites them.
 
         Args:
             token: id that was generated last, `(1,)`.
-            position: its place, counted from 0.
+            place: its place in prompt and answer, counted from 0.
+            position: its rotary position, the same on all axes.
             num_tokens: most tokens that prompt and answer of this request may have.
         """
         self._token.copy_(token)
+        self._place.fill_(place)
         self._position.fill_(position)
         capacity = self.capacity(num_tokens)
         if self.adapter.device.type != "cuda":
@@ -99,7 +102,7 @@ class StaticDecode:
         if self.adapter.device.type != "cuda":
             return
         x = self.adapter.embed_tokens(self._token)[:, None]
-        rope = self.adapter.rope(self._position.fill_(0)[:, None])
+        rope = self._rope()
         for block in range(self.adapter.num_blocks):
             _, keys, values = self.adapter.project(block, x, rope)
             self.load(block, keys, values)
@@ -113,16 +116,20 @@ class StaticDecode:
             self._graphs[key] = self._capture(*key)
         return self._graphs[key]
 
+    def _rope(self) -> Rope:
+        """Rotary tables of the token."""
+        return self.adapter.rope(self._position[:, None] if self.adapter.position_axes else self._position)
+
     def _run(self, top_k: int, num_blocks: int, capacity: int) -> Tensor:
         adapter = self.adapter
         x = adapter.embed_tokens(self._token)[:, None]
-        rope = adapter.rope(self._position[:, None])
-        mask = (torch.arange(capacity, device=x.device) <= self._position)[None, None, None]
+        rope = self._rope()
+        mask = (torch.arange(capacity, device=x.device) <= self._place)[None, None, None]
         for block in sorted(self.order.kept(num_blocks)):
             q, k, v = adapter.project(block, x, rope)
             keys, values = self._caches[block]
-            keys.index_copy_(2, self._position, k)
-            values.index_copy_(2, self._position, v)
+            keys.index_copy_(2, self._place, k)
+            values.index_copy_(2, self._place, v)
             x = x + adapter.attend(block, q, keys[:, :, :capacity], values[:, :, :capacity], mask, is_causal=False)
             experts = adapter.trained_top_k if block < self.stage2_after else top_k
             x = x + adapter.mix_experts(block, x, experts)

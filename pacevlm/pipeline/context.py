@@ -31,9 +31,9 @@ from pacevlm.pipeline.artefacts import (
 from pacevlm.pipeline.loading import load_elastic_model
 from pacevlm.pipeline.run_config import RunConfig
 from pacevlm.pipeline.step_log import StepLog
+from pacevlm.request.pacing import Pacing
 from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.rollout.outcome_store import OutcomeStore
-from pacevlm.rollout.request import Pacing
 
 # Training questions whose bounds say how large budgets are.
 NUM_BOUNDED = 256
@@ -137,7 +137,7 @@ class RunContext:
     def estimator(self) -> LatencyEstimator:
         """The fitted estimator; raises IdentityError if it was fitted for another model or device."""
         with use_num_threads(self.config.profile.num_threads):
-            facts = collect_device_facts(self.model.device, self.model.dtype)
+            facts = collect_device_facts(self.model.device, self.model.dtype, compiled=self.model.adapter.compiled)
         with saying_how_to_go_on():
             return LatencyEstimator.load(
                 self.run_dir / ESTIMATOR_NAME,
@@ -152,7 +152,7 @@ class RunContext:
         with saying_how_to_go_on():
             lengths = OutputLengthModel.load(self.run_dir / OUTPUT_LENGTH_NAME, model_identity=self.model.identity)
             guardrail = Guardrail.load(self.run_dir / guardrail_name, estimator)
-        return Pacing(guardrail, lengths, self.model.max_new_tokens, self.config.train.budget_kind)
+        return Pacing(guardrail, lengths, self.model.max_new_tokens)
 
     def controller(self) -> Controller:
         """The trained controller."""
@@ -182,9 +182,9 @@ class RunContext:
         Budgets of training are fractions of it. A profile from a noisy hour has wide bounds, and fractions of the
         median latency would then admit little or nothing most of the time.
         """
-        pacing, full = self.pacing(PROFILE_GUARDRAIL_NAME), (-1, -1, -1)
+        pacing = self.pacing(PROFILE_GUARDRAIL_NAME)
         views = [self.engine.view(example) for example in self.splits.train[:NUM_BOUNDED]]
-        bounds_ms = np.array([pacing.upper_bounds_ms(view)[full] for view in views])
+        bounds_ms = pacing.upper_bounds_ms(views, self.config.train.budget_kind)[:, -1, -1, -1]
         promised_ms = bounds_ms[np.isfinite(bounds_ms)]
         if not len(promised_ms):
             why = pacing.guardrail.estimator.beyond(views[0].sizes)

@@ -45,13 +45,13 @@ from pacevlm.pipeline.artefacts import (
 from pacevlm.pipeline.context import RunContext, saying_how_to_go_on
 from pacevlm.pipeline.outputs import write_outputs
 from pacevlm.pipeline.step_log import StepLog
-from pacevlm.rollout.profiling import measure_profile
-from pacevlm.rollout.request import PacedResult, run_with_policy
+from pacevlm.request.profiling import measure_profile
+from pacevlm.request.run import run_request
 from pacevlm.training.checkpoint import load_checkpoint
 from pacevlm.training.metrics_log import read_metrics
 from pacevlm.training.run_record import installed_versions, source_commit, weights_sha256
 from pacevlm.training.trainer import METRICS_NAME, Trainer
-from pacevlm.types import BudgetKind
+from pacevlm.types import Answer, BudgetKind, Objective
 
 # Requests before the clock counts, and between two garbage collections.
 NUM_WARMUP, WINDOW = 5, 20
@@ -114,7 +114,7 @@ def fit_profile(run: RunContext) -> dict[str, Any]:
 
 def _device_facts(run: RunContext) -> DeviceFacts:
     with use_num_threads(run.config.profile.num_threads):
-        return collect_device_facts(run.model.device, run.model.dtype)
+        return collect_device_facts(run.model.device, run.model.dtype, compiled=run.model.adapter.compiled)
 
 
 def _fit_source(run: RunContext) -> LatencyEstimator:
@@ -197,14 +197,11 @@ def lookup_step(run: RunContext) -> dict[str, Any]:
 def train_step(run: RunContext) -> dict[str, Any]:
     """Train the controller, or go on with its training."""
     config, pacing = run.config.train_config, run.pacing(PROFILE_GUARDRAIL_NAME)
-    assert pacing.output_length is not None
     controller = _new_controller(run, config.seed)
     trainer = Trainer(
         controller,
         run.engine,
-        run.estimator,
-        pacing.guardrail,
-        pacing.output_length,
+        pacing,
         run.splits.train,
         config,
         run.full_bound_ms,
@@ -232,7 +229,7 @@ def _remove_outdated_training(trainer: Trainer) -> None:
         with saying_how_to_go_on():
             checkpoint = load_checkpoint(path)
         wanted = json.loads(json.dumps(trainer.identity))
-        of_profile = ("estimator", "guardrail", "output_length", "reference_ms")
+        of_profile = ("pacing", "reference_ms")
         is_profile_same = all(checkpoint.identity.get(name) == wanted[name] for name in of_profile)
         is_complete = checkpoint.step < trainer.config.steps or (folder / METRICS_NAME).exists()
         if is_profile_same and is_complete:
@@ -244,7 +241,7 @@ def _new_controller(run: RunContext, seed: int) -> Controller:
     model = run.model
     example = run.splits.train[0]
     prompt = model.adapter.encode_question(example.question)
-    prepared = model.adapter.prepare(example.image, prompt, model.max_crops[model.knob_space.tiers[0]])
+    prepared = model.adapter.prepare(example.image, prompt, model.vision_budgets[model.knob_space.tiers[0]])
     with torch.no_grad():
         scale = float(model.adapter.embed_tokens(prepared.input_ids.to(model.device)).float().square().mean().sqrt())
     config = ControllerConfig(
@@ -285,13 +282,15 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
         "num_threads": profile_config.num_threads,
         "settings": config_to_dict(config),
         "budgets_ms": budgets_ms.tolist(),
+        "budget_kind": train.budget_kind,
     }
     partial = PartialFile(run.run_dir / PARTIAL_NAMES["calibrate"][0], header, "interrupted calibration")
-    runs = partial.read(lambda record: config_from_dict(PacedResult, record))
+    runs = partial.read(lambda record: config_from_dict(Answer, record))
 
-    def run_one(number: int) -> PacedResult:
+    def run_one(number: int) -> Answer:
         example = run.splits.val[int(order[number % len(order)])]
-        return run_with_policy(model, policy, example.source, example.question, float(budgets_ms[number]), pacing)
+        objective = Objective(float(budgets_ms[number]), train.budget_kind)
+        return run_request(model, policy, example.source, example.question, objective, pacing)
 
     model.capture_decode()
     with use_num_threads(profile_config.num_threads):
@@ -303,12 +302,12 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
                     runs.append(run_one(number))
                     partial.append(config_to_dict(runs[-1]))
             run.reporter.progress("timed requests", len(runs), config.num_requests)
-    samples = [sample_of(paced.result) for paced in runs]
+    samples = [sample_of(answer) for answer in runs]
     guardrail = recalibrate(pacing.guardrail, samples, profile_config.alpha)
     guardrail.save(run.run_dir / GUARDRAIL_NAME)
     write_bundle(run)
-    kept = [paced.budget_met for paced in runs if paced.feasible]
-    calibration = guardrail.calibrations[pacing.kind]
+    kept = [answer.budget_met for answer in runs if answer.feasible]
+    calibration = guardrail.calibrations[train.budget_kind]
     return {
         "num_requests": len(runs),
         "violation_rate_before": 1.0 - float(np.mean(kept)) if kept else None,
@@ -324,6 +323,7 @@ def write_bundle(run: RunContext) -> None:
         run.model,
         run.controller(),
         run.pacing(),
+        kind=run.config.train.budget_kind,
         full_p50_ms=run.full_p50_ms,
         model_path=run.config.model.path,
         num_threads=run.config.profile.num_threads,
@@ -352,11 +352,11 @@ def recalibrate(guardrail: Guardrail, samples: Sequence[Sample], alpha: float) -
 def evaluate_step(run: RunContext) -> dict[str, Any]:
     """Fit the baselines, run every policy on the test examples and write results, figures and report."""
     config, model, pacing = run.config.evaluate, run.model, run.pacing()
-    budgets_ms = [fraction * run.full_p50_ms for fraction in config.budgets]
+    objectives = [Objective(fraction * run.full_p50_ms, run.config.train.budget_kind) for fraction in config.budgets]
     baselines = fit_baselines(
         run.engine,
         run.splits.train[: run.config.lookup.num_examples],
-        budgets_ms,
+        objectives,
         pacing,
         seed=config.seed,
         progress=run.count("training answers"),
@@ -372,7 +372,7 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
         run.engine,
         [ControllerPolicy(run.controller().eval()), *baselines],
         examples,
-        budgets_ms,
+        objectives,
         pacing,
         config,
         num_threads=run.config.profile.num_threads,

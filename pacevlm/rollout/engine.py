@@ -17,10 +17,10 @@ from pacevlm.errors import IdentityError, MemoryLimitError
 from pacevlm.knobs import Knobs
 from pacevlm.latency.measuring import use_num_threads
 from pacevlm.models.decoder import Prefix
-from pacevlm.models.elastic import ElasticModel, RequestView
+from pacevlm.models.elastic import ElasticModel
 from pacevlm.rollout.limits import BatchLimits, is_out_of_memory
 from pacevlm.rollout.outcome_store import OutcomeStore, StoredAnswer
-from pacevlm.types import Example, Outcome
+from pacevlm.types import Example, Outcome, RequestView
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
@@ -35,10 +35,6 @@ class _PrefixStore(Generic[Key]):
         self._lock = Lock()
         self._entries: OrderedDict[Key, Prefix] = OrderedDict()
 
-    @staticmethod
-    def _size(prefix: Prefix) -> int:
-        return sum(t.numel() * t.element_size() for t in (prefix.hidden, *prefix.keys, *prefix.values))
-
     def get(self, key: Key) -> Prefix | None:
         with self._lock:
             if key in self._entries:
@@ -50,10 +46,10 @@ class _PrefixStore(Generic[Key]):
             if key in self._entries:
                 return
             self._entries[key] = prefix
-            self.num_bytes += self._size(prefix)
+            self.num_bytes += prefix.num_bytes
             while self.num_bytes > self.max_bytes and len(self._entries) > 1:
                 _, old = self._entries.popitem(last=False)
-                self.num_bytes -= self._size(old)
+                self.num_bytes -= old.num_bytes
 
 
 class RolloutEngine:
@@ -281,23 +277,16 @@ class RolloutEngine:
         prepared = []
         for example, tier in wanted:
             prompt = adapter.encode_question(example.question)
-            prepared.append(adapter.prepare(example.image, prompt, self.model.max_crops[tier]))
+            prepared.append(adapter.prepare(example.image, prompt, self.model.vision_budgets[tier]))
         features = adapter.encode_vision(prepared)
-        embeddings = [adapter.embed(p, f) for p, f in zip(prepared, features, strict=True)]
+        prompts = [adapter.embed(p, f) for p, f in zip(prepared, features, strict=True)]
         # Views into the padded batch would keep all of it alive.
-        return [
-            Prefix(
-                prefix.hidden.clone(),
-                tuple(k.clone() for k in prefix.keys),
-                tuple(v.clone() for v in prefix.values),
-            )
-            for prefix in self.model.decoder.prefix(embeddings)
-        ]
+        return [prefix.clone() for prefix in self.model.decoder.prefix(prompts)]
 
     @torch.no_grad()
     def _run_batch(self, jobs: Sequence[tuple[Example, Knobs]]) -> None:
         prefixes = self._shared_prefixes([(example, knobs.tier) for example, knobs in jobs])
-        generated, _ = self.model.decoder.generate(
+        generated = self.model.decoder.generate(
             prefixes,
             [knobs.top_k for _, knobs in jobs],
             [knobs.num_blocks for _, knobs in jobs],

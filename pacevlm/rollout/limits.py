@@ -51,8 +51,8 @@ class BatchLimits:
         """
         kind = "cpu" if model.device.type == "cpu" else "accelerator"
         num_free = free_bytes(model.device)
-        vectors = 2 * model.adapter.num_blocks + WORKING_VECTORS
-        token_bytes = vectors * model.d_model * model.dtype.itemsize
+        cache_bytes = model.adapter.num_blocks * model.adapter.cache_bytes_per_token
+        token_bytes = cache_bytes + WORKING_VECTORS * model.d_model * model.dtype.itemsize
         chosen = {
             "max_rows": MOST_ROWS[kind],
             "max_tokens": max(1, min(MOST_TOKENS[kind], int(BATCH_SHARE * num_free) // token_bytes)),

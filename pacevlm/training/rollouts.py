@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,14 +20,10 @@ from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.errors import DataError
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.estimator import LatencyEstimator
-from pacevlm.latency.guardrail import Guardrail
-from pacevlm.latency.output_length import OutputLengthModel
+from pacevlm.request.pacing import Pacing, policy_inputs
 from pacevlm.training.grpo import joint_log_prob, masked_log_softmax, sample_actions
 from pacevlm.training.train_config import TrainConfig
-from pacevlm.types import BudgetKind, Example, Outcome
-
-if TYPE_CHECKING:
-    from pacevlm.models.elastic import RequestView
+from pacevlm.types import BudgetKind, Example, Objective, Outcome, RequestView
 
 RolloutProgress = Callable[[int, int], None]
 
@@ -130,8 +126,7 @@ def build_pairs(
     examples: Sequence[Example],
     budgets_ms: NDArray[np.float64],
     engine: Rollouts,
-    guardrail: Guardrail,
-    output_length: OutputLengthModel,
+    pacing: Pacing,
     config: TrainConfig,
     step: int = 0,
 ) -> Pairs:
@@ -144,41 +139,20 @@ def build_pairs(
     Raises:
         ProfileError: the artefacts do not fit each other or the model.
     """
-    views = [engine.view(example) for example in examples]
-    embeddings = torch.stack([view.question_embedding for view in views]).detach().double().cpu().numpy()
-    text = [view.sizes.num_text_tokens for view in views] if output_length.text_weight is not None else None
-    num_output_tokens = output_length.upper_many(embeddings, text)
-    repeats = budgets_ms.shape[1]
-    views = [view for view in views for _ in range(repeats)]
+    views, repeats = [engine.view(example) for example in examples], budgets_ms.shape[1]
+    bounds_ms = pacing.upper_bounds_ms(views, config.budget_kind).repeat(repeats, axis=0)
     examples = [example for example in examples for _ in range(repeats)]
     budgets = [float(budget_ms) for budget_ms in budgets_ms.reshape(-1)]
-    # Bounds that are f times higher admit what a budget f times smaller does.
-    tightening = config.max_tightening ** stream(config.seed, _TIGHTENING, step).random(len(budgets))
-    feasibility = guardrail.feasible_masks(
-        [view.sizes for view in views],
-        np.asarray(budgets) / tightening,
-        np.repeat(num_output_tokens, repeats),
-        config.budget_kind,
+    requests = policy_inputs(
+        [view for view in views for _ in range(repeats)],
+        [Objective(budget_ms, config.budget_kind) for budget_ms in budgets],
+        bounds_ms,
+        [example.example_id for example in examples],
+        tightening=config.max_tightening ** stream(config.seed, _TIGHTENING, step).random(len(budgets)),
+        masked=config.mask,
     )
-    mask = feasibility.mask if config.mask else np.ones_like(feasibility.mask)
-    requests = [
-        PolicyInput(
-            example_id=example.example_id,
-            budget_ms=budget_ms,
-            question_embedding=view.question_embedding,
-            image_size=view.image_size,
-            sizes=view.sizes,
-            feasible=feasible,
-            any_feasible=bool(any_feasible),
-            picture=view.picture,
-        )
-        for example, view, budget_ms, feasible, any_feasible in zip(
-            examples, views, budgets, mask, feasibility.any_feasible, strict=True
-        )
-    ]
-    return Pairs(
-        examples, requests, budgets, torch.from_numpy(mask).flatten(2), torch.from_numpy(feasibility.any_feasible)
-    )
+    mask = torch.from_numpy(np.array([request.feasible for request in requests])).flatten(2)
+    return Pairs(examples, requests, budgets, mask, torch.tensor([request.any_feasible for request in requests]))
 
 
 # The policy ----------------------------------------------------------------------------------------------------------
@@ -302,7 +276,7 @@ def run_knobs(
             if key not in job_of:
                 job_of[key] = len(jobs)
                 jobs.append((example, space[index]))
-                sizes.append(request.sizes)
+                sizes.append(request.view.sizes)
             of_rollout.append(job_of[key])
     num_remembered = sum((example.content_id, knobs) in engine.store for example, knobs in jobs)
     outcomes = engine.run(jobs, progress)

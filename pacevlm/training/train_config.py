@@ -6,12 +6,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pacevlm.checks import MAX_COUNT, MAX_SEED, check_path, check_real, check_whole
 from pacevlm.config import MAX_FRACTION
 from pacevlm.errors import ConfigError
-from pacevlm.types import BudgetKind
+from pacevlm.types import BudgetKind, check_budget_kind
 
 # What may differ between a run and its continuation: where it is stored and how it is watched, never what it computes.
 _WATCHING = frozenset(
@@ -221,8 +221,7 @@ class TrainConfig:
             raise ConfigError(f"min_budget {self.min_budget} is above max_budget {self.max_budget}")
         if self.budget_scale not in ("uniform", "log-uniform"):
             raise ConfigError(f"budget_scale is {self.budget_scale!r}; use 'uniform' or 'log-uniform'")
-        if self.budget_kind not in get_args(BudgetKind):
-            raise ConfigError(f"budget_kind is {self.budget_kind!r}; use one of {get_args(BudgetKind)}")
+        check_budget_kind(self.budget_kind)
 
     def entropy_coef(self, step: int) -> float:
         """Weight of the entropy bonus at a step, counted from 0."""

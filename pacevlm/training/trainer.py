@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +18,8 @@ from pacevlm.controller.policy import Controller
 from pacevlm.errors import CheckpointError, ConfigError, DataError, IdentityError, PacevlmError
 from pacevlm.knobs import Knobs, check_budget_ms
 from pacevlm.latency.estimator import LatencyEstimator
-from pacevlm.latency.guardrail import Guardrail
-from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.latency.profile import collect_device_facts
+from pacevlm.request.pacing import Pacing
 from pacevlm.training.checkpoint import load_checkpoint, remove_leftovers, save_checkpoint
 from pacevlm.training.constraint import PIDLagrangian
 from pacevlm.training.grpo import group_advantages, grpo_loss, joint_log_prob, sampled_entropy, sampled_kl
@@ -72,9 +70,7 @@ class Trainer:
     Args:
         controller: is trained in place.
         engine: runs the frozen model.
-        estimator: predicts latencies.
-        guardrail: bounds them from above; calibrated for this estimator.
-        output_length: bounds the number of output tokens.
+        pacing: the guardrail, whose estimator predicts latencies, and bounds on the number of output tokens.
         dataset: examples to train on.
         config: the settings; `config.run_dir` gets checkpoint, metrics and `run.json`.
         reference_ms: latency that budgets are fractions of, for example the full configuration's bound.
@@ -91,18 +87,17 @@ class Trainer:
         self,
         controller: Controller,
         engine: Rollouts,
-        estimator: LatencyEstimator,
-        guardrail: Guardrail,
-        output_length: OutputLengthModel,
+        pacing: Pacing,
         dataset: Sequence[Example],
         config: TrainConfig,
         reference_ms: float,
         *,
         measure: Measure | None = None,
     ) -> None:
-        _check_parts(controller, engine, estimator, guardrail, output_length)
+        estimator = pacing.guardrail.estimator
+        _check_parts(controller, engine, estimator)
         self.controller, self.engine, self.config = controller, engine, config
-        self.estimator, self.guardrail, self.output_length = estimator, guardrail, output_length
+        self.pacing, self.estimator = pacing, estimator
         self.dataset, self.measure = dataset, measure
         self.reference_ms = check_budget_ms(reference_ms)
         self.num_examples = min(len(dataset), config.num_examples or len(dataset))
@@ -120,9 +115,7 @@ class Trainer:
                 "d_model": controller.d_model,
                 "knob_space": controller.knob_space.to_dict(),
             },
-            "estimator": estimator.fingerprint,
-            "guardrail": guardrail.to_dict(),
-            "output_length": output_length.fingerprint,
+            "pacing": pacing.identity,
             "reference_ms": self.reference_ms,
             "config": config.identity(),
         }
@@ -247,7 +240,7 @@ class Trainer:
         started = time.monotonic()
         examples = [self.dataset[index] for index in draw_examples(self.num_examples, config, step)]
         budgets_ms = draw_budgets_ms(self.reference_ms, config, step)
-        pairs = build_pairs(examples, budgets_ms, self.engine, self.guardrail, self.output_length, config, step)
+        pairs = build_pairs(examples, budgets_ms, self.engine, self.pacing, config, step)
         with torch.no_grad():
             features = self.controller.stage1_features(pairs.requests)
         actions = sample_knobs(self.controller, self.engine, pairs, features, config, step)
@@ -364,37 +357,22 @@ class Trainer:
             pair, rollout = divmod(position, knob_indices.shape[1])
             knobs = space[int(knob_indices[pair, rollout])]
             times = self.measure(pairs.examples[pair], knobs)
-            predicted = self.estimator.predict(pairs.requests[pair].sizes, knobs, len(times.decode_ms) + 1)
-            e2e = config.budget_kind == "e2e"
-            measured_ms = times.e2e_ms if e2e else times.ttft_ms
-            errors.append(abs((predicted.e2e_ms if e2e else predicted.ttft_ms) - measured_ms) / measured_ms)
+            predicted = self.estimator.predict(pairs.requests[pair].view.sizes, knobs, len(times.decode_ms) + 1)
+            measured_ms = times.covered_ms(config.budget_kind)
+            errors.append(abs(predicted.covered_ms(config.budget_kind) - measured_ms) / measured_ms)
         return {"latency/ape_p50": float(np.median(errors))}
 
 
-def _check_parts(
-    controller: Controller,
-    engine: Rollouts,
-    estimator: LatencyEstimator,
-    guardrail: Guardrail,
-    output_length: OutputLengthModel,
-) -> None:
+def _check_parts(controller: Controller, engine: Rollouts, estimator: LatencyEstimator) -> None:
     """Refuse parts that were made for different models, knob spaces or estimators."""
-    model_identities = {
-        "rollout engine": engine.store.model_identity,
-        "controller": controller.model_identity,
-        "estimator": estimator.model_identity,
-        "output length model": output_length.model_identity,
-    }
-    fingerprints = {
-        "estimator": estimator.fingerprint,
-        "controller": controller.estimator_fingerprint,
-        "guardrail": guardrail.estimator.fingerprint,
-    }
-    spaces = {"controller": controller.knob_space, "estimator": estimator.knob_space}
-    for what, values in (("model", model_identities), ("estimator", fingerprints), ("knob space", spaces)):
-        for (first, one), (second, other) in itertools.pairwise(values.items()):
-            if one != other:
-                raise IdentityError(
-                    f"the {first} and the {second} were made for different {what}s: {one!r} and {other!r}; "
-                    "make all parts for the same one"
-                )
+    for what, first, one, second, other in (
+        ("model", "rollout engine", engine.store.model_identity, "estimator", estimator.model_identity),
+        ("model", "controller", controller.model_identity, "estimator", estimator.model_identity),
+        ("estimator", "controller", controller.estimator_fingerprint, "guardrail", estimator.fingerprint),
+        ("knob space", "controller", controller.knob_space, "estimator", estimator.knob_space),
+    ):
+        if one != other:
+            raise IdentityError(
+                f"the {first} and the {second} were made for different {what}s: {one!r} and {other!r}; "
+                "make all parts for the same one"
+            )

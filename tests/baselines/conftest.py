@@ -6,7 +6,7 @@ import torch
 
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.knobs import KnobSpace
-from pacevlm.types import RequestSizes, VisionSizes
+from pacevlm.types import Objective, RequestSizes, RequestView, VisionSizes
 
 
 @pytest.fixture(scope="session")
@@ -21,14 +21,14 @@ def make_request(space: KnobSpace) -> Callable[..., PolicyInput]:
         any_feasible = bool(mask.any())
         if not any_feasible:
             mask[0] = True
+        sizes = RequestSizes((VisionSizes(1, 144),) * len(space.tiers), 9, 8000)
         return PolicyInput(
-            example_id=example_id,
-            budget_ms=budget_ms,
-            question_embedding=torch.zeros(4),
-            image_size=(100, 80),
-            sizes=RequestSizes((VisionSizes(1, 144),) * len(space.tiers), 9, 8000),
+            view=RequestView(torch.zeros(4), sizes, (100, 80), None),
+            objective=Objective(budget_ms),
+            bounds_ms=np.where(mask, budget_ms, np.inf).reshape(space.shape),
             feasible=mask.reshape(space.shape),
             any_feasible=any_feasible,
+            example_id=example_id,
         )
 
     return build

@@ -7,7 +7,7 @@ import torch
 from pacevlm.controller.policy import Controller, ControllerConfig
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.knobs import KnobSpace
-from pacevlm.types import RequestSizes, VisionSizes
+from pacevlm.types import Objective, RequestSizes, RequestView, VisionSizes
 
 D_MODEL = 12
 IDENTITY = {"model_identity": "model-1", "estimator_fingerprint": "f" * 64, "d_model": D_MODEL}
@@ -50,16 +50,23 @@ def make_request(space: KnobSpace) -> Callable[..., PolicyInput]:
         generator = np.random.default_rng(seed)
         height, width = (int(n) for n in generator.integers(50, 2000, 2))
         crops = np.sort(generator.integers(1, 13, len(space.tiers))).tolist()
-        defaults = {
-            "example_id": f"example-{seed}",
-            "budget_ms": float(generator.uniform(20, 200)),
+        budget_ms = float(generator.uniform(20, 200))
+        looks = {
             "question_embedding": torch.from_numpy(generator.normal(0, 0.02, D_MODEL).astype(np.float32)),
             "image_size": (height, width),
             "sizes": RequestSizes(
                 tuple(VisionSizes(n, 144 * n) for n in crops), int(generator.integers(5, 90)), height * width
             ),
+            "picture": None,
+        }
+        looks |= {name: values.pop(name) for name in list(values) if name in looks}
+        defaults = {
+            "view": RequestView(**looks),
+            "objective": Objective(values.pop("budget_ms", budget_ms)),
+            "bounds_ms": np.zeros(space.shape),
             "feasible": random_mask(generator, space),
             "any_feasible": True,
+            "example_id": f"example-{seed}",
         }
         return PolicyInput(**{**defaults, **values})
 

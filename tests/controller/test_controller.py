@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from pacevlm.controller.sampling import tier_masks
 from pacevlm.errors import BudgetError, ConfigError, DataError, IdentityError, ImageError, KnobError
 from pacevlm.images import open_picture
 from pacevlm.knobs import KnobSpace
-from pacevlm.types import RequestSizes, VisionSizes
+from pacevlm.types import Objective, RequestSizes, VisionSizes
 
 SETTINGS = [
     {},
@@ -24,9 +25,17 @@ SETTINGS = [
 ]
 
 
+def changed(request: PolicyInput, **values: Any) -> PolicyInput:
+    """The request with other looks, budget or mask."""
+    looks = {name: values.pop(name) for name in list(values) if hasattr(request.view, name)}
+    if "budget_ms" in values:
+        values["objective"] = Objective(values.pop("budget_ms"))
+    return dataclasses.replace(request, view=dataclasses.replace(request.view, **looks), **values)
+
+
 def with_images(requests: list[PolicyInput]) -> list[PolicyInput]:
     return [
-        dataclasses.replace(request, picture=open_picture(Image.new("RGB", (40, 30), (20 * i, 90, 5))))
+        changed(request, picture=open_picture(Image.new("RGB", (40, 30), (20 * i, 90, 5))))
         for i, request in enumerate(requests)
     ]
 
@@ -116,9 +125,7 @@ def test_stage1_reads_everything_that_it_should(
 ) -> None:
     controller = make_controller(opinionated=True, thumbnail=True)
     request = make_request(1, picture=open_picture(Image.new("RGB", (8, 8))))
-    before, after = controller.stage1_logits(
-        controller.stage1_features([request, dataclasses.replace(request, **change)])
-    )
+    before, after = controller.stage1_logits(controller.stage1_features([request, changed(request, **change)]))
     assert not torch.allclose(before, after, atol=1e-4)
 
 
@@ -134,7 +141,7 @@ def test_what_is_switched_off_is_not_read(
 ) -> None:
     controller = make_controller(opinionated=True, **{setting: False})
     request = make_request(1)
-    before, after = controller.stage1_features([request, dataclasses.replace(request, **change)])
+    before, after = controller.stage1_features([request, changed(request, **change)])
     assert torch.equal(before, after)
 
 

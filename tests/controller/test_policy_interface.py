@@ -4,7 +4,7 @@ import torch
 
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.errors import KnobError
-from pacevlm.types import RequestSizes, VisionSizes
+from pacevlm.types import Objective, RequestSizes, RequestView, VisionSizes
 
 
 @pytest.mark.parametrize(
@@ -13,5 +13,6 @@ from pacevlm.types import RequestSizes, VisionSizes
     ids=["admits nothing", "flat", "not bool"],
 )
 def test_a_mask_that_no_policy_could_use_is_refused(feasible: np.ndarray) -> None:
+    view = RequestView(torch.zeros(4), RequestSizes((VisionSizes(1, 1),), 1, 100), (10, 10), None)
     with pytest.raises(KnobError, match="feasible mask"):
-        PolicyInput("a", 80.0, torch.zeros(4), (10, 10), RequestSizes((VisionSizes(1, 1),), 1, 100), feasible, True)
+        PolicyInput(view, Objective(80.0), np.zeros((3, 5, 5)), feasible, True)

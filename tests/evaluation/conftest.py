@@ -18,7 +18,7 @@ from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.evaluation.records import EvaluationRecord
 from pacevlm.evaluation.summary import RunFacts, build_results
 from pacevlm.knobs import Knobs, KnobSpace
-from pacevlm.types import RequestSizes, VisionSizes
+from pacevlm.types import Objective, RequestSizes, RequestView, VisionSizes
 
 FRACTIONS = (0.5, 0.65, 0.8, 1.0)
 FULL_LATENCY_MS = 100.0
@@ -30,11 +30,12 @@ class _Reader(OneChoicePolicy):
     name = "controller"
 
     def choose(self, request: PolicyInput) -> Knobs:
-        wanted = [0, 2][request.image_size[0] > 500]
+        assert request.view.image_size is not None
+        wanted = [0, 2][request.view.image_size[0] > 500]
         tiers = self.feasible(request).reshape(self.space.shape).any(axis=(1, 2)).nonzero()[0]
         tier = tiers[np.abs(tiers - wanted).argmin()]
         pairs = np.flatnonzero(request.feasible[tier].ravel())
-        return Knobs(self.space.tiers[tier], *self.space.pair(int(pairs[-1])))
+        return Knobs(self.space.tiers[tier], *self.space.compute(int(pairs[-1])))
 
 
 def _world(space: KnobSpace, num_examples: int, seed: int) -> dict[str, Any]:
@@ -77,18 +78,18 @@ def make_records(num_examples: int, num_timed: int, seed: int = 0) -> list[Evalu
             any_feasible = bool(mask.any())
             mask[0] |= not any_feasible
             side = int(1000 * test["size"][i])
+            sizes = RequestSizes((VisionSizes(1, 144),) * 3, 12, side * side)
             request = PolicyInput(
-                example_id=example_id,
-                budget_ms=budget_ms,
-                question_embedding=torch.zeros(4),
-                image_size=(side, side),
-                sizes=RequestSizes((VisionSizes(1, 144),) * 3, 12, side * side),
+                view=RequestView(torch.zeros(4), sizes, (side, side), None),
+                objective=Objective(budget_ms),
+                bounds_ms=test["latency_ms"][i].reshape(space.shape) * 1.05,
                 feasible=mask.reshape(space.shape),
                 any_feasible=any_feasible,
+                example_id=example_id,
             )
             for policy in policies:
                 tier = policy.choose_tier(request)
-                knobs = Knobs(tier, *policy.choose_compute(request, tier, policy.latency_token(budget_ms)))
+                knobs = Knobs(tier, *policy.choose_compute(request, tier, policy.latency_token(request)))
                 predicted_ms = float(test["latency_ms"][i, space.index(knobs)])
                 records.append(
                     EvaluationRecord(

@@ -18,6 +18,7 @@ from pacevlm.evaluation.importance import measure_importance
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.models.block_order import BlockOrder
 from pacevlm.models.elastic import ElasticModel, read_elastic_settings
+from pacevlm.request.run import run_forced
 from pacevlm.rollout.engine import RolloutEngine
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def without(model: ElasticModel, removed: tuple[int, ...]) -> ElasticModel:
     num_blocks = model.adapter.num_blocks
     space = KnobSpace(model.knob_space.tiers, (model.trained_top_k,), (num_blocks - len(removed),))
     order = BlockOrder(num_blocks, removed)
-    return ElasticModel(model.adapter, space, model.max_crops, order, "x", max_new_tokens=model.max_new_tokens)
+    return ElasticModel(model.adapter, space, model.vision_budgets, order, "x", max_new_tokens=model.max_new_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_figures_are_what_the_model_scores(model: ElasticModel, examples: list[E
     for figure in (*result.single, *result.greedy):
         variant = without(model, figure.removed)
         answers = [
-            variant.run_static(example.image, example.question, variant.knob_space.full).answer for example in examples
+            run_forced(variant, example.image, example.question, variant.knob_space.full).answer for example in examples
         ]
         scores = [float(answer == example.references[0]) for answer, example in zip(answers, examples, strict=True)]
         assert figure.accuracy.mean == pytest.approx(np.mean(scores))

@@ -37,9 +37,10 @@ from pacevlm.latency.profile import collect_device_facts
 from pacevlm.latency.stage_fit import StageFit
 from pacevlm.latency.stage_terms import STAGE_TERMS
 from pacevlm.models.elastic import ElasticModel
+from pacevlm.request.pacing import Pacing
+from pacevlm.request.run import run_forced, run_request
 from pacevlm.rollout.engine import RolloutEngine
-from pacevlm.rollout.request import Pacing, run_with_policy
-from pacevlm.types import Example
+from pacevlm.types import Example, Objective
 
 COEFFICIENTS = {
     "prepare_ms": {"constant": 1.0},
@@ -81,7 +82,7 @@ def make_examples(engine: RolloutEngine, count: int, seed: int) -> list[Example]
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         question = ("How many red digits are there?", "Which number is the largest?")[i % 2]
         knobs = engine.model.knob_space[int(rng.integers(len(engine.model.knob_space)))]
-        answer = engine.model.run_static(image, question, knobs).answer
+        answer = run_forced(engine.model, image, question, knobs).answer
         examples.append(Example(f"{seed}-{i}", image, question, (answer,), {"family": "ab"[i % 2], "size": height}))
     return examples
 
@@ -107,9 +108,9 @@ def test(engine: RolloutEngine) -> list[Example]:
 
 
 @pytest.fixture(scope="module")
-def budgets_ms(engine: RolloutEngine, test: list[Example], pacing: Pacing) -> list[float]:
-    full_ms = np.median([pacing.upper_bounds_ms(engine.view(example)).max() for example in test])
-    return [fraction * float(full_ms) for fraction in FRACTIONS]
+def objectives(engine: RolloutEngine, test: list[Example], pacing: Pacing) -> list[Objective]:
+    full_ms = np.median(pacing.upper_bounds_ms([engine.view(example) for example in test], "e2e").max(axis=(1, 2, 3)))
+    return [Objective(fraction * float(full_ms)) for fraction in FRACTIONS]
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +136,11 @@ def evaluation(
     pacing: Pacing,
     train: list[Example],
     test: list[Example],
-    budgets_ms: list[float],
+    objectives: list[Objective],
     controller: ControllerPolicy,
 ) -> Evaluation:
-    baselines = fit_baselines(engine, train, budgets_ms, pacing)
-    return evaluate(engine.model, engine, [controller, *baselines], test, budgets_ms, pacing, CONFIG)
+    baselines = fit_baselines(engine, train, objectives, pacing)
+    return evaluate(engine.model, engine, [controller, *baselines], test, objectives, pacing, CONFIG)
 
 
 def test_the_material_is_worth_testing_with(evaluation: Evaluation) -> None:
@@ -167,10 +168,10 @@ def test_no_guarded_policy_beats_the_oracle_on_any_request(evaluation: Evaluatio
 
 
 def test_guarded_policies_run_only_what_the_guardrail_admits(
-    evaluation: Evaluation, engine: RolloutEngine, test: list[Example], budgets_ms: list[float], pacing: Pacing
+    evaluation: Evaluation, engine: RolloutEngine, test: list[Example], objectives: list[Objective], pacing: Pacing
 ) -> None:
     space = engine.model.knob_space
-    requests = build_requests(engine, test, budgets_ms, pacing)
+    requests = build_requests(engine, test, objectives, pacing)
     masks = {
         (fraction, request.example_id): request.feasible.reshape(-1)
         for fraction, row in zip(FRACTIONS, requests, strict=True)
@@ -215,13 +216,17 @@ def test_requests_alone_agree_with_the_batch(evaluation: Evaluation) -> None:
 
 
 def test_batched_choices_are_those_of_single_requests(
-    engine: RolloutEngine, test: list[Example], budgets_ms: list[float], pacing: Pacing, controller: ControllerPolicy
+    engine: RolloutEngine,
+    test: list[Example],
+    objectives: list[Objective],
+    pacing: Pacing,
+    controller: ControllerPolicy,
 ) -> None:
-    for budget_ms, row in zip(budgets_ms, build_requests(engine, test, budgets_ms, pacing), strict=True):
+    for objective, row in zip(objectives, build_requests(engine, test, objectives, pacing), strict=True):
         chosen = choose_knobs(controller, engine, test, row)
         for example, request, knobs in zip(test, row, chosen, strict=True):
-            alone = run_with_policy(engine.model, controller, example.image, example.question, budget_ms, pacing)
-            assert alone.result.knobs == knobs
+            alone = run_request(engine.model, controller, example.image, example.question, objective, pacing)
+            assert alone.knobs == knobs
             assert alone.feasible == request.any_feasible
 
 
@@ -234,20 +239,21 @@ def test_an_exhaustive_sweep_is_remembered(tiny_elastic: ElasticModel, test: lis
     assert seen[-1] == (2 * len(space), 2 * len(space)) == (engine.num_run, engine.num_run)
     for i, example in enumerate(test[:2]):
         for knobs in (space.cheapest, space.full, Knobs("medium", 3, 5)):
-            alone = tiny_elastic.run_static(example.image, example.question, knobs).answer
+            alone = run_forced(tiny_elastic, example.image, example.question, knobs).answer
             assert accuracy[i, space.index(knobs)] == engine.metric(alone, example)
     assert np.array_equal(exhaustive_sweep(engine, test[:2]), accuracy)
     assert engine.num_run == 2 * len(space)
 
 
 def test_baselines_are_fitted_on_training_examples_under_the_same_guardrail(
-    engine: RolloutEngine, train: list[Example], budgets_ms: list[float], pacing: Pacing
+    engine: RolloutEngine, train: list[Example], objectives: list[Objective], pacing: Pacing
 ) -> None:
-    policies = fit_baselines(engine, train, budgets_ms, pacing, seed=3)
+    policies = fit_baselines(engine, train, objectives, pacing, seed=3)
+    budgets_ms = [objective.budget_ms for objective in objectives]
     lookup, static = policies[:2]
     space = engine.model.knob_space
     accuracy = exhaustive_sweep(engine, train)
-    feasible = feasible_table(build_requests(engine, train, budgets_ms, pacing))
+    feasible = feasible_table(build_requests(engine, train, objectives, pacing))
     assert isinstance(lookup, LookupTable)
     assert isinstance(static, StaticPolicy)
     assert set(budgets_ms) < set(lookup.budgets_ms)
@@ -260,7 +266,7 @@ def test_baselines_are_fitted_on_training_examples_under_the_same_guardrail(
 
 def evaluate_with(monkeypatch: pytest.MonkeyPatch, run: Any, engine: RolloutEngine, *args: Any) -> Evaluation:
     """Evaluate without the oracle, every timed request going through `run`."""
-    monkeypatch.setattr(timed, "run_with_policy", run)
+    monkeypatch.setattr(timed, "run_request", run)
     config = dataclasses.replace(CONFIG, oracle=False, num_warmup=2)
     return evaluate(engine.model, engine, *args, config)
 
@@ -270,19 +276,19 @@ def test_policies_answer_the_same_requests_in_one_random_but_repeatable_order(
     engine: RolloutEngine,
     train: list[Example],
     test: list[Example],
-    budgets_ms: list[float],
+    objectives: list[Objective],
     pacing: Pacing,
 ) -> None:
-    policies = fit_baselines(engine, train, budgets_ms, pacing)
+    policies = fit_baselines(engine, train, objectives, pacing)
     orders: list[list[tuple[str, tuple[float, str]]]] = []
 
-    def run(model: Any, policy: Any, image: Any, question: str, budget_ms: float, *rest: Any, **named: Any) -> Any:
-        orders[-1].append((policy.name, (budget_ms, rest[-1])))
-        return run_with_policy(model, policy, image, question, budget_ms, *rest, **named)
+    def run(model: Any, policy: Any, image: Any, question: str, objective: Objective, *rest: Any, **named: Any) -> Any:
+        orders[-1].append((policy.name, (objective.budget_ms, named["example_id"])))
+        return run_request(model, policy, image, question, objective, *rest, **named)
 
     for _ in range(2):
         orders.append([])
-        evaluate_with(monkeypatch, run, engine, policies, test, budgets_ms, pacing)
+        evaluate_with(monkeypatch, run, engine, policies, test, objectives, pacing)
     assert orders[0] == orders[1]
     requests = orders[0][2:]  # behind the warm-up
     rounds = [requests[start : start + len(policies)] for start in range(0, len(requests), len(policies))]
@@ -301,21 +307,23 @@ def test_bounds_follow_the_machine_and_are_the_same_for_every_policy(
     engine: RolloutEngine,
     train: list[Example],
     test: list[Example],
-    budgets_ms: list[float],
+    objectives: list[Objective],
     pacing: Pacing,
     controller: ControllerPolicy,
 ) -> None:
-    policies = [controller, *fit_baselines(engine, train, budgets_ms, pacing)]
+    policies = [controller, *fit_baselines(engine, train, objectives, pacing)]
     slowdown = iter(np.geomspace(1.2, 3.0, 1000).tolist())
 
-    def run(model: Any, policy: Any, image: Any, question: str, budget_ms: float, *rest: Any, drift: Any) -> Any:
-        paced = run_with_policy(model, policy, image, question, budget_ms / drift.factor, *rest)
+    def run(model: Any, policy: Any, image: Any, question: str, objective: Objective, pacing: Any, **named: Any) -> Any:
+        drift = named.pop("drift")
+        profiled = Objective(objective.budget_ms / drift.factor, objective.kind)
+        paced = run_request(model, policy, image, question, profiled, pacing, **named)
         drift.observe(1.0, next(slowdown))
         return paced
 
-    monkeypatch.setattr(timed, "run_with_policy", run)
+    monkeypatch.setattr(timed, "run_request", run)
     config = dataclasses.replace(CONFIG, num_warmup=4, track_drift=True)
-    evaluation = evaluate(engine.model, engine, policies, test, budgets_ms, pacing, config)
+    evaluation = evaluate(engine.model, engine, policies, test, objectives, pacing, config)
     factors = np.full((len(FRACTIONS), len(test)), np.nan)
     was_timed = np.zeros(factors.shape, dtype=bool)
     places = {example.example_id: i for i, example in enumerate(test)}
@@ -330,14 +338,14 @@ def test_bounds_follow_the_machine_and_are_the_same_for_every_policy(
     assert factors.min() > 1.2
     for row, timed_row in zip(factors, was_timed, strict=True):
         assert set(row[~timed_row]) <= set(row[timed_row])
-    requests = build_requests(engine, test, budgets_ms, pacing, factors)
+    requests = build_requests(engine, test, objectives, pacing, factors)
     for record in evaluation.records:
         request = requests[FRACTIONS.index(record.fraction)][places[record.example_id]]
         assert request.budget_ms == record.budget_ms / record.metadata["drift_factor"]
         assert record.feasible == request.any_feasible
         if record.policy != "full":
             assert request.feasible.reshape(-1)[engine.model.knob_space.index(record.knobs)]
-    uncorrected = build_requests(engine, test, budgets_ms, pacing)
+    uncorrected = build_requests(engine, test, objectives, pacing)
     assert feasible_table(requests).sum() < feasible_table(uncorrected).sum()
 
 
@@ -346,53 +354,61 @@ def test_a_timed_request_that_scores_otherwise_is_counted_and_named(
     engine: RolloutEngine,
     train: list[Example],
     test: list[Example],
-    budgets_ms: list[float],
+    objectives: list[Objective],
     pacing: Pacing,
 ) -> None:
-    policies = fit_baselines(engine, train, budgets_ms, pacing)[2:3]
+    policies = fit_baselines(engine, train, objectives, pacing)[2:3]
 
     def run(*args: Any, **named: Any) -> Any:
-        paced = run_with_policy(*args, **named)
-        return dataclasses.replace(paced, result=dataclasses.replace(paced.result, answer="nonsense 99"))
+        paced = run_request(*args, **named)
+        return dataclasses.replace(paced, answer="nonsense 99")
 
-    evaluation = evaluate_with(monkeypatch, run, engine, policies, test, budgets_ms, pacing)
+    evaluation = evaluate_with(monkeypatch, run, engine, policies, test, objectives, pacing)
     changed = [record for record in evaluation.records if record.metadata.get("timed_answer") == "nonsense 99"]
     assert len(changed) == evaluation.num_timed_requests
     assert evaluation.num_disagreements == sum(record.accuracy for record in changed)
 
 
 def test_without_timing_there_are_no_latencies(
-    engine: RolloutEngine, train: list[Example], test: list[Example], budgets_ms: list[float], pacing: Pacing
+    engine: RolloutEngine, train: list[Example], test: list[Example], objectives: list[Objective], pacing: Pacing
 ) -> None:
-    policies = fit_baselines(engine, train, budgets_ms, pacing)
+    policies = fit_baselines(engine, train, objectives, pacing)
     config = dataclasses.replace(CONFIG, num_timed=0, oracle=False)
-    evaluation = evaluate(engine.model, engine, policies, test, budgets_ms, pacing, config)
+    evaluation = evaluate(engine.model, engine, policies, test, objectives, pacing, config)
     assert evaluation.num_timed_requests == 0
     assert all(record.latency_ms is None for record in evaluation.records)
     assert "oracle" not in {record.policy for record in evaluation.records}
 
 
 def test_a_budget_may_cover_the_first_token_alone(
-    engine: RolloutEngine, test: list[Example], budgets_ms: list[float], pacing: Pacing, controller: ControllerPolicy
+    engine: RolloutEngine,
+    test: list[Example],
+    objectives: list[Objective],
+    pacing: Pacing,
+    controller: ControllerPolicy,
 ) -> None:
-    pacing = dataclasses.replace(pacing, kind="ttft")
+    objectives = [Objective(objective.budget_ms, "ttft") for objective in objectives]
     config = dataclasses.replace(CONFIG, oracle=False)
-    evaluation = evaluate(engine.model, engine, [controller], test, budgets_ms, pacing, config)
+    evaluation = evaluate(engine.model, engine, [controller], test, objectives, pacing, config)
     timed = [record for record in evaluation.records if record.latency_ms is not None]
     assert timed
     assert all(record.latency_ms == record.metadata["ttft_ms"] <= record.metadata["e2e_ms"] for record in timed)
 
 
 def test_unusable_input_is_refused(
-    engine: RolloutEngine, test: list[Example], budgets_ms: list[float], pacing: Pacing, controller: ControllerPolicy
+    engine: RolloutEngine,
+    test: list[Example],
+    objectives: list[Objective],
+    pacing: Pacing,
+    controller: ControllerPolicy,
 ) -> None:
     with pytest.raises(DataError, match="0 examples"):
-        evaluate(engine.model, engine, [controller], [], budgets_ms, pacing, CONFIG)
-    with pytest.raises(DataError, match="2 budgets"):
-        evaluate(engine.model, engine, [controller], test, budgets_ms[:2], pacing, CONFIG)
+        evaluate(engine.model, engine, [controller], [], objectives, pacing, CONFIG)
+    with pytest.raises(DataError, match="2 objectives"):
+        evaluate(engine.model, engine, [controller], test, objectives[:2], pacing, CONFIG)
     twin = dataclasses.replace(test[1], example_id=test[0].example_id)
     with pytest.raises(DataError, match="3 examples with 2 different ids"):
-        evaluate(engine.model, engine, [controller], [*test[:2], twin], budgets_ms, pacing, CONFIG)
+        evaluate(engine.model, engine, [controller], [*test[:2], twin], objectives, pacing, CONFIG)
     other = dataclasses.replace(
         pacing,
         guardrail=dataclasses.replace(
@@ -400,7 +416,7 @@ def test_unusable_input_is_refused(
         ),
     )
     with pytest.raises(IdentityError):
-        evaluate(engine.model, engine, [controller], test, budgets_ms, other, CONFIG)
+        evaluate(engine.model, engine, [controller], test, objectives, other, CONFIG)
 
 
 def test_a_metric_summarises_the_answers_of_every_policy_at_every_budget(

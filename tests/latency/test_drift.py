@@ -373,7 +373,7 @@ def test_other_estimators_and_kinds_are_refused(guardrail: Guardrail, tmp_path: 
         (lambda values: values.update(schema_version=99), "schema version 99"),
         (lambda values: values.update(kind="latency guardrail"), "not a drift correction"),
         (lambda values: values.update(budget_kind="ttlt"), "ttlt"),
-        (lambda values: values.update(budget_kind=[]), "budget kind"),
+        (lambda values: values.update(budget_kind=[]), "budget_kind"),
         (lambda values: values.update(estimator_fingerprint=None), "fingerprint"),
         (lambda values: values.update(settings=3), "malformed"),
         (lambda values: values["settings"].update(alpha=2.0), "alpha is 2.0"),

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from pacevlm.latency.profiler import (
     plan_workload,
     profile_requests,
 )
+from pacevlm.types import Answer, RequestSizes, VisionSizes
 
 SMALL = KnobSpace(("low", "high"), (2, 4), (3, 4, 6))
 TOKENS_PER_CROP = 144
@@ -69,7 +69,15 @@ class FakeModel:
             "num_bytes": 0,
             "num_output_tokens": num_output_tokens or 1 + index % 4,
         }
-        return SimpleNamespace(knobs=knobs, **sizes, times=self.device.stages(self.rng, sizes, knobs))
+        vision = VisionSizes(sizes["num_crops"], sizes["num_image_tokens"])
+        return Answer(
+            answer="7",
+            token_ids=(7,) * sizes["num_output_tokens"],
+            knobs=knobs,
+            sizes=RequestSizes((vision,), sizes["num_text_tokens"], sizes["num_pixels"]),
+            vision=vision,
+            times=self.device.stages(self.rng, sizes, knobs),
+        )
 
 
 def profile(run: Callable[..., Any], settings: ProfilerSettings, space: KnobSpace = SMALL, **options: Any) -> Profile:
@@ -168,7 +176,7 @@ def test_noisy_windows_are_measured_again(make_device: Callable[..., Any], tmp_p
             result = model(index, knobs, length)
             if len(model.calls) - 1 in slow:
                 slower = {name: 3 * getattr(result.times, name) for name in ("prefill_ms", "e2e_ms")}
-                result.times = dataclasses.replace(result.times, **slower)
+                return dataclasses.replace(result, times=dataclasses.replace(result.times, **slower))
             return result
 
         return run
@@ -248,10 +256,7 @@ def test_warm_up_ends_when_times_have_settled(make_device: Callable[..., Any]) -
             result = model(index, knobs, limit)
             factor = slowdown(len(model.calls))
             times = {name: getattr(result.times, name) * factor for name in ("prepare_ms", "e2e_ms")}
-            result.times = type(result.times)(
-                **{name: getattr(result.times, name) for name in result.times.__slots__} | times
-            )
-            return result
+            return dataclasses.replace(result, times=dataclasses.replace(result.times, **times))
 
         profile(run, settings)
         return len(model.calls) - len(plan_workload(SMALL, settings).schedule)

@@ -17,6 +17,7 @@ from pacevlm.errors import CheckpointError
 from pacevlm.knobs import KnobSpace
 from pacevlm.models.elastic import ElasticModel, read_elastic_settings
 from pacevlm.models.molmoe.tokenization import build_tokenizer
+from pacevlm.request.run import run_forced
 
 TINY_SPACE = KnobSpace(("low", "medium", "high"), (2, 3, 4), (3, 4, 5, 6))
 NOT_NEEDED = ("tokenizer_config.json", "generation_config.json")
@@ -52,7 +53,11 @@ def test_a_damaged_file_is_refused_or_makes_no_difference(
 ) -> None:
     assert sorted(FILES) == sorted(file.name for file in checkpoint.iterdir())
     damage(checkpoint / name, how)
-    options: dict[str, Any] = {"knob_space": TINY_SPACE, "max_crops": tiny_elastic.max_crops, "max_new_tokens": 6}
+    options: dict[str, Any] = {
+        "knob_space": TINY_SPACE,
+        "vision_budgets": tiny_elastic.vision_budgets,
+        "max_new_tokens": 6,
+    }
     if name not in NOT_NEEDED:
         with pytest.raises(CheckpointError, match=str(checkpoint)):
             ElasticModel.from_pretrained(checkpoint, **options)
@@ -62,8 +67,8 @@ def test_a_damaged_file_is_refused_or_makes_no_difference(
     except CheckpointError:
         return
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 40, 3), dtype=np.uint8))
-    expected = tiny_elastic.run_static(image, "How many?", TINY_SPACE.full)
-    found = model.run_static(image, "How many?", TINY_SPACE.full)
+    expected = run_forced(tiny_elastic, image, "How many?", TINY_SPACE.full)
+    found = run_forced(model, image, "How many?", TINY_SPACE.full)
     assert dataclasses.replace(found, times=expected.times) == expected
 
 
@@ -78,9 +83,9 @@ def test_a_damaged_file_is_refused_or_makes_no_difference(
         '{"removal": [4, 4, 2]}',
         '{"removal": [0, 4, 2]}',
         '{"removal": [4, 2, 9]}',
-        '{"max_crops": [1, 2, 4]}',
-        '{"max_crops": {"low": 0, "medium": 2, "high": 4}}',
-        '{"max_crops": {"low": "one", "medium": 2, "high": 4}}',
+        '{"vision_budgets": [1, 2, 4]}',
+        '{"vision_budgets": {"low": 0, "medium": 2, "high": 4}}',
+        '{"vision_budgets": {"low": "one", "medium": 2, "high": 4}}',
         '{"max_new_tokens": "many"}',
         '{"max_new_tokens": 0}',
         '{"knob_space": 5}',

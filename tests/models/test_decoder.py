@@ -6,13 +6,16 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from decoding import generate_with_logits
+from families.reference import naive_experts, reference_pass, weights_of
+from families.toy_moe import ToyAdapter
 from torch import Tensor
 
 from pacevlm.knobs import Knobs
+from pacevlm.models.adapter import EmbeddedPrompt
 from pacevlm.models.block_order import BlockOrder
-from pacevlm.models.decoder import ElasticDecoder, Prefix, _Generation
+from pacevlm.models.decoder import ElasticDecoder, Generation, Prefix
 from pacevlm.models.elastic import ElasticModel
-from pacevlm.models.molmoe.experts import route
 from pacevlm.types import Example
 
 STEPS = 6
@@ -27,16 +30,10 @@ def assert_same(found: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Te
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
 
 
-def embeddings_of(model: ElasticModel, example: Example, tier: str) -> Tensor:
+def prompt_of(model: ElasticModel, example: Example, tier: str) -> EmbeddedPrompt:
     prompt = model.adapter.encode_question(example.question)
-    prepared = model.adapter.prepare(example.image, prompt, model.max_crops[tier])
+    prepared = model.adapter.prepare(example.image, prompt, model.vision_budgets[tier])
     return model.adapter.embed(prepared, model.adapter.encode_vision([prepared])[0])
-
-
-def text_embeddings(model: ElasticModel, text: str) -> tuple[Tensor, Tensor]:
-    """Ids `(1, tokens)` and embeddings `(tokens, d_model)` of a prompt without an image."""
-    ids = model.adapter.processor(text=text)["input_ids"].to(model.device)
-    return ids, model.adapter.model.model.embed(ids)[0]
 
 
 def embed_ids(model: ElasticModel, ids: list[int]) -> Tensor:
@@ -49,7 +46,7 @@ def random_tokens(model: ElasticModel, *shape: int) -> Tensor:
 
 
 def prefix_of(model: ElasticModel, example: Example, tier: str) -> Prefix:
-    return model.decoder.prefix([embeddings_of(model, example, tier)])[0]
+    return model.decoder.prefix([prompt_of(model, example, tier)])[0]
 
 
 def row_logits(generated: list[list[int]], logits: list[Tensor]) -> list[Tensor]:
@@ -66,9 +63,8 @@ def row_logits(generated: list[list[int]], logits: list[Tensor]) -> list[Tensor]
 def generate(
     decoder: ElasticDecoder, prefixes: Sequence[Prefix], knobs: Sequence[Knobs], steps: int = STEPS
 ) -> tuple[list[list[int]], list[Tensor]]:
-    generated, logits = decoder.generate(
-        prefixes, [k.top_k for k in knobs], [k.num_blocks for k in knobs], steps, keep_logits=True
-    )
+    computes = [k.top_k for k in knobs], [k.num_blocks for k in knobs]
+    generated, logits = generate_with_logits(decoder, prefixes, *computes, steps)
     return generated, row_logits(generated, logits)
 
 
@@ -88,35 +84,50 @@ def mixed_jobs(model: ElasticModel, examples: list[Example]) -> list[tuple[Examp
     jobs = []
     for i, example in enumerate(examples):
         for j, pair in enumerate(pairs):
-            jobs.append((example, Knobs(space.tiers[(i + j) % len(space.tiers)], *space.pair(pair))))
+            jobs.append((example, Knobs(space.tiers[(i + j) % len(space.tiers)], *space.compute(pair))))
         jobs.append((example, space.full))
     return jobs
 
 
-@pytest.mark.parametrize("with_image", [True, False])
-def test_full_knobs_are_the_unmodified_checkpoint(
-    law_model: ElasticModel, law_examples: list[Example], with_image: bool
-) -> None:
-    space, hf = law_model.knob_space, law_model.adapter.model
+def test_full_knobs_are_the_unmodified_checkpoint(law_model: ElasticModel, law_examples: list[Example]) -> None:
+    space = law_model.knob_space
     full = Knobs(space.tiers[-1], law_model.trained_top_k, law_model.adapter.num_blocks)
     for example in (law_examples[1], law_examples[3]):
+        prompt = prompt_of(law_model, example, full.tier)
+        generated, logits = generate(law_model.decoder, law_model.decoder.prefix([prompt]), [full])
+        whole = reference_pass(law_model, prompt, embed_ids(law_model, generated[0][:-1]))
+        assert_same(logits[0], whole.logits[len(prompt.hidden) - 1 :])
+
+
+@pytest.mark.parametrize("with_image", [True, False])
+def test_full_knobs_are_what_transformers_generates(
+    law_model: ElasticModel, law_examples: list[Example], with_image: bool
+) -> None:
+    if isinstance(law_model.adapter, ToyAdapter):
+        pytest.skip("transformers does not know this family")
+    space, adapter = law_model.knob_space, law_model.adapter
+    full = Knobs(space.tiers[-1], law_model.trained_top_k, adapter.num_blocks)
+    for example in (law_examples[1], law_examples[3]):
         if with_image:
-            crops = law_model.max_crops[full.tier]
-            inputs = law_model.adapter.processor(images=example.image, text=example.question, max_crops=crops)
+            crops = law_model.vision_budgets[full.tier]
+            inputs = adapter.processor(images=example.image, text=example.question, max_crops=crops)
             batch = {name: values.to(law_model.device) for name, values in inputs.items()}
-            embeddings = embeddings_of(law_model, example, full.tier)
+            prompt = prompt_of(law_model, example, full.tier)
         else:
-            ids, embeddings = text_embeddings(law_model, example.question)
+            ids = adapter.processor(text=example.question)["input_ids"].to(law_model.device)
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        generated, logits = generate(law_model.decoder, law_model.decoder.prefix([embeddings]), [full])
+            prompt = EmbeddedPrompt(adapter.model.model.embed(ids)[0])
+        generated, logits = generate(law_model.decoder, law_model.decoder.prefix([prompt]), [full])
         tokens, prompt_length = generated[0], batch["input_ids"].shape[1]
         fed = torch.cat([batch["input_ids"], batch["input_ids"].new_tensor([tokens[:-1]])], dim=1)
         images = {name: batch[name] for name in batch if name.startswith("image")}
         with torch.no_grad():
-            out = hf(input_ids=fed, use_cache=False, **images)
+            out = adapter.model(input_ids=fed, use_cache=False, **images)
         assert_same(logits[0], out.logits[0, prompt_length - 1 :])
-        eos, pad = law_model.adapter.eos_token_id, law_model.adapter.processor.tokenizer.pad_token_id
-        whole = hf.generate(**batch, max_new_tokens=STEPS, do_sample=False, eos_token_id=eos, pad_token_id=pad)
+        (eos,), pad = adapter.end_token_ids, adapter.processor.tokenizer.pad_token_id
+        whole = adapter.model.generate(
+            **batch, max_new_tokens=STEPS, do_sample=False, eos_token_id=eos, pad_token_id=pad
+        )
         assert whole[0, prompt_length:].tolist() == tokens
 
 
@@ -125,11 +136,11 @@ def test_mixed_batch_gives_every_row_what_it_gets_alone(
 ) -> None:
     jobs = mixed_jobs(law_model, law_examples)
     knobs = [k for _, k in jobs]
-    embeddings = [embeddings_of(law_model, example, k.tier) for example, k in jobs]
+    embeddings = [prompt_of(law_model, example, k.tier) for example, k in jobs]
     lone = [law_model.decoder.prefix([e])[0] for e in embeddings]
-    monkeypatch.setattr(law_model.adapter, "eos_token_id", -1)
-    endless, _ = law_model.decoder.generate(lone, [k.top_k for k in knobs], [k.num_blocks for k in knobs], STEPS)
-    monkeypatch.setattr(law_model.adapter, "eos_token_id", choose_end(endless))
+    monkeypatch.setattr(law_model.adapter, "end_token_ids", frozenset({-1}))
+    endless = law_model.decoder.generate(lone, [k.top_k for k in knobs], [k.num_blocks for k in knobs], STEPS)
+    monkeypatch.setattr(law_model.adapter, "end_token_ids", frozenset({choose_end(endless)}))
 
     together = law_model.decoder.prefix(embeddings)
     for alone, row in zip(lone, together, strict=True):
@@ -148,10 +159,10 @@ def test_mixed_batch_gives_every_row_what_it_gets_alone(
 def test_rows_share_every_block_up_to_the_first_they_disagree_on(
     law_model: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(law_model.adapter, "eos_token_id", -1)
+    monkeypatch.setattr(law_model.adapter, "end_token_ids", frozenset({-1}))
     space, order, after = law_model.knob_space, law_model.order, law_model.stage2_after
     prefixes = [prefix_of(law_model, example, space.full.tier) for example in law_examples[:2]]
-    jobs = [(prefix, Knobs(space.full.tier, *space.pair(i))) for prefix in prefixes for i in range(space.num_stage2)]
+    jobs = [(prefix, Knobs(space.full.tier, *space.compute(i))) for prefix in prefixes for i in range(space.num_stage2)]
     # In no order at all: what is shared must be found, not come side by side.
     jobs = [jobs[i] for i in torch.randperm(len(jobs), generator=torch.Generator().manual_seed(0)).tolist()]
     expected = 0
@@ -187,10 +198,10 @@ def test_rows_that_leave_do_not_disturb_the_others(
 ) -> None:
     jobs = mixed_jobs(tiny_elastic, law_examples)
     prefixes, knobs = [prefix_of(tiny_elastic, e, k.tier) for e, k in jobs], [k for _, k in jobs]
-    monkeypatch.setattr(tiny_elastic.adapter, "eos_token_id", -1)
+    monkeypatch.setattr(tiny_elastic.adapter, "end_token_ids", frozenset({-1}))
     stayed, stayed_logits = generate(tiny_elastic.decoder, prefixes, knobs)
     for end in sorted({row[1] for row in stayed})[:4]:
-        monkeypatch.setattr(tiny_elastic.adapter, "eos_token_id", end)
+        monkeypatch.setattr(tiny_elastic.adapter, "end_token_ids", frozenset({end}))
         generated, logits = generate(tiny_elastic.decoder, prefixes, knobs)
         assert any(len(row) < STEPS for row in generated)
         for row, whole, row_logits_, whole_logits in zip(generated, stayed, logits, stayed_logits, strict=True):
@@ -214,7 +225,7 @@ def test_skipped_blocks_keep_no_keys_and_values(
     prefixes = [prefix_of(law_model, example, space.tiers[0]) for example in law_examples]
     top_k = [space.top_ks[-1]] * len(counts)
 
-    def check(loop: _Generation) -> None:
+    def check(loop: Generation) -> None:
         for block in range(law_model.adapter.num_blocks):
             keeping = [i for i, row in enumerate(loop.alive) if block < first or block in order.kept(counts[row])]
             cache = loop.caches.get(block)
@@ -226,49 +237,36 @@ def test_skipped_blocks_keep_no_keys_and_values(
             places = list(range(len(loop.alive))) if cache.rows is None else cache.rows.tolist()
             assert places == keeping
 
-    loop = _Generation(law_model.decoder, prefixes, top_k, counts, STEPS)
-    first_tokens = loop.step().argmax(-1)
+    loop = Generation(law_model.decoder, prefixes, top_k, counts, STEPS)
+    loop.step()
     check(loop)
-    # The second row, the only one that keeps every block, ends here, and with it the cache of the first to go.
-    monkeypatch.setattr(law_model.adapter, "eos_token_id", -2)
-    first_tokens[1] = -2
-    assert not loop.accept(first_tokens)
-    check(loop)
-    assert order.removal[0] not in loop.caches
-    loop.accept(loop.step().argmax(-1))
-    check(loop)
+    # The second row, the only one that keeps every block, ends at the next step, and with it the first block to go.
+    (end,) = {row[1] for row in law_model.decoder.generate(prefixes[1:2], top_k[1:2], counts[1:2], 2)}
+    monkeypatch.setattr(law_model.adapter, "end_token_ids", frozenset({end}))
+    loop.step()
+    assert 1 not in loop.alive
+    if loop.alive:
+        check(loop)
+        assert order.removal[0] not in loop.caches
+        loop.step()
+        check(loop)
 
 
 def test_a_block_that_every_row_skips_equals_a_model_without_it(
     law_model: ElasticModel, law_examples: list[Example]
 ) -> None:
-    space, hf = law_model.knob_space, law_model.adapter.model
+    space = law_model.knob_space
     for num_blocks in space.num_blocks:
-        removed = tuple(set(range(law_model.adapter.num_blocks)) - set(law_model.order.kept(num_blocks)))
+        removed = set(range(law_model.adapter.num_blocks)) - set(law_model.order.kept(num_blocks))
         knobs = [Knobs(space.tiers[0], law_model.trained_top_k, num_blocks)] * 2
-        embeddings = [embeddings_of(law_model, example, space.tiers[0]) for example in law_examples[:2]]
-        generated, logits = generate(law_model.decoder, law_model.decoder.prefix(embeddings), knobs, 3)
-        for prompt, tokens, found in zip(embeddings, generated, logits, strict=True):
-            fed = torch.cat([prompt, embed_ids(law_model, tokens[:-1])])
-            with torch.no_grad():
-                out = hf(inputs_embeds=fed[None], use_cache=False, removed_blocks=removed).logits[0]
-            assert_same(found, out[prompt.shape[0] - 1 :])
+        prompts = [prompt_of(law_model, example, space.tiers[0]) for example in law_examples[:2]]
+        generated, logits = generate(law_model.decoder, law_model.decoder.prefix(prompts), knobs, 3)
+        for prompt, tokens, found in zip(prompts, generated, logits, strict=True):
+            whole = reference_pass(law_model, prompt, embed_ids(law_model, tokens[:-1]), removed=removed)
+            assert_same(found, whole.logits[len(prompt.hidden) - 1 :])
 
 
-def naive_experts(model: ElasticModel, block: int, x: Tensor, top_k: int) -> Tensor:
-    """One token after the other, one expert after the other; `x` is `(tokens, d_model)`."""
-    mlp = model.adapter.model.model.transformer.blocks[block].mlp
-    out = torch.zeros_like(x)
-    for t, row in enumerate(x):
-        h = mlp.ff_norm.weight * row / torch.sqrt(row.pow(2).mean() + mlp.ff_norm.eps)
-        share = torch.softmax(mlp.gate.weight @ h, dim=0)
-        for expert in sorted(range(share.numel()), key=lambda e: -float(share[e]))[:top_k]:
-            gate, up = (mlp.experts.gate_up_proj[expert] @ h).chunk(2)
-            out[t] += share[expert] * (mlp.experts.down_proj[expert] @ (gate * torch.sigmoid(gate) * up))
-    return out
-
-
-def test_smaller_top_k_keeps_the_leading_weights_unscaled(law_model: ElasticModel) -> None:
+def test_smaller_top_k_keeps_the_leading_experts_as_the_family_was_trained(law_model: ElasticModel) -> None:
     space = law_model.knob_space
     x = random_tokens(law_model, len(space.top_ks), 4)
     for block in (0, law_model.adapter.num_blocks - 1):
@@ -280,18 +278,15 @@ def test_smaller_top_k_keeps_the_leading_weights_unscaled(law_model: ElasticMode
 
 
 def test_smaller_top_k_holds_behind_stage_2_only(law_model: ElasticModel, law_examples: list[Example]) -> None:
-    space, hf = law_model.knob_space, law_model.adapter.model
-    num_blocks = law_model.adapter.num_blocks
-    embeddings = embeddings_of(law_model, law_examples[2], space.tiers[0])
-    prefix = law_model.decoder.prefix([embeddings])
+    space, num_blocks = law_model.knob_space, law_model.adapter.num_blocks
+    prompt = prompt_of(law_model, law_examples[2], space.tiers[0])
+    prefix = law_model.decoder.prefix([prompt])
     for top_k in space.top_ks[:2]:
         per_block = [law_model.trained_top_k] * law_model.stage2_after
         per_block += [top_k] * (num_blocks - law_model.stage2_after)
         generated, logits = generate(law_model.decoder, prefix, [Knobs(space.tiers[0], top_k, num_blocks)], 3)
-        fed = torch.cat([embeddings, embed_ids(law_model, generated[0][:-1])])
-        with torch.no_grad():
-            out = hf(inputs_embeds=fed[None], use_cache=False, top_k_per_block=per_block).logits[0]
-        assert_same(logits[0], out[embeddings.shape[0] - 1 :])
+        whole = reference_pass(law_model, prompt, embed_ids(law_model, generated[0][:-1]), top_ks=per_block)
+        assert_same(logits[0], whole.logits[len(prompt.hidden) - 1 :])
 
 
 def with_stage2_after(model: ElasticModel, stage2_after: int) -> ElasticDecoder:
@@ -304,37 +299,34 @@ def test_latency_token_is_a_real_last_token(
     law_model: ElasticModel, law_examples: list[Example], stage2_after: int
 ) -> None:
     decoder, space = with_stage2_after(law_model, stage2_after), law_model.knob_space
-    embeddings = [embeddings_of(law_model, e, t) for e, t in zip(law_examples, space.tiers, strict=False)]
-    prefixes = decoder.prefix(embeddings)
+    prompts = [prompt_of(law_model, e, t) for e, t in zip(law_examples, space.tiers, strict=False)]
+    prefixes = decoder.prefix(prompts)
     groups = random_tokens(law_model, 6).split([2, 1, 3])
     outputs = decoder.latency_token(prefixes, groups).split([2, 1, 3])
-    for prompt, prefix, group, found in zip(embeddings, prefixes, groups, outputs, strict=True):
+    for prompt, prefix, group, found in zip(prompts, prefixes, groups, outputs, strict=True):
         for token, output in zip(group, found, strict=True):
-            with torch.no_grad():
-                states = law_model.adapter.model.model(
-                    inputs_embeds=torch.cat([prompt, token[None]])[None], use_cache=False, output_hidden_states=True
-                ).hidden_states
-            assert_same(output, states[stage2_after][0, -1])
+            state = reference_pass(law_model, prompt, token[None]).states[stage2_after - 1]
+            assert_same(output, state[-1])
             # The prompt's states are those behind which no token stood.
-            assert_same(prefix.hidden, states[stage2_after][0, :-1])
+            assert_same(prefix.hidden, state[:-1])
 
 
 @pytest.mark.parametrize("stage2_after", [1, 2])
 def test_latency_token_leaves_no_trace(law_model: ElasticModel, law_examples: list[Example], stage2_after: int) -> None:
     decoder, space = with_stage2_after(law_model, stage2_after), law_model.knob_space
-    knobs = [Knobs(t, space.top_ks[i % 2], space.num_blocks[-1 - i % 2]) for i, t in enumerate(space.tiers)]
-    embeddings = [embeddings_of(law_model, e, k.tier) for e, k in zip(law_examples, knobs, strict=False)]
+    knobs = [
+        Knobs(t, space.top_ks[i % len(space.top_ks)], space.num_blocks[-1 - i % 2]) for i, t in enumerate(space.tiers)
+    ]
+    embeddings = [prompt_of(law_model, e, k.tier) for e, k in zip(law_examples, knobs, strict=False)]
 
     def run(token: Tensor | None) -> tuple[list[Prefix], Tensor | None, list[Tensor], dict[int, tuple[Tensor, Tensor]]]:
         prefixes, output = decoder.prefix(embeddings), None
         if token is not None:
             output = decoder.latency_token(prefixes, [token[None]] * len(prefixes))
-        loop = _Generation(decoder, prefixes, [k.top_k for k in knobs], [k.num_blocks for k in knobs], 3)
+        loop = Generation(decoder, prefixes, [k.top_k for k in knobs], [k.num_blocks for k in knobs], 3)
         logits = []
-        for _ in range(3):
-            logits.append(loop.step())
-            if loop.accept(logits[-1].argmax(-1)):
-                break
+        while loop.alive:
+            logits.append(loop.step().clone())
         return prefixes, output, logits, {block: (c.keys, c.values) for block, c in loop.caches.items()}
 
     small, large = random_tokens(law_model, 2)
@@ -359,7 +351,7 @@ def test_latency_token_leaves_no_trace(law_model: ElasticModel, law_examples: li
 def test_stage_2_after_two_blocks_is_the_same_model(law_model: ElasticModel, law_examples: list[Example]) -> None:
     later, space = with_stage2_after(law_model, 2), law_model.knob_space
     num_blocks = law_model.adapter.num_blocks
-    embeddings = [embeddings_of(law_model, example, space.tiers[0]) for example in law_examples]
+    embeddings = [prompt_of(law_model, example, space.tiers[0]) for example in law_examples]
     full = [Knobs(space.tiers[0], law_model.trained_top_k, num_blocks)] * len(embeddings)
     _, expected = generate(law_model.decoder, law_model.decoder.prefix(embeddings), full, 3)
     _, found = generate(later, later.prefix(embeddings), full, 3)
@@ -369,10 +361,8 @@ def test_stage_2_after_two_blocks_is_the_same_model(law_model: ElasticModel, law
     top_k = space.top_ks[0]
     per_block = [law_model.trained_top_k] * 2 + [top_k] * (num_blocks - 2)
     _, found = generate(later, later.prefix(embeddings[:1]), [Knobs(space.tiers[0], top_k, num_blocks)], 1)
-    with torch.no_grad():
-        hf = law_model.adapter.model
-        out = hf(inputs_embeds=embeddings[0][None], use_cache=False, top_k_per_block=per_block).logits[0, -1]
-    assert_same(found[0][0], out)
+    nothing = embeddings[0].hidden[:0]
+    assert_same(found[0][0], reference_pass(law_model, embeddings[0], nothing, top_ks=per_block).logits[-1])
 
 
 def test_gradient_reaches_tokens_and_no_weight(law_model: ElasticModel, law_examples: list[Example]) -> None:
@@ -383,7 +373,7 @@ def test_gradient_reaches_tokens_and_no_weight(law_model: ElasticModel, law_exam
     output.square().sum().backward()
     assert tokens.grad is not None
     assert (tokens.grad.abs().sum(1) > 0).all()
-    assert all(p.grad is None and not p.requires_grad for p in law_model.adapter.model.parameters())
+    assert all(weight.grad is None and not weight.requires_grad for weight in weights_of(law_model))
 
     # One token's gradient is its own: a change of another token leaves it alone, and it is the numerical one.
     def loss(x: Tensor) -> Tensor:
@@ -400,20 +390,25 @@ def test_gradient_reaches_tokens_and_no_weight(law_model: ElasticModel, law_exam
     torch.testing.assert_close(numeric, gradient[0].norm(), rtol=2e-2, atol=1e-3)
 
 
-def test_tokens_are_reported_once_per_step(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
-    prefix = prefix_of(tiny_elastic, law_examples[0], "low")
-    seen: list[int] = []
-    generated, logits = tiny_elastic.decoder.generate([prefix], [4], [6], 4, on_token=seen.append)
-    assert seen == list(range(len(generated[0])))
-    assert logits == []
+def test_a_step_appends_a_token_to_every_row_that_is_alive(
+    tiny_elastic: ElasticModel, law_examples: list[Example]
+) -> None:
+    prefixes = [prefix_of(tiny_elastic, example, "low") for example in law_examples[:2]]
+    generation = Generation(tiny_elastic.decoder, prefixes, [4, 3], [6, 5], 4)
+    assert generation.alive == [0, 1]
+    while generation.alive:
+        alive, before = list(generation.alive), [len(row) for row in generation.generated]
+        logits = generation.step()
+        assert logits.shape[0] == len(alive)
+        for row in (0, 1):
+            assert len(generation.generated[row]) - before[row] == (row in alive)
+    assert generation.generated == tiny_elastic.decoder.generate(prefixes, [4, 3], [6, 5], 4)
 
 
 def test_one_token_alone_gets_what_it_gets_among_others(law_model: ElasticModel) -> None:
-    block = law_model.adapter.model.model.transformer.blocks[2].mlp
-    tokens = random_tokens(law_model, 5)
-    for top_k in range(1, law_model.adapter.num_experts + 1):
-        weights, experts = route(block.gate(tokens), top_k, tokens.dtype)
-        together = block.experts(tokens, weights, experts)
-        for token in range(len(tokens)):
+    tokens, adapter = random_tokens(law_model, 1, 5), law_model.adapter
+    for top_k in range(1, adapter.num_experts + 1):
+        together = adapter.mix_experts(2, tokens, top_k)
+        for token in range(tokens.shape[1]):
             part = slice(token, token + 1)
-            assert_same(block.experts(tokens[part], weights[part], experts[part]), together[part])
+            assert_same(adapter.mix_experts(2, tokens[:, part], top_k), together[:, part])

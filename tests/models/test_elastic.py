@@ -15,22 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from decoding import generate_with_logits
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from pacevlm.errors import CheckpointError, ConfigError, ImageError, KnobError, QuestionError
-from pacevlm.knobs import Knobs, KnobSpace
+from pacevlm.knobs import Compute, Knobs, KnobSpace
 from pacevlm.models.block_order import BlockOrder
-from pacevlm.models.elastic import (
-    ElasticModel,
-    RequestResult,
-    RequestView,
-    model_fingerprint,
-    write_elastic_settings,
-)
+from pacevlm.models.elastic import ElasticModel, model_fingerprint, write_elastic_settings
+from pacevlm.request.run import run_forced
+from pacevlm.request.stages import open_request
 from pacevlm.rollout.engine import RolloutEngine
-from pacevlm.types import Example
+from pacevlm.types import Answer, Example
 
 QUESTION = "Which number is the largest?"
 TINY_SPACE = KnobSpace(("low", "medium", "high"), (2, 3, 4), (3, 4, 5, 6))
@@ -56,9 +52,8 @@ def test_sizes_are_known_before_encoding(law_model: ElasticModel, law_examples: 
         assert view.question_embedding.isfinite().all()
         prompt = law_model.adapter.encode_question(example.question)
         for tier, sizes in zip(law_model.knob_space.tiers, view.sizes.vision, strict=True):
-            prepared = law_model.adapter.prepare(example.image, prompt, law_model.max_crops[tier])
+            prepared = law_model.adapter.prepare(example.image, prompt, law_model.vision_budgets[tier])
             assert prepared.vision_sizes == sizes
-            assert prepared.num_text_tokens == view.sizes.num_text_tokens
             assert prepared.input_ids.shape[0] == sizes.num_image_tokens + view.sizes.num_text_tokens
 
 
@@ -83,12 +78,11 @@ def test_a_request_reports_what_it_ran_and_its_stages_add_up(
     law_model: ElasticModel, law_examples: list[Example]
 ) -> None:
     for example, knobs in zip(law_examples, corner_knobs(law_model.knob_space), strict=False):
-        result = law_model.run_static(example.image, example.question, knobs)
+        result = run_forced(law_model, example.image, example.question, knobs)
         sizes = law_model.view(example.image, example.question).sizes
         vision = sizes.vision[law_model.knob_space.tiers.index(knobs.tier)]
         assert result.knobs == knobs
-        assert (result.num_crops, result.num_image_tokens) == (vision.num_crops, vision.num_image_tokens)
-        assert (result.num_text_tokens, result.num_pixels) == (sizes.num_text_tokens, sizes.num_pixels)
+        assert (result.sizes, result.vision) == (sizes, vision)
         assert 1 <= result.num_output_tokens == len(result.token_ids) <= law_model.max_new_tokens
         assert result.answer == law_model.adapter.decode(result.token_ids)
 
@@ -105,30 +99,20 @@ def test_a_request_answers_as_the_engine_does(law_model: ElasticModel, law_examp
     jobs = [(example, knobs) for example in law_examples[:3] for knobs in corner_knobs(law_model.knob_space)]
     outcomes = RolloutEngine(law_model).run(jobs)
     for (example, knobs), outcome in zip(jobs, outcomes, strict=True):
-        result = law_model.run_static(example.image, example.question, knobs)
+        result = run_forced(law_model, example.image, example.question, knobs)
         assert (outcome.answer, outcome.num_output_tokens) == (result.answer, result.num_output_tokens)
-        assert outcome.num_prompt_tokens == result.num_image_tokens + result.num_text_tokens
+        assert outcome.num_prompt_tokens == result.vision.num_image_tokens + result.sizes.num_text_tokens
 
 
 def test_stages_see_what_they_may(law_model: ElasticModel, law_examples: list[Example]) -> None:
     example, space = law_examples[1], law_model.knob_space
     token = torch.randn(law_model.d_model, generator=torch.Generator().manual_seed(0))
-    seen: list[Any] = []
-
-    def choose_tier(view: RequestView) -> str:
-        seen.append(view)
-        return space.tiers[-1]
-
-    def choose_compute(tier: str, output: Tensor | None) -> tuple[int, int]:
-        seen.append((tier, output))
-        return space.top_ks[0], space.num_blocks[0]
-
-    result = law_model.run_request(
-        example.image, example.question, choose_tier=choose_tier, choose_compute=choose_compute, latency_token=token
-    )
-    view, (tier, output) = seen
+    with open_request(law_model, example.image, example.question) as request:
+        view, tier = request.view, space.tiers[-1]
+        output = request.encode(tier, token)
+        result = request.finish(Compute(space.top_ks[0], space.num_blocks[0]))
+    assert output is not None
     assert view.sizes == law_model.view(example.image, example.question).sizes
-    assert tier == space.tiers[-1]
     expected = RolloutEngine(law_model).latency_token_outputs([example], [tier], token[None])
     assert output.device == expected.device == law_model.adapter.device
     torch.testing.assert_close(output, expected[0], atol=1e-5, rtol=1e-5)
@@ -139,24 +123,21 @@ def test_the_budget_changes_no_answer(tiny_elastic: ElasticModel, law_examples: 
     generator = torch.Generator().manual_seed(0)
     tokens = [None, *(scale * torch.randn(tiny_elastic.d_model, generator=generator) for scale in (0.1, 1.0, 100.0))]
     for example, knobs in zip(law_examples, corner_knobs(tiny_elastic.knob_space), strict=False):
-        results = [
-            tiny_elastic.run_request(
-                example.image,
-                example.question,
-                choose_tier=lambda _, knobs=knobs: knobs.tier,
-                choose_compute=lambda *_, knobs=knobs: (knobs.top_k, knobs.num_blocks),
-                latency_token=token,
-            )
-            for token in tokens
-        ]
-        assert len({result.token_ids for result in results}) == 1
+        answers = set()
+        for token in tokens:
+            with open_request(tiny_elastic, example.image, example.question) as request:
+                request.encode(knobs.tier, token)
+                answers.add(request.finish(knobs.compute).token_ids)
+        assert len(answers) == 1
 
 
 def test_outside_choices_are_refused(tiny_elastic: ElasticModel) -> None:
     image = picture(24, 24)
 
-    def run(tier: str, pair: tuple[int, int]) -> None:
-        tiny_elastic.run_request(image, QUESTION, choose_tier=lambda _: tier, choose_compute=lambda *_: pair)
+    def run(tier: str, compute: tuple[int, int]) -> None:
+        with open_request(tiny_elastic, image, QUESTION) as request:
+            request.encode(tier)
+            request.finish(Compute(*compute))
 
     with pytest.raises(KnobError, match="huge"):
         run("huge", (4, 6))
@@ -165,26 +146,22 @@ def test_outside_choices_are_refused(tiny_elastic: ElasticModel) -> None:
     with pytest.raises(KnobError, match="num_blocks"):
         run("low", (4, 2))
     with pytest.raises(KnobError):
-        tiny_elastic.run_static(image, QUESTION, Knobs("low", 8, 16))
+        run_forced(tiny_elastic, image, QUESTION, Knobs("low", 8, 16))
 
 
 @pytest.mark.parametrize("limit", [1, 2])
 def test_answers_can_be_cut(tiny_elastic: ElasticModel, limit: int) -> None:
-    whole = tiny_elastic.run_static(picture(24, 24), QUESTION, TINY_SPACE.full)
-    cut = tiny_elastic.run_static(picture(24, 24), QUESTION, TINY_SPACE.full, max_new_tokens=limit)
+    whole = run_forced(tiny_elastic, picture(24, 24), QUESTION, TINY_SPACE.full)
+    cut = run_forced(tiny_elastic, picture(24, 24), QUESTION, TINY_SPACE.full, max_new_tokens=limit)
     assert cut.token_ids == whole.token_ids[:limit]
     assert len(cut.times.decode_ms) == limit - 1
 
 
 def test_answers_can_be_made_any_length(tiny_elastic: ElasticModel) -> None:
-    def run(num_output_tokens: int | None) -> RequestResult:
-        return tiny_elastic.run_request(
-            picture(24, 24),
-            QUESTION,
-            choose_tier=lambda _: "low",
-            choose_compute=lambda *_: (TINY_SPACE.full.top_k, TINY_SPACE.full.num_blocks),
-            num_output_tokens=num_output_tokens,
-        )
+    def run(num_output_tokens: int | None) -> Answer:
+        with open_request(tiny_elastic, picture(24, 24), QUESTION, num_output_tokens=num_output_tokens) as request:
+            request.encode("low")
+            return request.finish(TINY_SPACE.full.compute)
 
     own = run(None)
     for length in (1, own.num_output_tokens, own.num_output_tokens + 3, 12):
@@ -200,7 +177,7 @@ def test_answers_can_be_made_any_length(tiny_elastic: ElasticModel) -> None:
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True])
 def test_a_senseless_answer_length_is_refused(tiny_elastic: ElasticModel, limit: Any) -> None:
     with pytest.raises(ConfigError, match="max_new_tokens"):
-        tiny_elastic.run_static(picture(24, 24), QUESTION, TINY_SPACE.full, max_new_tokens=limit)
+        run_forced(tiny_elastic, picture(24, 24), QUESTION, TINY_SPACE.full, max_new_tokens=limit)
 
 
 # Bad and unusual input
@@ -209,7 +186,7 @@ def test_a_senseless_answer_length_is_refused(tiny_elastic: ElasticModel, limit:
 @pytest.mark.parametrize("question", ["", "   \n\t ", "x" * 100_000, "word " * 20_000, "\ud800", None, 7, b"bytes"])
 def test_unusable_questions_are_refused(tiny_elastic: ElasticModel, question: Any) -> None:
     with pytest.raises(QuestionError):
-        tiny_elastic.run_static(picture(24, 24), question, TINY_SPACE.full)
+        run_forced(tiny_elastic, picture(24, 24), question, TINY_SPACE.full)
     with pytest.raises(QuestionError):
         tiny_elastic.view(picture(24, 24), question)
 
@@ -219,7 +196,7 @@ def test_unusable_questions_are_refused(tiny_elastic: ElasticModel, question: An
 )
 def test_unusual_questions_are_answered(tiny_elastic: ElasticModel, question: str) -> None:
     image = picture(40, 40)
-    result = tiny_elastic.run_static(image, question, TINY_SPACE.full)
+    result = run_forced(tiny_elastic, image, question, TINY_SPACE.full)
     outcome = RolloutEngine(tiny_elastic).run([(Example("q", image, question, ("",)), TINY_SPACE.full)])[0]
     assert (result.answer, result.num_output_tokens) == (outcome.answer, outcome.num_output_tokens)
 
@@ -229,9 +206,9 @@ def test_a_prompt_longer_than_the_model_is_refused_whatever_the_tier(
 ) -> None:
     question = "7" * 100
     with pytest.raises(QuestionError, match="256 positions"):
-        tiny_elastic.run_static(picture(90, 90), question, TINY_SPACE.cheapest, max_new_tokens=200)
+        run_forced(tiny_elastic, picture(90, 90), question, TINY_SPACE.cheapest, max_new_tokens=200)
     long_answers = ElasticModel.from_pretrained(tiny_elastic_dir, max_new_tokens=200)
-    for run in (long_answers.view, lambda *request: long_answers.run_static(*request, TINY_SPACE.cheapest)):
+    for run in (long_answers.view, lambda *request: run_forced(long_answers, *request, TINY_SPACE.cheapest)):
         with pytest.raises(QuestionError, match="256 positions"):
             run(picture(90, 90), question)
     assert long_answers.view(picture(90, 90), "7").sizes.num_text_tokens < 20
@@ -265,7 +242,7 @@ def bad_images() -> dict[str, Any]:
 @pytest.mark.parametrize("name", bad_images())
 def test_unusable_images_are_refused(tiny_elastic: ElasticModel, name: str) -> None:
     with pytest.raises(ImageError, match="more than the 100,000,000" if name == "huge" else None):
-        tiny_elastic.run_static(bad_images()[name], QUESTION, TINY_SPACE.full)
+        run_forced(tiny_elastic, bad_images()[name], QUESTION, TINY_SPACE.full)
 
 
 def test_every_kind_of_file_gives_the_answer_of_its_pixels(tiny_elastic: ElasticModel, tmp_path: Path) -> None:
@@ -289,21 +266,21 @@ def test_every_kind_of_file_gives_the_answer_of_its_pixels(tiny_elastic: Elastic
         if pixels is None:
             with Image.open(io.BytesIO(source)) as opened:
                 pixels = opened.convert("RGB")
-        found = tiny_elastic.run_static(source, QUESTION, TINY_SPACE.full)
-        assert found.token_ids == tiny_elastic.run_static(pixels, QUESTION, TINY_SPACE.full).token_ids
-        assert found.num_pixels == pixels.width * pixels.height
+        found = run_forced(tiny_elastic, source, QUESTION, TINY_SPACE.full)
+        assert found.token_ids == run_forced(tiny_elastic, pixels, QUESTION, TINY_SPACE.full).token_ids
+        assert found.sizes.num_pixels == pixels.width * pixels.height
 
 
 def test_flat_pictures_give_finite_logits(law_model: ElasticModel) -> None:
     for value in (0, 127, 255):
         image = Image.new("RGB", (64, 48), (value,) * 3)
         prompt = law_model.adapter.encode_question(QUESTION)
-        for tier, limit in law_model.max_crops.items():
+        for tier, limit in law_model.vision_budgets.items():
             prepared = law_model.adapter.prepare(image, prompt, limit)
             features = law_model.adapter.encode_vision([prepared])[0]
             prefix = law_model.decoder.prefix([law_model.adapter.embed(prepared, features)])
-            top_k, num_blocks = law_model.knob_space.pair(0)
-            _, logits = law_model.decoder.generate(prefix, [top_k], [num_blocks], 2, keep_logits=True)
+            top_k, num_blocks = law_model.knob_space.compute(0)
+            _, logits = generate_with_logits(law_model.decoder, prefix, [top_k], [num_blocks], 2)
             assert all(step.isfinite().all() for step in logits), tier
 
 
@@ -312,17 +289,13 @@ def test_half_precision_answers(tiny_elastic_dir: Path, tiny_elastic: ElasticMod
     assert half.dtype == torch.bfloat16
     assert half.identity != tiny_elastic.identity
     token = torch.randn(half.d_model, generator=torch.Generator().manual_seed(0))
-    outputs: list[Tensor] = []
-
-    def choose_compute(_: str, output: Tensor | None) -> tuple[int, int]:
-        assert output is not None
-        outputs.append(output)
-        return 3, 5
-
+    outputs = []
     for model in (half, tiny_elastic):
-        model.run_request(
-            picture(60, 40), QUESTION, choose_tier=lambda _: "high", choose_compute=choose_compute, latency_token=token
-        )
+        with open_request(model, picture(60, 40), QUESTION) as request:
+            output = request.encode("high", token)
+            assert output is not None
+            outputs.append(output)
+            request.finish(Compute(3, 5))
     torch.testing.assert_close(outputs[0].float(), outputs[1], atol=0.1, rtol=0.1)
 
 
@@ -356,10 +329,10 @@ def test_values_that_the_model_lacks_are_refused(tiny_elastic_dir: Path) -> None
     with pytest.raises(ConfigError, match="policy"):
         load(policy="best")
     for limits in ({"low": 0, "high": 4}, {"low": 1, "high": 2.5}):
-        with pytest.raises(ConfigError, match="crop limit"):
-            load(max_crops=limits)
-    with pytest.raises(KnobError, match="no crop limit"):
-        load(max_crops={})
+        with pytest.raises(ConfigError, match="vision budget"):
+            load(vision_budgets=limits)
+    with pytest.raises(ConfigError, match="one number for each of the tiers"):
+        load(vision_budgets=(1, 2, 3))
     with pytest.raises(ConfigError, match="max_new_tokens"):
         load(max_new_tokens=0)
 
@@ -367,14 +340,14 @@ def test_values_that_the_model_lacks_are_refused(tiny_elastic_dir: Path) -> None
 def test_an_order_of_another_model_is_refused(tiny_elastic: ElasticModel) -> None:
     with pytest.raises(KnobError, match="16 blocks"):
         ElasticModel(
-            tiny_elastic.adapter, TINY_SPACE, tiny_elastic.max_crops, BlockOrder(16, tuple(range(15, 1, -1))), "x"
+            tiny_elastic.adapter, TINY_SPACE, tiny_elastic.vision_budgets, BlockOrder(16, tuple(range(15, 1, -1))), "x"
         )
 
 
 def test_settings_come_from_the_checkpoint(tiny_elastic: ElasticModel) -> None:
     assert tiny_elastic.knob_space == TINY_SPACE
     assert tiny_elastic.order.removal == (4, 2, 3)
-    assert tiny_elastic.max_crops == {"low": 1, "medium": 2, "high": 4}
+    assert tiny_elastic.vision_budgets == {"low": 1, "medium": 2, "high": 4}
     assert tiny_elastic.max_new_tokens == 6
     assert tiny_elastic.trained_top_k == 4
 
@@ -383,8 +356,8 @@ def test_a_checkpoint_without_a_measured_order_says_what_to_do(checkpoint: Path)
     (checkpoint / "elastic.json").unlink()
     limits = {"low": 1, "medium": 2, "high": 4}
     with pytest.raises(CheckpointError, match=r"importance.*prefix"):
-        ElasticModel.from_pretrained(checkpoint, knob_space=TINY_SPACE, max_crops=limits)
-    model = ElasticModel.from_pretrained(checkpoint, knob_space=TINY_SPACE, max_crops=limits, policy="prefix")
+        ElasticModel.from_pretrained(checkpoint, knob_space=TINY_SPACE, vision_budgets=limits)
+    model = ElasticModel.from_pretrained(checkpoint, knob_space=TINY_SPACE, vision_budgets=limits, policy="prefix")
     assert model.order.kept(3) == (0, 1, 2)
 
 
@@ -405,7 +378,7 @@ def test_identity_names_weights_and_settings(
     assert same == tiny_elastic.identity  # wherever the files are
     others = {
         "dtype": load(dtype=torch.bfloat16),
-        "tiers": load(max_crops={"low": 1, "medium": 3, "high": 4}),
+        "tiers": load(vision_budgets={"low": 1, "medium": 3, "high": 4}),
         "order": load(policy="prefix"),
         "stage2_after": load(stage2_after=2),
         "answer length": load(max_new_tokens=5),

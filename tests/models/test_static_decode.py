@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from decoding import generate_with_logits
 from torch import Tensor
 
 from pacevlm.errors import ConfigError
@@ -24,7 +25,7 @@ def prefixes_of(model: ElasticModel, examples: list[Example], tiers: tuple[str, 
     prefixes = []
     for example, tier in itertools.product(examples, tiers):
         prompt = model.adapter.encode_question(example.question)
-        prepared = model.adapter.prepare(example.image, prompt, model.max_crops[tier])
+        prepared = model.adapter.prepare(example.image, prompt, model.vision_budgets[tier])
         embeddings = model.adapter.embed(prepared, model.adapter.encode_vision([prepared])[0])
         prefixes += model.decoder.prefix([embeddings])
     return prefixes
@@ -32,7 +33,7 @@ def prefixes_of(model: ElasticModel, examples: list[Example], tiers: tuple[str, 
 
 def generate(decoder: ElasticDecoder, prefix: Prefix, knobs: Knobs) -> tuple[list[int], Tensor]:
     """Tokens, and logits of every step `(steps, vocabulary)`."""
-    generated, logits = decoder.generate([prefix], [knobs.top_k], [knobs.num_blocks], STEPS, keep_logits=True)
+    generated, logits = generate_with_logits(decoder, [prefix], [knobs.top_k], [knobs.num_blocks], STEPS)
     return generated[0], torch.cat(logits)
 
 
@@ -47,7 +48,7 @@ def test_static_steps_are_the_loops_steps(
 ) -> None:
     # Short and long prompts in turn on the same buffers: what one leaves behind must not reach another.
     monkeypatch.setattr(static_decode, "CAPACITY_STEP", 16)
-    monkeypatch.setattr(law_model.adapter, "eos_token_id", -1)
+    monkeypatch.setattr(law_model.adapter, "end_token_ids", frozenset({-1}))
     space, decoder = law_model.knob_space, with_static_steps(law_model)
     prefixes = prefixes_of(law_model, law_examples[:3], (space.tiers[-1], space.tiers[0]))
     assert len({prefix.num_tokens for prefix in prefixes}) > 2
@@ -74,7 +75,7 @@ def test_several_rows_run_in_the_loop(tiny_elastic: ElasticModel, law_examples: 
     decoder, full = with_static_steps(tiny_elastic), tiny_elastic.knob_space.full
     prefixes = prefixes_of(tiny_elastic, law_examples[:2], ("high",))
     arguments = (prefixes, [full.top_k] * 2, [full.num_blocks] * 2, STEPS)
-    assert decoder.generate(*arguments)[0] == tiny_elastic.decoder.generate(*arguments)[0]
+    assert decoder.generate(*arguments) == tiny_elastic.decoder.generate(*arguments)
     assert decoder.static is not None
     assert not decoder.static._caches
 

@@ -23,6 +23,7 @@ from pacevlm.files import read_jsonl
 from pacevlm.pipeline import STEPS, RunConfig, run_pipeline
 from pacevlm.pipeline.artefacts import PARTIAL_NAMES
 from pacevlm.pipeline.step_log import StepLog
+from pacevlm.request.run import run_forced
 from pacevlm.training.grpo import GRPOConfig
 from pacevlm.training.train_config import TrainConfig
 from pacevlm.types import Example, pixel_digest
@@ -78,7 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_elastic_dir: Path) -
     shutil.copytree(tiny_elastic_dir, folder / "model")
     config = RunConfig(
         run_dir=folder / "run",
-        model=ModelConfig(path=str(folder / "model"), max_new_tokens=2, max_crops=(1, 1, 2)),
+        model=ModelConfig(path=str(folder / "model"), max_new_tokens=2, vision_budgets=(1, 1, 2)),
         data=DataConfig(dataset=str(write_data(folder / "data")), num_train=24, num_val=6, num_test=6),
         profile=ProfileConfig(num_requests=4, num_samples=24, repeats=1, max_warmup=1, num_lengths=24, alpha=0.3),
         lookup=LookupConfig(num_examples=3),
@@ -180,7 +181,7 @@ def test_answers_about_an_overwritten_picture_are_not_served(copied: RunConfig) 
         for knobs in (run.model.knob_space.full, run.model.knob_space.cheapest):
             stored = run.engine.store.get(e.content_id, knobs)
             assert stored is not None
-            assert stored.answer == run.model.run_static(new, e.question, knobs).answer
+            assert stored.answer == run_forced(run.model, new, e.question, knobs).answer
 
 
 def test_another_metric_is_another_setting_and_answers_stay(copied: RunConfig) -> None:

@@ -26,6 +26,7 @@ from pacevlm.errors import (
 from pacevlm.knobs import Knobs
 from pacevlm.latency.measuring import use_num_threads
 from pacevlm.models.elastic import ElasticModel
+from pacevlm.request.run import run_forced
 from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.rollout.outcome_store import OutcomeStore, StoredAnswer
 from pacevlm.types import Example, Outcome
@@ -50,18 +51,18 @@ def jobs_of(model: ElasticModel, examples: list[Example], num_jobs: int = 24) ->
 
 def naive(model: ElasticModel, job: Job) -> Outcome:
     example, knobs = job
-    result = model.run_static(example.image, example.question, knobs)
-    num_prompt_tokens = result.num_image_tokens + result.num_text_tokens
+    result = run_forced(model, example.image, example.question, knobs)
+    num_prompt_tokens = result.vision.num_image_tokens + result.sizes.num_text_tokens
     accuracy = LENGTHS(result.answer, example)
     return Outcome(example.example_id, knobs, result.answer, accuracy, num_prompt_tokens, result.num_output_tokens)
 
 
 def end_some_answers_early(model: ElasticModel, jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the most frequent later token end an answer, as end-of-text does in a trained model."""
-    monkeypatch.setattr(model.adapter, "eos_token_id", -1)
-    results = [model.run_static(e.image, e.question, k).token_ids[1:] for e, k in jobs[:8]]
+    monkeypatch.setattr(model.adapter, "end_token_ids", frozenset({-1}))
+    results = [run_forced(model, e.image, e.question, k).token_ids[1:] for e, k in jobs[:8]]
     tokens = [token for row in results for token in row]
-    monkeypatch.setattr(model.adapter, "eos_token_id", max(sorted(set(tokens)), key=tokens.count))
+    monkeypatch.setattr(model.adapter, "end_token_ids", frozenset({max(sorted(set(tokens)), key=tokens.count)}))
 
 
 def test_rollouts_are_naive_runs(
@@ -323,7 +324,7 @@ def test_what_is_known_belongs_to_picture_and_question(
     law_examples[2].image.save(path)  # another picture in the same place, and with the same id
     for other in (dataclasses.replace(example), dataclasses.replace(example, question="2?")):
         num_run = engine.num_run
-        naive_result = tiny_elastic.run_static(other.image, other.question, knobs)
+        naive_result = run_forced(tiny_elastic, other.image, other.question, knobs)
         assert engine.run([(other, knobs)])[0].answer == naive_result.answer
         assert engine.num_run == num_run + 1
         assert engine.view(other).sizes == tiny_elastic.view(other.source, other.question).sizes
@@ -361,7 +362,7 @@ def test_latency_tokens_together_are_latency_tokens_alone(
         token = tokens[i : i + 1].detach().to(law_model.device).requires_grad_()
         # Not through the engine: request by request, as `run_request` does it.
         prompt = law_model.adapter.encode_question(example.question)
-        prepared = law_model.adapter.prepare(example.image, prompt, law_model.max_crops[tier])
+        prepared = law_model.adapter.prepare(example.image, prompt, law_model.vision_budgets[tier])
         features = law_model.adapter.encode_vision([prepared])[0]
         prefix = law_model.decoder.prefix([law_model.adapter.embed(prepared, features)])
         alone = law_model.decoder.latency_token(prefix, [token])

@@ -23,10 +23,10 @@ from pacevlm.latency.picture_fit import READ_TERMS, PictureFit
 from pacevlm.latency.profile import DeviceFacts
 from pacevlm.latency.stage_fit import StageFit
 from pacevlm.latency.stage_terms import STAGE_TERMS
-from pacevlm.models.elastic import RequestView
+from pacevlm.request.pacing import Pacing
 from pacevlm.training.train_config import TrainConfig
 from pacevlm.training.trainer import Trainer
-from pacevlm.types import Example, Outcome, RequestSizes, VisionSizes
+from pacevlm.types import Example, Outcome, RequestSizes, RequestView, VisionSizes
 
 MODEL = "synthetic"
 SPACE = KnobSpace()
@@ -141,9 +141,11 @@ def make_trainer(
     arguments: dict[str, Any] = {
         "controller": controller,
         "engine": SyntheticEngine(),
-        "estimator": estimator,
-        "guardrail": Guardrail(estimator, "none", {"e2e": calibration, "ttft": calibration}, calibration),
-        "output_length": OutputLengthModel(MODEL, (0.0,) * D_MODEL, None, float(USUAL_TOKENS), 0, 8, 0.1),
+        "pacing": Pacing(
+            Guardrail(estimator, "none", {"e2e": calibration, "ttft": calibration}, calibration),
+            OutputLengthModel(MODEL, (0.0,) * D_MODEL, None, float(USUAL_TOKENS), 0, 8, 0.1),
+            8,
+        ),
         "dataset": make_dataset() if dataset is None else dataset,
         "config": TrainConfig(**{"run_dir": run_dir, "steps": 6, "batch_size": 8, "lr": 1e-2, **settings}),
         "reference_ms": full_p50_ms,

@@ -112,7 +112,7 @@ def test_pair_logits_follow_the_order_of_the_knob_space():
     logits = pair_logits(top_k, num_blocks, pairwise)
     assert logits.shape == (1, space.num_stage2)
     for index in range(space.num_stage2):
-        k, n = space.pair(index)
+        k, n = space.compute(index)
         row, column = space.top_ks.index(k), space.num_blocks.index(n)
         expected = top_k[0, row] + num_blocks[0, column] + pairwise[row, column]
         torch.testing.assert_close(logits[0, index], expected)

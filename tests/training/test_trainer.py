@@ -88,7 +88,7 @@ def test_masked_knobs_are_never_sampled(synthetic: ModuleType, tmp_path: Path) -
     for step in range(4):
         examples = [trainer.dataset[index] for index in draw_examples(24, config, step)]
         budgets_ms = draw_budgets_ms(trainer.reference_ms, config, step)
-        pairs = build_pairs(examples, budgets_ms, engine, trainer.guardrail, trainer.output_length, config)
+        pairs = build_pairs(examples, budgets_ms, engine, trainer.pacing, config)
         features = controller.stage1_features(pairs.requests)
         actions = sample_knobs(controller, engine, pairs, features, config, step)
         rows = torch.arange(len(pairs.mask)).unsqueeze(1)
@@ -105,7 +105,7 @@ def test_masked_knobs_are_never_sampled(synthetic: ModuleType, tmp_path: Path) -
 
 def test_tightened_bounds_are_those_of_smaller_budgets(synthetic: ModuleType, tmp_path: Path) -> None:
     trainer = synthetic.make_trainer(tmp_path)
-    examples, parts = trainer.dataset[:4], (trainer.engine, trainer.guardrail, trainer.output_length)
+    examples, parts = trainer.dataset[:4], (trainer.engine, trainer.pacing)
     budgets_ms = np.tile(np.linspace(40.0, 160.0, 4), (4, 1))
     plain = build_pairs(examples, budgets_ms, *parts, trainer.config)
     config = dataclasses.replace(trainer.config, max_tightening=1.5)
@@ -210,13 +210,13 @@ def test_the_policy_learns_to_answer_within_the_budget(synthetic: ModuleType, tm
     # Requests that it has not met in this combination: an even grid of budgets.
     budgets_ms = np.tile(np.linspace(0.3, 1.1, 9) * trainer.reference_ms, (12, 1))
     examples = synthetic.make_dataset(12)
-    pairs = build_pairs(examples, budgets_ms, trainer.engine, trainer.guardrail, trainer.output_length, trainer.config)
+    pairs = build_pairs(examples, budgets_ms, trainer.engine, trainer.pacing, trainer.config)
     policy = ControllerPolicy(trainer.controller)
     space = trainer.controller.knob_space
     chosen, random, best = [], [], []
     for example, request in zip(pairs.examples, pairs.requests, strict=True):
         tier = policy.choose_tier(request)
-        output = trainer.engine.latency_token_outputs([example], [tier], policy.latency_token(request.budget_ms)[None])
+        output = trainer.engine.latency_token_outputs([example], [tier], policy.latency_token(request)[None])
         knobs = Knobs(tier, *policy.choose_compute(request, tier, output[0]))
         feasible = [synthetic.accuracy_of(example, k) for k in space if request.feasible.reshape(-1)[space.index(k)]]
         chosen.append(synthetic.accuracy_of(example, knobs))
@@ -434,13 +434,10 @@ def test_parts_of_different_models_are_refused(synthetic: ModuleType, tmp_path: 
     other_engine = synthetic.SyntheticEngine()
     other_engine.store.model_identity = "other"
     other_estimator = dataclasses.replace(trainer.estimator, trained_top_k=7)
-    other_guardrail = dataclasses.replace(trainer.guardrail, estimator=other_estimator)
-    other_length = dataclasses.replace(trainer.output_length, model_identity="other")
+    other_guardrail = dataclasses.replace(trainer.pacing.guardrail, estimator=other_estimator)
     for parts, named in (
         ({"engine": other_engine}, "different models"),
-        ({"output_length": other_length}, "different models"),
-        ({"estimator": other_estimator}, "different estimators"),
-        ({"guardrail": other_guardrail}, "different estimators"),
+        ({"pacing": dataclasses.replace(trainer.pacing, guardrail=other_guardrail)}, "different estimators"),
     ):
         with pytest.raises(IdentityError, match=named):
             synthetic.make_trainer(tmp_path, parts=parts)

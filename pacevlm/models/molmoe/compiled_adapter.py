@@ -8,6 +8,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from pacevlm.models.adapter import EmbeddedPrompt
 from pacevlm.models.molmoe import MolmoEForConditionalGeneration, cpu_kernels
 from pacevlm.models.molmoe.adapter import MolmoEAdapter
 from pacevlm.models.molmoe.compiled_block import CompiledBlock, CompiledDecode
@@ -18,6 +19,8 @@ from pacevlm.models.molmoe.processing import MolmoEProcessor, PreparedRequest
 class CompiledMolmoEAdapter(MolmoEAdapter):
     """`MolmoEAdapter` with compiled loops; its results are equal but for rounding."""
 
+    compiled = True
+
     def __init__(self, model: MolmoEForConditionalGeneration, processor: MolmoEProcessor) -> None:
         super().__init__(model, processor)
         self.blocks = [CompiledBlock(block) for block in self.blocks]
@@ -26,10 +29,12 @@ class CompiledMolmoEAdapter(MolmoEAdapter):
         self._new_embedding = as_floats(embeddings.new_embedding.detach())
         self._final_norm, self._eps = as_floats(final_norm.weight.detach()), np.float32(final_norm.eps)
 
-    def embed(self, request: PreparedRequest, features: Tensor) -> Tensor:
+    def embed(self, request: PreparedRequest, features: Tensor) -> EmbeddedPrompt:
         """See `Adapter`."""
         places = cast(Tensor, request.image_input_idx)
-        return cpu_kernels.embed(request.input_ids, self._embedding, self._new_embedding, features, places)
+        return EmbeddedPrompt(
+            cpu_kernels.embed(request.input_ids, self._embedding, self._new_embedding, features, places)
+        )
 
     def row_decode(self, num_tokens: int) -> CompiledDecode | None:
         """See `Adapter`."""

@@ -40,7 +40,7 @@ class CompiledBlock:
         self.ff_norm, self.gate = as_floats(block.ff_norm), as_floats(block.gate)
         self.gate_up_proj, self.down_proj = as_floats(block.gate_up_proj), as_floats(block.down_proj)
         self.is_small = self.att_proj.size <= ONE_CORE_WEIGHTS
-        self.attend, self.project_out = block.attend, block.project_out
+        self.attend = block.attend
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """See `MolmoEAttention.project`."""

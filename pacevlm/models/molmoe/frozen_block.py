@@ -85,12 +85,7 @@ class FrozenBlock:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """See `MolmoEAttention.attend`."""
         gqa = q.shape[1] != k.shape[1]
-        return self.project_out(
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
-        )
-
-    def project_out(self, mixed: Tensor) -> Tensor:
-        """Output projection of mixed heads, `(batch, heads, tokens, head_dim)` to `(batch, tokens, d_model)`."""
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
         return F.linear(mixed.transpose(1, 2).flatten(2), self.attn_out)
 
     def mix_experts(self, x: Tensor, top_k: int | Tensor) -> Tensor:

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from pacevlm.errors import CheckpointError, ConfigError
-from pacevlm.files import read_json
 from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.adapter import MolmoEAdapter
 from pacevlm.models.molmoe.processing import MolmoEProcessor
@@ -23,18 +21,6 @@ def load_molmoe(folder: Path, device: torch.device, dtype: torch.dtype) -> Molmo
     Raises:
         CheckpointError: a file is missing, truncated, corrupt, of another model, or lacks tensors.
     """
-    config = read_json(folder / "config.json", "model configuration", CheckpointError)
-    if not isinstance(config, dict) or config.get("model_type") != MolmoEConfig.model_type:
-        kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(
-            f"{folder / 'config.json'} describes a model of type {kind!r}; pacevlm runs {MolmoEConfig.model_type!r}"
-        )
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(str(file), "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is truncated or corrupt ({error}); copy it again") from error
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

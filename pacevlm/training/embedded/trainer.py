@@ -301,6 +301,6 @@ class EmbeddedTrainer:
         exported = MolmoEForConditionalGeneration(MolmoEConfig(**{**settings, "dtype": "float16"}))
         exported.save_pretrained(temporary, state_dict=weights)
         self.processor.save_pretrained(temporary)
-        write_elastic_settings(temporary, max_crops=EMBEDDED_MAX_CROPS, max_new_tokens=MAX_NEW_TOKENS)
+        write_elastic_settings(temporary, vision_budgets=EMBEDDED_MAX_CROPS, max_new_tokens=MAX_NEW_TOKENS)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)

@@ -7,20 +7,21 @@ import time
 import pytest
 import torch
 
-from pacevlm.models.stage_clock import StageClock
+from pacevlm.request.clock import StageClock
+from pacevlm.types import StageTimes
 
 
 def test_spans_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     clock = StageClock(torch.device("cpu"))
-    for seconds in (0.5, 0.25, 2.0):
+    stages = ("read_ms", "prepare_ms", "stage1_ms", "prepare_ms", "prefill_ms", "decode_ms", "decode_ms")
+    for seconds, stage in zip((0.5, 0.25, 2.0, 0.5, 4.0, 1.0, 1.5), stages, strict=True):
         now[0] += seconds
-        clock.mark()
+        clock.mark(stage)
     now[0] += 0.125
-    spans_ms, e2e_ms = clock.finish()
-    assert spans_ms == [500.0, 250.0, 2000.0]
-    assert e2e_ms == 2875.0
+    # A stage that comes twice is summed, one that never comes takes nothing.
+    assert clock.finish() == StageTimes(500.0, 750.0, 2000.0, 0.0, 0.0, 4000.0, (1000.0, 1500.0), 9875.0)
 
 
 @pytest.mark.gpu
@@ -32,10 +33,9 @@ def test_events_time_the_device_and_not_the_host() -> None:
     clock = StageClock(device)
     for _ in range(20):
         x @ x
-    clock.mark()
+    clock.mark("vision_ms")
     time.sleep(0.02)
-    clock.mark()
-    spans_ms, e2e_ms = clock.finish()
-    assert len(spans_ms) == 2
-    assert spans_ms[0] > 1.0  # 20 products of 137 GFLOP; the host only queued them
-    assert sum(spans_ms) == pytest.approx(e2e_ms, rel=0.02)
+    clock.mark("first_block_ms")
+    times = clock.finish()
+    assert times.vision_ms > 1.0  # 20 products of 137 GFLOP; the host only queued them
+    assert times.vision_ms + times.first_block_ms == pytest.approx(times.e2e_ms, rel=0.02)

@@ -22,12 +22,12 @@ from pacevlm.images import TURNED, Picture, open_picture
 from pacevlm.latency import profiler
 from pacevlm.latency.calibrate import fit_latency
 from pacevlm.latency.profiler import ProfileProgress, ProfilerSettings
-from pacevlm.models import stage_clock
 from pacevlm.pacer import Pacer
-from pacevlm.rollout import request as request_module
-from pacevlm.rollout.profiling import measure_profile, questions_of_all_lengths
-from pacevlm.rollout.request import Pacing
-from pacevlm.types import Example
+from pacevlm.request import clock as clock_module
+from pacevlm.request.pacing import Pacing
+from pacevlm.request.profiling import measure_profile, questions_of_all_lengths
+from pacevlm.request.run import run_forced
+from pacevlm.types import Example, Objective
 
 if TYPE_CHECKING:
     from pacevlm.latency.profile import Profile
@@ -71,7 +71,7 @@ def clock() -> Iterator[CountedClock]:
         return decode(picture)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (stage_clock, request_module, profiler, pacer_module):
+        for module in (clock_module, profiler, pacer_module):
             patch.setattr(module, "time", counted)
         patch.setattr(Picture, "decode", slow)
         yield counted
@@ -160,11 +160,11 @@ def test_every_caller_begins_with_the_source(profile: Profile, tiny_elastic: Ela
     pacer = make_pacer(tiny_elastic, profile)
     policy, example = FullPolicy(tiny_elastic.knob_space), Example("file", path, QUESTION, ("1",))
     timed = time_requests(
-        tiny_elastic, [policy], [example], [1e6], pacer.pacing, EvaluateConfig(num_timed=1, num_warmup=0)
+        tiny_elastic, [policy], [example], [Objective(1e6)], pacer.pacing, EvaluateConfig(num_timed=1, num_warmup=0)
     )
     (run,) = timed.runs.values()
-    assert run.result.times.read_ms >= 5.0 + 1e-3 * 120 * 90
-    assert (run.result.picture_kind, run.result.num_bytes) == ("jpeg", path.stat().st_size)
+    assert run.times.read_ms >= 5.0 + 1e-3 * 120 * 90
+    assert (run.sizes.picture_kind, run.sizes.num_bytes) == ("jpeg", path.stat().st_size)
 
 
 def test_nothing_is_promised_beyond_the_profile(profile: Profile, tiny_elastic: ElasticModel, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_what_the_model_cannot_take_is_refused_before_it_is_decoded(
     Image.new("RGB", (40, 30)).save(file, "PNG")
     clock.reads.clear()
     with pytest.raises(ImageError, match="cannot take"):
-        tiny_elastic.run_static(file.getvalue(), QUESTION, tiny_elastic.knob_space.full)
+        run_forced(tiny_elastic, file.getvalue(), QUESTION, tiny_elastic.knob_space.full)
     assert clock.reads == []
 
 
@@ -227,14 +227,15 @@ def test_questions_reach_from_short_to_the_longest_that_fits(tiny_elastic: Elast
     assert len(set(lengths)) >= 5
     picture = np.zeros((300, 400, 3), np.uint8)
     for question in questions:
-        tiny_elastic.run_static(picture, question, space.full)
+        run_forced(tiny_elastic, picture, question, space.full)
     longest = max(questions, key=len)
     with pytest.raises(QuestionError):
-        tiny_elastic.run_static(picture, f"{longest} {QUESTION}", space.full, max_new_tokens=6)
+        run_forced(tiny_elastic, picture, f"{longest} {QUESTION}", space.full, max_new_tokens=6)
 
 
 def test_a_request_holds_its_pictures_size_in_the_result(tiny_elastic: ElasticModel, tmp_path: Path) -> None:
     path = picture_file(tmp_path / "a.jpg", 60, 40)
-    result = tiny_elastic.run_static(path, QUESTION, tiny_elastic.knob_space.cheapest)
-    assert (result.num_pixels, result.picture_kind, result.num_bytes) == (2400, "jpeg", path.stat().st_size)
+    result = run_forced(tiny_elastic, path, QUESTION, tiny_elastic.knob_space.cheapest)
+    sizes = result.sizes
+    assert (sizes.num_pixels, sizes.picture_kind, sizes.num_bytes) == (2400, "jpeg", path.stat().st_size)
     assert result.times.read_ms > 0

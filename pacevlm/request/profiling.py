@@ -16,20 +16,21 @@ from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPo
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.errors import ProfileError, QuestionError
 from pacevlm.images import ImageSource, open_picture
-from pacevlm.knobs import Knobs
+from pacevlm.knobs import Compute, Knobs
 from pacevlm.latency.conformal import min_num_scores
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
 from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.latency.picture_fit import READ_TERMS, PictureFit, upright_kind
 from pacevlm.latency.profile import Profile, collect_device_facts
-from pacevlm.latency.profiler import ProfileProgress, ProfilerSettings, profile_requests
+from pacevlm.latency.profiler import ProfileProgress, ProfilerSettings, RunRequest, profile_requests
 from pacevlm.latency.sample_pictures import make_sample_pictures
 from pacevlm.latency.stage_fit import StageFit
 from pacevlm.latency.stage_terms import STAGE_TERMS
-from pacevlm.models.elastic import ElasticModel, RequestResult
-from pacevlm.rollout.request import Pacing, run_with_policy
-from pacevlm.types import Example
+from pacevlm.models.elastic import ElasticModel
+from pacevlm.request.pacing import Pacing
+from pacevlm.request.run import run_request
+from pacevlm.types import Answer, Example, Objective
 
 NOMINAL_MS = 1.0
 
@@ -47,14 +48,14 @@ class ForcedPolicy:
         self.policy.choose_tier(request)
         return self.knobs.tier
 
-    def latency_token(self, budget_ms: float) -> Tensor:
+    def latency_token(self, request: PolicyInput) -> Tensor:
         """The policy's latency token."""
-        return self.policy.latency_token(budget_ms)
+        return self.policy.latency_token(request)
 
-    def choose_compute(self, request: PolicyInput, tier: str, latency_token_output: Tensor | None) -> tuple[int, int]:
+    def choose_compute(self, request: PolicyInput, tier: str, latency_token_output: Tensor | None) -> Compute:
         """The forced top_k and num_blocks, after the policy's own choice has been made and dropped."""
         self.policy.choose_compute(request, tier, latency_token_output)
-        return self.knobs.top_k, self.knobs.num_blocks
+        return self.knobs.compute
 
 
 def nominal_pacing(model: ElasticModel, picture_kinds: Collection[str] = ("memory",)) -> Pacing:
@@ -68,7 +69,7 @@ def nominal_pacing(model: ElasticModel, picture_kinds: Collection[str] = ("memor
     estimator = LatencyEstimator(
         model_identity=model.identity,
         knob_space=model.knob_space,
-        device=collect_device_facts(model.device, model.dtype),
+        device=collect_device_facts(model.device, model.dtype, compiled=model.adapter.compiled),
         trained_top_k=model.trained_top_k,
         stage2_after=model.stage2_after,
         stages=stages,
@@ -92,7 +93,7 @@ def profiling_run(
     model: ElasticModel,
     requests: Sequence[tuple[ImageSource, str]],
     controller_config: ControllerConfig | None = None,
-) -> Callable[[int, Knobs, int | None], RequestResult]:
+) -> RunRequest:
     """A callable for `profile_requests` whose requests also pay for a guardrail and a controller.
 
     A budget covers the controller's own time, so a profile without it would promise too much. An untrained controller
@@ -121,13 +122,12 @@ def profiling_run(
         )
     policy = ControllerPolicy(controller.eval())
     # Far above every bound, so that any knobs may be forced on the policy.
-    budget_ms = 1e12
+    objective = Objective(1e12)
 
-    def run(index: int, knobs: Knobs, num_output_tokens: int | None) -> RequestResult:
+    def run(index: int, knobs: Knobs, num_output_tokens: int | None) -> Answer:
         source, question = requests[index]
         forced = ForcedPolicy(policy, knobs)
-        paced = run_with_policy(model, forced, source, question, budget_ms, pacing, num_output_tokens=num_output_tokens)
-        return paced.result
+        return run_request(model, forced, source, question, objective, pacing, num_output_tokens=num_output_tokens)
 
     return run
 
@@ -169,6 +169,7 @@ def measure_profile(
         model_identity=model.identity,
         device=model.device,
         dtype=model.dtype,
+        compiled=model.adapter.compiled,
         request_ids=[
             Example("", source, question, (), picture_config=model.picture_config).content_id
             for source, question in requests

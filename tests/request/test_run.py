@@ -17,7 +17,8 @@ from pacevlm.baselines.full import FullPolicy
 from pacevlm.baselines.random_feasible import RandomFeasiblePolicy
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
 from pacevlm.controller.policy_interface import PolicyInput
-from pacevlm.errors import BudgetError, IdentityError, ImageError, ProfileError, QuestionError
+from pacevlm.errors import BudgetError, ConfigError, IdentityError, ImageError, ProfileError, QuestionError
+from pacevlm.knobs import Compute
 from pacevlm.latency.drift import DriftCorrection
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
@@ -27,17 +28,19 @@ from pacevlm.latency.profile import collect_device_facts
 from pacevlm.latency.profiler import ProfilerSettings, profile_requests
 from pacevlm.latency.stage_fit import StageFit
 from pacevlm.latency.stage_terms import STAGE_TERMS
-from pacevlm.rollout.profiling import profiling_run
-from pacevlm.rollout.request import Pacing, policy_input, run_with_policy
+from pacevlm.request.pacing import Pacing, policy_inputs
+from pacevlm.request.profiling import profiling_run
+from pacevlm.request.run import run_forced, run_request
+from pacevlm.types import Answer, Objective, RequestView
 
 if TYPE_CHECKING:
     from pacevlm.models.elastic import ElasticModel
     from pacevlm.types import Example
 
-ALL_FIT_MS, NONE_FITS_MS = 1e9, 1e-9
+ALL_FIT, NONE_FITS = Objective(1e9), Objective(1e-9)
 
 
-def make_pacing(model: ElasticModel, output_length: OutputLengthModel | None = None, kind: Any = "e2e") -> Pacing:
+def make_pacing(model: ElasticModel, output_length: OutputLengthModel | None = None) -> Pacing:
     """A guardrail with one millisecond per unit of everything."""
     stages = {stage: StageFit((1.0,) * len(terms), 1, 0, 0.0, 0.0) for stage, terms in STAGE_TERMS.items()}
     facts = collect_device_facts("cpu", model.dtype)
@@ -48,7 +51,7 @@ def make_pacing(model: ElasticModel, output_length: OutputLengthModel | None = N
     )
     calibration = Calibration(0.1, {}, float(np.log(1.5)), {})
     guardrail = Guardrail(estimator, "none", {"e2e": calibration, "ttft": calibration}, calibration)
-    return Pacing(guardrail, output_length, model.max_new_tokens, kind)
+    return Pacing(guardrail, output_length, model.max_new_tokens)
 
 
 def constant_length(model: ElasticModel, tokens: int, text_weight: float | None = None) -> OutputLengthModel:
@@ -68,9 +71,20 @@ def make_controller(model: ElasticModel, pacing: Pacing) -> Controller:
         )
 
 
-def middle_budget_ms(model: ElasticModel, example: Example, pacing: Pacing) -> float:
-    """A budget that some configurations keep and others do not."""
-    return float(np.median(pacing.upper_bounds_ms(model.view(example.image, example.question))))
+def bounds_of(pacing: Pacing, view: RequestView, kind: Any = "e2e") -> np.ndarray:
+    """The bounds on one request."""
+    return pacing.upper_bounds_ms([view], kind)[0]
+
+
+def middle_objective(model: ElasticModel, example: Example, pacing: Pacing, kind: Any = "e2e") -> Objective:
+    """What some configurations keep and others do not."""
+    return Objective(float(np.median(bounds_of(pacing, model.view(example.image, example.question), kind))), kind)
+
+
+def run(
+    model: ElasticModel, policy: Any, example: Example, objective: Objective, pacing: Pacing, **options: Any
+) -> Answer:
+    return run_request(model, policy, example.image, example.question, objective, pacing, **options)
 
 
 class SlowPolicy(CheapestPolicy):
@@ -84,11 +98,12 @@ class SlowPolicy(CheapestPolicy):
         time.sleep(self.pause_s)
         return super().choose_tier(request)
 
-    def latency_token(self, budget_ms: float) -> torch.Tensor:
+    def latency_token(self, request: PolicyInput) -> torch.Tensor:
+        assert request is self.request
         time.sleep(self.pause_s)
-        return torch.full((self.width,), budget_ms)
+        return torch.full((self.width,), request.budget_ms)
 
-    def choose_compute(self, request: PolicyInput, tier: str, output: torch.Tensor | None) -> tuple[int, int]:
+    def choose_compute(self, request: PolicyInput, tier: str, output: torch.Tensor | None) -> Compute:
         assert request is self.request
         self.output = output
         time.sleep(self.pause_s)
@@ -99,7 +114,7 @@ def test_the_policys_own_time_is_inside(tiny_elastic: ElasticModel, law_examples
     example, pacing = law_examples[0], make_pacing(tiny_elastic)
     policy = SlowPolicy(tiny_elastic.knob_space)
     policy.width = tiny_elastic.d_model
-    times = run_with_policy(tiny_elastic, policy, example.image, example.question, ALL_FIT_MS, pacing).result.times
+    times = run(tiny_elastic, policy, example, ALL_FIT, pacing).times
     pause_ms = policy.pause_s * 1e3
     assert times.stage1_ms >= 2 * pause_ms  # token and tier
     assert times.first_block_ms >= pause_ms
@@ -112,16 +127,16 @@ def test_the_policys_own_time_is_inside(tiny_elastic: ElasticModel, law_examples
 def test_a_policy_is_told_what_the_guardrail_says(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
     for example in law_examples:
         pacing = make_pacing(tiny_elastic, constant_length(tiny_elastic, 3))
-        budget_ms = middle_budget_ms(tiny_elastic, example, pacing)
+        objective = middle_objective(tiny_elastic, example, pacing)
         view = tiny_elastic.view(example.image, example.question)
-        request = policy_input(view, budget_ms, pacing, example.example_id)
+        request = pacing.look(view, objective, example.example_id)
         bounds_ms = pacing.guardrail.upper_bounds_ms(view.sizes, 3)
-        assert np.array_equal(request.feasible, bounds_ms <= budget_ms)
+        assert np.array_equal(request.bounds_ms, bounds_ms)
+        assert np.array_equal(request.feasible, bounds_ms <= objective.budget_ms)
         assert request.any_feasible
         assert not request.feasible.all()
-        assert (request.example_id, request.budget_ms) == (example.example_id, budget_ms)
-        assert (request.sizes, request.image_size) == (view.sizes, (example.image.height, example.image.width))
-        assert torch.equal(request.question_embedding, view.question_embedding)
+        assert (request.example_id, request.objective) == (example.example_id, objective)
+        assert request.view is view
 
 
 def test_longer_answers_admit_less(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
@@ -130,16 +145,32 @@ def test_longer_answers_admit_less(tiny_elastic: ElasticModel, law_examples: lis
         make_pacing(tiny_elastic, length)
         for length in (constant_length(tiny_elastic, 1), constant_length(tiny_elastic, 5), None)
     )
-    assert (short.upper_bounds_ms(view) < long.upper_bounds_ms(view)).all()
-    assert (long.upper_bounds_ms(view) < unknown.upper_bounds_ms(view)).all()
-    assert unknown.output_tokens_upper(view) == tiny_elastic.max_new_tokens
+    assert (bounds_of(short, view) < bounds_of(long, view)).all()
+    assert (bounds_of(long, view) < bounds_of(unknown, view)).all()
+    assert unknown.output_tokens_upper([view]) == [tiny_elastic.max_new_tokens]
     by_text = make_pacing(tiny_elastic, constant_length(tiny_elastic, 0, text_weight=0.1))
-    assert by_text.output_tokens_upper(view) == min(
-        int(np.ceil(0.1 * view.sizes.num_text_tokens - 1e-6)), tiny_elastic.max_new_tokens
-    )
+    assert by_text.output_tokens_upper([view]) == [
+        min(int(np.ceil(0.1 * view.sizes.num_text_tokens - 1e-6)), tiny_elastic.max_new_tokens)
+    ]
     # Time to the first token does not depend on how many follow.
-    first = [make_pacing(tiny_elastic, constant_length(tiny_elastic, n), "ttft").upper_bounds_ms(view) for n in (1, 5)]
+    first = [bounds_of(pacing, view, "ttft") for pacing in (short, long)]
     assert np.array_equal(*first)
+
+
+def test_one_and_many_are_bounded_alike(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+    pacing = make_pacing(tiny_elastic, constant_length(tiny_elastic, 0, text_weight=0.1))
+    views = [tiny_elastic.view(example.image, example.question) for example in law_examples]
+    for kind in ("e2e", "ttft"):
+        together = pacing.upper_bounds_ms(views, kind)
+        assert np.array_equal(together, [bounds_of(pacing, view, kind) for view in views])
+        objectives = [Objective(float(np.median(bounds)), kind) for bounds in together]
+        names = [example.example_id for example in law_examples]
+        for one, view, objective in zip(
+            policy_inputs(views, objectives, together, names), views, objectives, strict=True
+        ):
+            alone = pacing.look(view, objective, one.example_id)
+            assert np.array_equal(one.feasible, alone.feasible)
+            assert (one.view, one.objective, one.any_feasible) == (view, objective, alone.any_feasible)
 
 
 @pytest.mark.parametrize("name", ["controller", "random", "cheapest"])
@@ -151,15 +182,13 @@ def test_admitted_knobs_run(tiny_elastic: ElasticModel, law_examples: list[Examp
         "cheapest": CheapestPolicy(space),
     }
     for example in law_examples:
-        budget_ms = middle_budget_ms(tiny_elastic, example, pacing)
-        paced = run_with_policy(
-            tiny_elastic, policies[name], example.image, example.question, budget_ms, pacing, example.example_id
-        )
+        objective = middle_objective(tiny_elastic, example, pacing)
+        paced = run(tiny_elastic, policies[name], example, objective, pacing, example_id=example.example_id)
         assert paced.feasible
-        assert paced.upper_bound_ms <= budget_ms
+        assert paced.upper_bound_ms <= objective.budget_ms
         # The policy chose; the answer is the one that these knobs give.
-        static = tiny_elastic.run_static(example.image, example.question, paced.result.knobs)
-        assert paced.result.token_ids == static.token_ids
+        forced = run_forced(tiny_elastic, example.image, example.question, paced.knobs)
+        assert paced.token_ids == forced.token_ids
 
 
 def test_where_nothing_fits_the_cheapest_runs(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
@@ -168,8 +197,8 @@ def test_where_nothing_fits_the_cheapest_runs(tiny_elastic: ElasticModel, law_ex
         ControllerPolicy(make_controller(tiny_elastic, pacing)),
         RandomFeasiblePolicy(tiny_elastic.knob_space, 0),
     ):
-        paced = run_with_policy(tiny_elastic, policy, example.image, example.question, NONE_FITS_MS, pacing)
-        assert paced.result.knobs == tiny_elastic.knob_space.cheapest
+        paced = run(tiny_elastic, policy, example, NONE_FITS, pacing)
+        assert paced.knobs == tiny_elastic.knob_space.cheapest
         assert not paced.feasible
         assert not paced.budget_met
 
@@ -177,30 +206,30 @@ def test_where_nothing_fits_the_cheapest_runs(tiny_elastic: ElasticModel, law_ex
 def test_the_full_policy_ignores_the_guardrail(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
     example, pacing = law_examples[0], make_pacing(tiny_elastic)
     policy = FullPolicy(tiny_elastic.knob_space)
-    paced = run_with_policy(tiny_elastic, policy, example.image, example.question, NONE_FITS_MS, pacing)
-    assert paced.result.knobs == tiny_elastic.knob_space.full
+    paced = run(tiny_elastic, policy, example, NONE_FITS, pacing)
+    assert paced.knobs == tiny_elastic.knob_space.full
 
 
 @pytest.mark.parametrize("kind", ["e2e", "ttft"])
-def test_a_result_is_consistent(tiny_elastic: ElasticModel, law_examples: list[Example], kind: str) -> None:
-    pacing, example = make_pacing(tiny_elastic, kind=kind), law_examples[3]
+def test_a_result_is_consistent(tiny_elastic: ElasticModel, law_examples: list[Example], kind: Any) -> None:
+    pacing, example = make_pacing(tiny_elastic), law_examples[3]
     policy = FullPolicy(tiny_elastic.knob_space)
-    paced = run_with_policy(tiny_elastic, policy, example.image, example.question, ALL_FIT_MS, pacing)
-    result = paced.result
+    paced = run(tiny_elastic, policy, example, Objective(ALL_FIT.budget_ms, kind), pacing)
     view = tiny_elastic.view(example.image, example.question)
-    predicted = pacing.guardrail.estimator.predict(view.sizes, result.knobs, result.num_output_tokens)
+    predicted = pacing.guardrail.estimator.predict(view.sizes, paced.knobs, paced.num_output_tokens)
     assert paced.predicted_ms == getattr(predicted, f"{kind}_ms")
-    assert paced.measured_ms == getattr(result.times, f"{kind}_ms")
-    assert paced.upper_bound_ms == pacing.upper_bounds_ms(view)[-1, -1, -1] > paced.predicted_ms
+    assert paced.measured_ms == getattr(paced.times, f"{kind}_ms")
+    assert paced.upper_bound_ms == bounds_of(pacing, view, kind)[-1, -1, -1] > paced.predicted_ms
+    assert (paced.kind, paced.budget_ms) == (kind, ALL_FIT.budget_ms)
     assert paced.budget_met
-    assert 1 <= result.num_output_tokens <= tiny_elastic.max_new_tokens
-    late = run_with_policy(tiny_elastic, policy, example.image, example.question, NONE_FITS_MS, pacing)
+    assert 1 <= paced.num_output_tokens <= tiny_elastic.max_new_tokens
+    late = run(tiny_elastic, policy, example, Objective(NONE_FITS.budget_ms, kind), pacing)
     assert not late.budget_met
 
 
-def slowed(pacing: Pacing, factor: float) -> DriftCorrection:
+def slowed(pacing: Pacing, factor: float, kind: Any) -> DriftCorrection:
     """A correction that has come to `factor`, up to rounding."""
-    drift = DriftCorrection.for_guardrail(pacing.guardrail, pacing.kind)
+    drift = DriftCorrection.for_guardrail(pacing.guardrail, kind)
     for _ in range(200):
         drift.observe(1.0, factor)
     assert drift.factor == pytest.approx(factor, rel=1e-6)
@@ -211,24 +240,22 @@ def test_without_drift_nothing_changes(tiny_elastic: ElasticModel, law_examples:
     pacing = make_pacing(tiny_elastic)
     policy = ControllerPolicy(make_controller(tiny_elastic, pacing))
     for example in law_examples:
-        budget_ms = middle_budget_ms(tiny_elastic, example, pacing)
+        objective = middle_objective(tiny_elastic, example, pacing)
         drift = DriftCorrection.for_guardrail(pacing.guardrail)
-        plain, fresh = (
-            run_with_policy(tiny_elastic, policy, example.image, example.question, budget_ms, pacing, drift=one)
-            for one in (None, drift)
-        )
+        plain, fresh = (run(tiny_elastic, policy, example, objective, pacing, drift=one) for one in (None, drift))
         assert plain.drift_factor == fresh.drift_factor == 1.0
-        assert (plain.result.knobs, plain.result.token_ids) == (fresh.result.knobs, fresh.result.token_ids)
+        assert (plain.knobs, plain.token_ids) == (fresh.knobs, fresh.token_ids)
         assert (plain.upper_bound_ms, plain.feasible) == (fresh.upper_bound_ms, fresh.feasible)
         assert drift.num_observations == 1
 
 
 @pytest.mark.parametrize("kind", ["e2e", "ttft"])
 def test_a_slower_machine_is_the_profiled_one_with_a_smaller_budget(
-    tiny_elastic: ElasticModel, law_examples: list[Example], kind: str
+    tiny_elastic: ElasticModel, law_examples: list[Example], kind: Any
 ) -> None:
-    example, pacing = law_examples[2], make_pacing(tiny_elastic, kind=kind)
-    budget_ms, drift = middle_budget_ms(tiny_elastic, example, pacing), slowed(pacing, 1.5)
+    example, pacing = law_examples[2], make_pacing(tiny_elastic)
+    objective, drift = middle_objective(tiny_elastic, example, pacing, kind), slowed(pacing, 1.5, kind)
+    budget_ms = objective.budget_ms
     factor, inputs, tokens = drift.factor, [], []
 
     class Watching(FullPolicy):
@@ -236,21 +263,21 @@ def test_a_slower_machine_is_the_profiled_one_with_a_smaller_budget(
             inputs.append(request)
             return super().choose_tier(request)
 
-        def latency_token(self, budget_ms: float) -> torch.Tensor | None:
-            tokens.append(budget_ms)
-            return super().latency_token(budget_ms)
+        def latency_token(self, request: PolicyInput) -> torch.Tensor | None:
+            tokens.append(request.budget_ms)
+            return super().latency_token(request)
 
     policy = Watching(tiny_elastic.knob_space)
-    paced = run_with_policy(tiny_elastic, policy, example.image, example.question, budget_ms, pacing, drift=drift)
+    paced = run(tiny_elastic, policy, example, objective, pacing, drift=drift)
     view = tiny_elastic.view(example.image, example.question)
-    bounds_ms = pacing.upper_bounds_ms(view)
+    bounds_ms = bounds_of(pacing, view, kind)
     (request,) = inputs
     assert tokens == [request.budget_ms] == [budget_ms / factor]
     assert np.array_equal(request.feasible, bounds_ms <= budget_ms / factor)
     assert request.feasible.sum() < (bounds_ms <= budget_ms).sum()
     assert (paced.budget_ms, paced.drift_factor) == (budget_ms, factor)
     assert paced.upper_bound_ms == bounds_ms[-1, -1, -1] * factor
-    predicted = pacing.guardrail.estimator.predict(view.sizes, paced.result.knobs, paced.result.num_output_tokens)
+    predicted = pacing.guardrail.estimator.predict(view.sizes, paced.knobs, paced.num_output_tokens)
     assert paced.predicted_ms == getattr(predicted, f"{kind}_ms")
 
 
@@ -261,10 +288,8 @@ def test_drift_learns_from_the_answers_real_length(
     drift, observed = DriftCorrection.for_guardrail(pacing.guardrail), []
     monkeypatch.setattr(drift, "observe", lambda *latencies_ms: observed.append(latencies_ms))
     policy = FullPolicy(tiny_elastic.knob_space)
-    paced = run_with_policy(
-        tiny_elastic, policy, example.image, example.question, ALL_FIT_MS, pacing, num_output_tokens=1, drift=drift
-    )
-    assert paced.result.num_output_tokens == 1
+    paced = run(tiny_elastic, policy, example, ALL_FIT, pacing, num_output_tokens=1, drift=drift)
+    assert paced.num_output_tokens == 1
     view = tiny_elastic.view(example.image, example.question)
     assert observed == [(pacing.guardrail.upper_bounds_ms(view.sizes, 1)[-1, -1, -1], paced.measured_ms)]
     assert observed[0][0] < paced.upper_bound_ms
@@ -274,10 +299,10 @@ def test_a_larger_factor_never_admits_more(tiny_elastic: ElasticModel, law_examp
     pacing = make_pacing(tiny_elastic)
     for example in law_examples:
         view = tiny_elastic.view(example.image, example.question)
-        for budget_ms in np.quantile(pacing.upper_bounds_ms(view), [0.1, 0.5, 0.9, 1.0]).tolist():
+        for budget_ms in np.quantile(bounds_of(pacing, view), [0.1, 0.5, 0.9, 1.0]).tolist():
             masks = []
             for factor in (0.7, 1.0, 1.1, 1.5, 3.0, 16.0):
-                request = policy_input(view, budget_ms / factor, pacing)
+                request = pacing.look(view, Objective(budget_ms / factor))
                 masks.append(request.feasible & request.any_feasible)
             assert all((more >= less).all() for more, less in itertools.pairwise(masks))
 
@@ -290,7 +315,7 @@ def test_drift_of_another_kind_or_estimator_is_refused(tiny_elastic: ElasticMode
         DriftCorrection("another", "e2e"),
     ):
         with pytest.raises(IdentityError, match="drift correction"):
-            run_with_policy(tiny_elastic, policy, example.image, example.question, 10.0, pacing, drift=drift)
+            run(tiny_elastic, policy, example, Objective(10.0), pacing, drift=drift)
         assert drift.num_observations == 0
 
 
@@ -298,11 +323,13 @@ def test_bad_requests_are_refused(tiny_elastic: ElasticModel, law_examples: list
     pacing, policy, example = make_pacing(tiny_elastic), FullPolicy(tiny_elastic.knob_space), law_examples[0]
     for budget_ms in (0.0, -1.0, float("nan"), float("inf"), "80"):
         with pytest.raises(BudgetError):
-            run_with_policy(tiny_elastic, policy, example.image, "2?", budget_ms, pacing)  # type: ignore[arg-type]
+            Objective(budget_ms)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="ttlt"):
+        Objective(10.0, "ttlt")  # type: ignore[arg-type]
     with pytest.raises(ImageError):
-        run_with_policy(tiny_elastic, policy, b"no image", "2?", 10.0, pacing)
+        run_request(tiny_elastic, policy, b"no image", "2?", Objective(10.0), pacing)
     with pytest.raises(QuestionError):
-        run_with_policy(tiny_elastic, policy, example.image, "", 10.0, pacing)
+        run_request(tiny_elastic, policy, example.image, "", Objective(10.0), pacing)
 
 
 def test_other_models_artefacts_are_refused(tiny_elastic: ElasticModel) -> None:
@@ -319,11 +346,11 @@ def test_other_models_artefacts_are_refused(tiny_elastic: ElasticModel) -> None:
 def test_the_profiler_times_what_is_served(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
     requests = [(example.image, example.question) for example in law_examples]
     state = torch.random.get_rng_state()
-    run = profiling_run(tiny_elastic, requests)
+    profiled = profiling_run(tiny_elastic, requests)
     assert torch.equal(torch.random.get_rng_state(), state)
     settings = ProfilerSettings(num_requests=4, num_samples=12, repeats=1, max_warmup=2, max_output_tokens=3)
     profile = profile_requests(
-        run, tiny_elastic.knob_space, settings, model_identity=tiny_elastic.identity, device="cpu", dtype="float32"
+        profiled, tiny_elastic.knob_space, settings, model_identity=tiny_elastic.identity, device="cpu", dtype="float32"
     )
     assert len(profile.samples) == 12
     space = tiny_elastic.knob_space
@@ -332,8 +359,8 @@ def test_the_profiler_times_what_is_served(tiny_elastic: ElasticModel, law_examp
     assert all(sample.stages.stage1_ms > 0 for sample in profile.samples)
     # The forced knobs do not change what comes out.
     knobs = tiny_elastic.knob_space[7]
-    forced = run(1, knobs, None)
-    assert forced.token_ids == tiny_elastic.run_static(*requests[1], knobs).token_ids
+    forced = profiled(1, knobs, None)
+    assert forced.token_ids == run_forced(tiny_elastic, *requests[1], knobs).token_ids
     with pytest.raises(ProfileError, match="no requests"):
         profiling_run(tiny_elastic, [])
 
@@ -343,7 +370,6 @@ def test_a_pacings_identity_tells_everything_that_bounds_depend_on(tiny_elastic:
     guardrail = pacing.guardrail
     wider = Calibration(0.1, {}, float(np.log(1.6)), {})
     others = [
-        replace(pacing, kind="ttft"),
         replace(pacing, output_length=None),
         replace(pacing, output_length=constant_length(tiny_elastic, 1)),
         replace(pacing, guardrail=replace(guardrail, picture=wider)),
