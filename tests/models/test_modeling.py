@@ -26,11 +26,11 @@ from pacevlm.errors import ConfigError, KnobError
 from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration, MolmoEModel, MolmoEProcessor
 from pacevlm.models.molmoe import experts as experts_module
 from pacevlm.models.molmoe.experts import route, run_experts
-from pacevlm.models.molmoe.greedy import decode_greedily
 from pacevlm.models.molmoe.image_processing import MolmoEImageProcessor, prepare_image
 from pacevlm.models.molmoe.processing import PreparedRequest, SpecialTokenIds, assemble_request, collate_requests
 from pacevlm.models.molmoe.tiling import CropGeometry
 from pacevlm.models.molmoe.tokenization import build_tokenizer
+from recipes.parity.greedy import decode_greedily
 
 MakeModel = Callable[..., MolmoEForConditionalGeneration]
 GEOMETRY = CropGeometry(32, 4, (2, 2))

@@ -22,9 +22,9 @@ from pacevlm.models.embedded import CROP_PX, EMBEDDED_MAX_CROPS, MARGINS, MAX_NE
 from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.image_processing import MolmoEImageProcessor
 from pacevlm.models.molmoe.processing import MolmoEProcessor
-from pacevlm.training.embedded.corpus import Packer, build_embedded_tokenizer, draw_crops, draw_sample
-from pacevlm.training.embedded.language import grow, strengthen, training_loss
-from pacevlm.training.embedded.tower import CellHeads, init_tower_as_convolution
+from recipes.embedded_model.corpus import Packer, build_embedded_tokenizer, draw_crops, draw_sample
+from recipes.embedded_model.language import grow, strengthen, training_loss
+from recipes.embedded_model.tower import CellHeads, init_tower_as_convolution
 
 SMALL_CANVASES = ((32, 32), (40, 32), (32, 40), (40, 40), (48, 48))
 CROPS_EASY = SceneConfig(max_digits=2, min_height_px=14, canvases=SMALL_CANVASES)

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from pacevlm.data.breakdown import HEIGHT_BIN_NAMES, accuracy_table, format_table, height_bin
 from pacevlm.errors import DataError
+from recipes.embedded_model.breakdown import HEIGHT_BIN_NAMES, accuracy_table, format_table, height_bin
 
 RECORDS = [
     ({"family": "sum", "digit_height_px": 9}, 0.0),

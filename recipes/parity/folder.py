@@ -25,13 +25,13 @@ from transformers.utils import logging
 from pacevlm.errors import CheckpointError, ImageError, PacevlmError
 from pacevlm.files import load_safetensors, read_json
 from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
-from pacevlm.models.molmoe.greedy import decode_greedily, last_positions
 from pacevlm.models.molmoe.image_processing import prepare_image
-from pacevlm.models.molmoe.parity_checks import Check, Tolerance, compare, summary, table
 from pacevlm.models.molmoe.processing import PreparedRequest, SpecialTokenIds, assemble_request, collate_requests
 from pacevlm.models.molmoe.tiling import CropGeometry
 from pacevlm.models.molmoe.vision import VisionBackbone
 from pacevlm.types import VisionSizes
+from recipes.parity.checks import Check, Tolerance, compare, summary, table
+from recipes.parity.greedy import decode_greedily, last_positions
 
 IMAGE_INPUTS = ("images", "image_masks", "image_input_idx")
 TIE_GAP = 2e-3

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from pacevlm.data.breakdown import accuracy_table
 from pacevlm.evaluation.statistics import bootstrap_mean, paired_bootstrap
 from pacevlm.knobs import Knobs
 from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.types import Example
+from recipes.embedded_model.breakdown import accuracy_table
 
 
 def one_knob_at_a_time(engine: RolloutEngine) -> dict[str, list[Knobs]]:

@@ -16,7 +16,7 @@ from pacevlm.models.molmoe.image_processing import PreparedImage, prepare_image
 from pacevlm.models.molmoe.processing import PROMPT_PREFIX, PROMPT_SUFFIX, MolmoEProcessor
 from pacevlm.models.molmoe.tiling import CropGeometry
 from pacevlm.models.molmoe.tokenization import build_tokenizer
-from pacevlm.training.embedded.labels import CellLabels, cell_labels
+from recipes.embedded_model.labels import CellLabels, cell_labels
 
 GEOMETRY = CropGeometry(crop_size=CROP_PX, patch_size=PATCH_PX, margins=MARGINS)
 IMAGE_SEGMENT = 1 << 20

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 from pacevlm.data.digits import DigitVQA
-from pacevlm.evaluation.knob_effects import measure_knob_effects, one_knob_at_a_time
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.rollout.engine import RolloutEngine
+from recipes.embedded_model.knob_effects import measure_knob_effects, one_knob_at_a_time
 
 
 def test_each_row_changes_one_knob_and_full_costs_nothing(tiny_elastic: ElasticModel) -> None:

@@ -11,16 +11,16 @@ import torch
 from pacevlm.data.digits import SceneConfig, sample_scene
 from pacevlm.models.embedded import embedded_config
 from pacevlm.models.molmoe import MolmoEForConditionalGeneration
-from pacevlm.training.embedded.corpus import GEOMETRY, draw_sample
-from pacevlm.training.embedded.labels import cell_labels
-from pacevlm.training.embedded.language import (
+from recipes.embedded_model.corpus import GEOMETRY, draw_sample
+from recipes.embedded_model.labels import cell_labels
+from recipes.embedded_model.language import (
     grow,
     load_balancing_loss,
     router_flatness_loss,
     strengthen,
     training_loss,
 )
-from pacevlm.training.embedded.trainer import EASY, EmbeddedTrainer, Stage
+from recipes.embedded_model.trainer import EASY, EmbeddedTrainer, Stage
 
 STAGES = (
     Stage("tower", 2, 4, 1e-3, (1,), SceneConfig(canvases=((32, 32), (48, 48))), 0, warmup=1, freeze_tower=False),

@@ -27,12 +27,12 @@ from torch import Tensor
 from pacevlm.errors import CheckpointError
 from pacevlm.models.molmoe import MolmoEForConditionalGeneration, blocks, modeling_molmoe
 from pacevlm.models.molmoe import experts as experts_module
-from pacevlm.models.molmoe.greedy import decode_greedily
 from pacevlm.models.molmoe.image_processing import prepare_image
-from pacevlm.models.molmoe.parity import ParityFolder, main, unaccepted_steps
-from pacevlm.models.molmoe.parity_checks import Tolerance, compare, summary, table
 from pacevlm.models.molmoe.processing import SpecialTokenIds, assemble_request, collate_requests
 from pacevlm.models.molmoe.tiling import CropGeometry
+from recipes.parity.checks import Tolerance, compare, summary, table
+from recipes.parity.folder import ParityFolder, main, unaccepted_steps
+from recipes.parity.greedy import decode_greedily
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = Path(os.environ.get("PACEVLM_FIXTURES", ROOT.parent / "shared" / "fixtures"))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pacevlm.models.molmoe.vision import VisionAttention, VisionTower
-from pacevlm.training.embedded.labels import NUM_COLOUR_CLASSES, NUM_DIGIT_CLASSES
+from recipes.embedded_model.labels import NUM_COLOUR_CLASSES, NUM_DIGIT_CLASSES
 
 
 class CellHeads(nn.Module):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.blocks import MolmoEBlock, rope_tables
-from pacevlm.training.embedded.corpus import PackedBatch
-from pacevlm.training.embedded.tower import CellHeads
+from recipes.embedded_model.corpus import PackedBatch
+from recipes.embedded_model.tower import CellHeads
 
 
 def decoder_blocks(model: MolmoEForConditionalGeneration) -> list[MolmoEBlock]:
