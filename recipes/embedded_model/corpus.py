@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pacevlm.data.digits import COLOUR_NAMES, Question, Scene, SceneConfig, sample_scene, valid_questions
-from pacevlm.models.embedded import CROP_PX, MARGINS, MAX_VOCAB_SIZE, PATCH_PX
 from pacevlm.models.molmoe.image_processing import PreparedImage, prepare_image
 from pacevlm.models.molmoe.processing import PROMPT_PREFIX, PROMPT_SUFFIX, MolmoEProcessor
 from pacevlm.models.molmoe.tiling import CropGeometry
 from pacevlm.models.molmoe.tokenization import build_tokenizer
 from recipes.embedded_model.labels import CellLabels, cell_labels
+from recipes.embedded_model.sizes import CROP_PX, MARGINS, MAX_VOCAB_SIZE, PATCH_PX
 
 GEOMETRY = CropGeometry(crop_size=CROP_PX, patch_size=PATCH_PX, margins=MARGINS)
 IMAGE_SEGMENT = 1 << 20

@@ -18,12 +18,12 @@ from torch import nn
 from pacevlm.data.digits import CANVASES, SceneConfig
 from pacevlm.files import append_jsonl, save_safetensors_atomic
 from pacevlm.models.elastic import write_elastic_settings
-from pacevlm.models.embedded import CROP_PX, EMBEDDED_MAX_CROPS, MARGINS, MAX_NEW_TOKENS, PATCH_PX, embedded_config
 from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.image_processing import MolmoEImageProcessor
 from pacevlm.models.molmoe.processing import MolmoEProcessor
 from recipes.embedded_model.corpus import Packer, build_embedded_tokenizer, draw_crops, draw_sample
 from recipes.embedded_model.language import grow, strengthen, training_loss
+from recipes.embedded_model.sizes import CROP_PX, EMBEDDED_MAX_CROPS, MARGINS, MAX_NEW_TOKENS, PATCH_PX, embedded_config
 from recipes.embedded_model.tower import CellHeads, init_tower_as_convolution
 
 SMALL_CANVASES = ((32, 32), (40, 32), (32, 40), (40, 40), (48, 48))

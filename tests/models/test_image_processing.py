@@ -112,8 +112,8 @@ def test_sizes_alone_tell_the_crops_and_tokens(geometry: CropGeometry, random_si
         prepared = prepare_image(random_image(height, width), max_crops, geometry)
         assert prepared.vision_sizes == sizes
         assert len(prepared.images) == len(prepared.image_masks) == len(prepared.image_input_idx) == sizes.num_crops
-        assert prepared.images.shape[1:] == (geometry.patches_per_crop, geometry.patch_values)
-        assert prepared.image_input_idx.shape[1] == geometry.cells_per_crop
+        assert prepared.images.shape[1:] == (geometry.patches_per_crop, 3 * geometry.patch_size**2)
+        assert prepared.image_input_idx.shape[1] == geometry.cells_per_side**2
         # Every patch token receives exactly one cell, and no other position any.
         used = prepared.image_input_idx[prepared.image_input_idx >= 0]
         patch_positions = 1 + torch.nonzero(prepared.token_pattern == IM_PATCH).flatten()

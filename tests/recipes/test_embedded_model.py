@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from pacevlm.data.digits import SceneConfig, sample_scene
-from pacevlm.models.embedded import embedded_config
 from pacevlm.models.molmoe import MolmoEForConditionalGeneration
 from recipes.embedded_model.corpus import GEOMETRY, draw_sample
 from recipes.embedded_model.labels import cell_labels
@@ -20,6 +19,7 @@ from recipes.embedded_model.language import (
     strengthen,
     training_loss,
 )
+from recipes.embedded_model.sizes import embedded_config
 from recipes.embedded_model.trainer import EASY, EmbeddedTrainer, Stage
 
 STAGES = (

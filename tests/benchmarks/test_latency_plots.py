@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pacevlm.errors import DataError
-from pacevlm.evaluation.latency_plots import (
+from benchmarks.latency_plots import (
     plot_calibration,
     plot_drift,
     plot_error_by_knob,
     plot_predicted_measured,
     plot_stage_shares,
 )
+from pacevlm.errors import DataError
 from pacevlm.knobs import KnobSpace
 from pacevlm.latency.estimator import StagePrediction
 
