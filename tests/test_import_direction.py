@@ -50,7 +50,8 @@ OPTIONAL: dict[str, frozenset[str]] = {
     "tensorboard": frozenset(),
     "torch.utils.tensorboard": frozenset(),
     "numba": frozenset(
-        f"pacevlm.models.molmoe.{module}" for module in ("cpu_kernels", "compiled_block", "compiled_adapter")
+        f"pacevlm.models.molmoe.runtime.{module}"
+        for module in ("cpu_loops", "cpu_kernels", "compiled_block", "compiled_adapter")
     ),
     "sklearn": frozenset(),
     "trl": frozenset(),

@@ -184,7 +184,7 @@ class ElasticModel:
             KnobError: the model cannot run the knob space.
             ConfigError: no such device, an unknown policy, or a limit that is not a whole number of at least 1.
         """
-        from pacevlm.models.molmoe.loading import load_molmoe
+        from pacevlm.models.molmoe.runtime.loading import load_molmoe
 
         device = resolve_device(device)
         keep_memory()

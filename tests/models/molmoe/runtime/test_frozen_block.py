@@ -10,7 +10,7 @@ import torch
 
 from pacevlm.models.molmoe import MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.blocks import rope_tables
-from pacevlm.models.molmoe.frozen_block import FrozenBlock
+from pacevlm.models.molmoe.runtime.frozen_block import FrozenBlock
 
 MakeModel = Callable[..., MolmoEForConditionalGeneration]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pacevlm.models.molmoe import cpu_kernels
+from pacevlm.models.molmoe.runtime import cpu_loops
 
 NUM_HEAPS = 300
 # Another order of a sum shows in some numbers only.
@@ -40,30 +40,30 @@ PAIR_WEIGHT, INNER = floats(PAIRS, seed=11), floats(PAIRS, EXPERT_DIM, seed=12)
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "_normalise": (ROWS[0], NORM, EPS, zeros(WIDTH)),
     "_multiply": (MATRIX, ROWS[0], zeros(3 * WIDTH)),
-    "_normalise_rows": (ROWS, NORM, EPS, zeros(TOKENS, WIDTH)),
+    "normalise_rows": (ROWS, NORM, EPS, zeros(TOKENS, WIDTH)),
     "_rotate": (ROWS[0], ANGLES[0], ANGLES[1], zeros(HEADS, HEAD_DIM)),
-    "_normalise_and_rotate": (
+    "normalise_and_rotate": (
         floats(TOKENS, 3 * WIDTH, seed=13),
         *(NORM, NORM, EPS, ANGLES, ANGLES + 1, zeros(1, 2 * HEADS, TOKENS, HEAD_DIM)),
     ),
     "_normalise_and_multiply": (ROWS[0], NORM, EPS, MATRIX, zeros(3 * WIDTH)),
     "_choose": (LOGITS[0], np.zeros(TOP_K, np.int64), zeros(TOP_K)),
-    "_group": (LOGITS, COUNTS, np.zeros(PAIRS, np.int64), zeros(PAIRS), np.zeros(NUM_EXPERTS, np.int32)),
-    "_scatter": (floats(PAIRS, WIDTH, seed=14), PAIR_TOKEN, PAIR_WEIGHT, zeros(TOKENS, WIDTH)),
+    "group": (LOGITS, COUNTS, np.zeros(PAIRS, np.int64), zeros(PAIRS), np.zeros(NUM_EXPERTS, np.int32)),
+    "scatter": (floats(PAIRS, WIDTH, seed=14), PAIR_TOKEN, PAIR_WEIGHT, zeros(TOKENS, WIDTH)),
     "_add_three": (NORM, 7, np.float32(0.3), np.float32(1.7), np.float32(-2.1), np.float32(0.9)),
-    "_multiply_and_scatter": (INNER, ENDS, DOWN, PAIR_TOKEN, PAIR_WEIGHT, zeros(TOKENS, WIDTH)),
-    "_mix_one_token": (ROWS[0], NORM, EPS, GATE, UP, DOWN, TOP_K, zeros(WIDTH)),
-    "_attend_one_token": (
+    "multiply_and_scatter": (INNER, ENDS, DOWN, PAIR_TOKEN, PAIR_WEIGHT, zeros(TOKENS, WIDTH)),
+    "mix_one_token": (ROWS[0], NORM, EPS, GATE, UP, DOWN, TOP_K, zeros(WIDTH)),
+    "attend_one_token": (
         *(ROWS[0], NORM, EPS, MATRIX, NORM, NORM, ANGLES[0], ANGLES[1], CACHE, CACHE + 1, CAPACITY - 3),
         floats(WIDTH, WIDTH, seed=15),
     ),
-    "_embed": (np.array([3, 0, 17, 2, 9]), GATE, GATE + 1, UP[0, :4], np.array([1, -1, 2, 2]), zeros(TOKENS, WIDTH)),
+    "embed": (np.array([3, 0, 17, 2, 9]), GATE, GATE + 1, UP[0, :4], np.array([1, -1, 2, 2]), zeros(TOKENS, WIDTH)),
 }
 
 
 def run(name: str, arguments: Sequence[Any]) -> list[bytes]:
     """Run a loop; all its arrays afterwards."""
-    getattr(cpu_kernels, name)(*arguments)
+    getattr(cpu_loops, name)(*arguments)
     return [argument.tobytes() for argument in arguments if isinstance(argument, np.ndarray)]
 
 
@@ -97,7 +97,7 @@ def placed(arguments: Sequence[Any], rng: np.random.Generator) -> list[Any]:
 
 
 def test_every_compiled_loop_is_here() -> None:
-    compiled = {name for name, value in vars(cpu_kernels).items() if hasattr(value, "nopython_signatures")}
+    compiled = {name for name, value in vars(cpu_loops).items() if hasattr(value, "nopython_signatures")}
     assert compiled == set(ARGUMENTS)
 
 
@@ -135,9 +135,7 @@ class Heap:
             self.free(pieces[place])
 
 
-@pytest.mark.parametrize(
-    "name", ["_choose", "_group", "_normalise_and_multiply", "_mix_one_token", "_attend_one_token"]
-)
+@pytest.mark.parametrize("name", ["_choose", "group", "_normalise_and_multiply", "mix_one_token", "attend_one_token"])
 def test_results_do_not_depend_on_where_a_loop_allocates(name: str) -> None:
     heap, rng = Heap(), np.random.default_rng(0)
     variants = [varied(ARGUMENTS[name], seed) for seed in range(NUM_SEEDS)]
@@ -154,3 +152,22 @@ def test_results_do_not_depend_on_where_a_loop_allocates(name: str) -> None:
                 arguments[0][...] = first
             different += run(name, arguments) != expectations[number % NUM_SEEDS]
     assert different == 0, f"{different} of {len(sizes)} heaps gave other bits"
+
+
+def test_where_nothing_can_be_cached_it_compiles_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    njit = cpu_loops.numba.njit
+
+    def without_cache(*arguments: Any, cache: bool = False, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(*arguments, **options)
+
+    monkeypatch.setattr(cpu_loops.numba, "njit", without_cache)
+
+    def double(x: Any) -> None:
+        for i in range(x.shape[0]):
+            x[i] *= np.float32(2)
+
+    values = np.ones(3, np.float32)
+    cpu_loops._compiled(cpu_loops.void(cpu_loops._vector))(double)(values)
+    assert values.tolist() == [2.0, 2.0, 2.0]

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pacevlm.models.adapter import RowDecode
 from pacevlm.models.molmoe.blocks import MolmoEBlock, Rope, rope_tables
-from pacevlm.models.molmoe.frozen_block import FrozenBlock
-from pacevlm.models.molmoe.frozen_tower import FrozenTower
 from pacevlm.models.molmoe.modeling_molmoe import MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.processing import MolmoEProcessor, PreparedRequest, assemble_request
+from pacevlm.models.molmoe.runtime.frozen_block import FrozenBlock
+from pacevlm.models.molmoe.runtime.frozen_tower import FrozenTower
 from pacevlm.types import VisionSizes
 
 

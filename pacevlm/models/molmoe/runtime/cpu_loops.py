@@ -16,13 +16,10 @@ from typing import Any, TypeVar
 
 import numba
 import numpy as np
-import torch
 from numba import float32, int32, int64, void
 from numpy.typing import NDArray
-from torch import Tensor
 
 Floats = NDArray[np.float32]
-Rope = tuple[Tensor, Tensor]
 _Function = TypeVar("_Function", bound=Callable[..., None])
 
 # Sums may be taken in any order, which lets them be vectorised; infinities and NaN keep their meaning. A loop that sums
@@ -67,7 +64,8 @@ def _multiply(matrix: Floats, x: Floats, out: Floats) -> None:
 
 
 @_compiled(void(_matrix, _vector, float32, _matrix))
-def _normalise_rows(x: Floats, weight: Floats, eps: np.float32, out: Floats) -> None:
+def normalise_rows(x: Floats, weight: Floats, eps: np.float32, out: Floats) -> None:
+    """RMS norm of every row of `x`."""
     for row in range(x.shape[0]):
         _normalise(x[row], weight, eps, out[row])
 
@@ -85,9 +83,10 @@ def _rotate(x: Floats, cos: Floats, sin: Floats, out: Floats) -> None:
 
 
 @_compiled(void(_matrix, _vector, _vector, float32, _matrix, _matrix, float32[:, :, :, ::1]))
-def _normalise_and_rotate(
+def normalise_and_rotate(
     projected: Floats, q_norm: Floats, k_norm: Floats, eps: np.float32, cos: Floats, sin: Floats, out: Floats
 ) -> None:
+    """Norm and rotary embedding of queries and keys, `out` `(batch, heads, tokens, head_dim)`."""
     num_q = q_norm.shape[0] // out.shape[3]
     num_tokens = out.shape[2]
     queries, keys = np.empty(q_norm.shape[0], np.float32), np.empty(k_norm.shape[0], np.float32)
@@ -136,14 +135,14 @@ def _choose(logits: Floats, experts: NDArray[np.int64], weights: Floats) -> None
 
 
 @_compiled(void(_matrix, int64[::1], int64[::1], _vector, int32[::1]))
-def _group(
+def group(
     logits: Floats,
     top_k: NDArray[np.int64],
     pair_token: NDArray[np.int64],
     pair_weight: Floats,
     ends: NDArray[np.int32],
 ) -> None:
-    # Counting sort of (token, expert) pairs by expert, tokens in order.
+    """Sort (token, expert) pairs by expert, tokens in order, by counting."""
     num_tokens, widest = logits.shape[0], top_k.max()
     experts, weights = np.empty((num_tokens, widest), np.int64), np.empty((num_tokens, widest), np.float32)
     counts = np.zeros(ends.shape[0], np.int64)
@@ -164,7 +163,8 @@ def _group(
 
 
 @_compiled(void(_matrix, int64[::1], _vector, _matrix))
-def _scatter(rows: Floats, pair_token: NDArray[np.int64], pair_weight: Floats, out: Floats) -> None:
+def scatter(rows: Floats, pair_token: NDArray[np.int64], pair_weight: Floats, out: Floats) -> None:
+    """Add the weighted rows of pairs up for each token."""
     out[:] = np.float32(0)
     for pair in range(rows.shape[0]):
         token, weight = pair_token[pair], pair_weight[pair]
@@ -180,7 +180,7 @@ def _add_three(out: Floats, at: int, weight: np.float32, a: np.float32, b: np.fl
 
 
 @_compiled(void(_matrix, int32[::1], _matrices, int64[::1], _vector, _matrix))
-def _multiply_and_scatter(
+def multiply_and_scatter(
     rows: Floats,
     ends: NDArray[np.int32],
     matrices: Floats,
@@ -188,6 +188,7 @@ def _multiply_and_scatter(
     pair_weight: Floats,
     out: Floats,
 ) -> None:
+    """`scatter` of the products of rows with their own experts' matrices."""
     # Tiles of 4 rows and 3 outputs: their 12 sums and what is read for them just fit into 16 vector registers.
     out[:] = np.float32(0)
     width, num_outputs = rows.shape[1], out.shape[1]
@@ -237,7 +238,7 @@ def _multiply_and_scatter(
 
 
 @_compiled(void(_vector, _vector, float32, _matrix, _matrices, _matrices, int64, _vector))
-def _mix_one_token(
+def mix_one_token(
     x: Floats,
     norm: Floats,
     eps: np.float32,
@@ -247,6 +248,7 @@ def _mix_one_token(
     top_k: int,
     out: Floats,
 ) -> None:
+    """Norm, router and experts of one token."""
     normalised, logits = np.empty(x.shape[0], np.float32), np.empty(gate.shape[0], np.float32)
     experts, weights = np.empty(top_k, np.int64), np.empty(top_k, np.float32)
     expert_dim = down_proj.shape[2]
@@ -268,7 +270,7 @@ def _mix_one_token(
 @_compiled(
     void(_vector, _vector, float32, _matrix, _vector, _vector, _vector, _vector, _matrices, _matrices, int64, _matrix)
 )
-def _attend_one_token(
+def attend_one_token(
     x: Floats,
     norm: Floats,
     eps: np.float32,
@@ -282,6 +284,7 @@ def _attend_one_token(
     position: int,
     attn_out: Floats,
 ) -> None:
+    """Attention of one new token, added to `x`; its key and value are written into the cache."""
     num_kv_heads, _, head_dim = keys.shape
     query, key = q_norm.shape[0], k_norm.shape[0]
     num_heads = query // head_dim
@@ -319,7 +322,7 @@ def _attend_one_token(
 
 
 @_compiled(void(int64[::1], _matrix, _matrix, _matrix, int64[::1], _matrix))
-def _embed(
+def embed(
     ids: NDArray[np.int64],
     embedding: Floats,
     new_embedding: Floats,
@@ -327,6 +330,7 @@ def _embed(
     places: NDArray[np.int64],
     out: Floats,
 ) -> None:
+    """Token embeddings, and features added at their places."""
     size = embedding.shape[0]
     for token in range(ids.shape[0]):
         index = ids[token]
@@ -336,124 +340,3 @@ def _embed(
         if place >= 0:
             for i in range(out.shape[1]):
                 out[place, i] += features[cell, i]
-
-
-def as_floats(x: Tensor) -> Floats:
-    """A tensor's values without a copy where it is contiguous already."""
-    return x.contiguous().numpy()
-
-
-def embed(ids: Tensor, embedding: Floats, new_embedding: Floats, features: Tensor, places: Tensor) -> Tensor:
-    """Token embeddings with image features added at their places; see `MolmoEModel.embed`, for a single row.
-
-    Args:
-        ids: `(tokens,)`, none negative.
-        features: `(crops, cells, d_model)`.
-        places: `(crops, cells)`.
-
-    Raises:
-        ValueError: an id or a place is outside its range.
-    """
-    num_ids = embedding.shape[0] + new_embedding.shape[0]
-    if int(ids.min()) < 0 or int(ids.max()) >= num_ids:
-        raise ValueError(f"a token id is outside 0..{num_ids - 1}, the rows of the embedding")
-    if int(places.max()) >= ids.shape[0]:
-        raise ValueError(f"an image feature has a place beyond the {ids.shape[0]} tokens of the prompt")
-    width = embedding.shape[1]
-    out = np.empty((ids.shape[0], width), np.float32)
-    cells, flat_places = as_floats(features).reshape(-1, width), places.contiguous().numpy().reshape(-1)
-    _embed(ids.contiguous().numpy(), embedding, new_embedding, cells, flat_places, out)
-    return torch.from_numpy(out)
-
-
-def rms_norm(x: Tensor, weight: Floats, eps: np.float32) -> Tensor:
-    """See `pacevlm.models.molmoe.blocks.rms_norm`; any shape `(..., width)`."""
-    out = np.empty(x.shape, np.float32)
-    width = x.shape[-1]
-    _normalise_rows(as_floats(x).reshape(-1, width), weight, eps, out.reshape(-1, width))
-    return torch.from_numpy(out)
-
-
-def normalise_and_rotate(projected: Tensor, q_norm: Floats, k_norm: Floats, eps: np.float32, rope: Rope) -> Tensor:
-    """Queries and keys of `projected` `(batch, tokens, widths)`, one behind the other.
-
-    Returns:
-        `(batch, query heads + key heads, tokens, head_dim)`.
-    """
-    batch, num_tokens, width = projected.shape
-    cos, sin = (as_floats(table) for table in rope)
-    head_dim = cos.shape[-1]
-    out = np.empty((batch, (q_norm.shape[0] + k_norm.shape[0]) // head_dim, num_tokens, head_dim), np.float32)
-    rows = as_floats(projected).reshape(-1, width)
-    # The tables hold the rows of one prompt, shared by all of them, or those of each.
-    _normalise_and_rotate(rows, q_norm, k_norm, eps, cos.reshape(-1, head_dim), sin.reshape(-1, head_dim), out)
-    return torch.from_numpy(out)
-
-
-def attend_one_token(
-    x: Floats,
-    norm: Floats,
-    eps: np.float32,
-    att_proj: Floats,
-    q_norm: Floats,
-    k_norm: Floats,
-    rope: tuple[Floats, Floats],
-    cache: tuple[Floats, Floats],
-    position: int,
-    attn_out: Floats,
-) -> None:
-    """Attention of one new token, added to `x` `(d_model,)`; its key and value are written into the cache.
-
-    Args:
-        rope: cosines and sines of the position, each `(head_dim,)`.
-        cache: keys and values, each `(heads, capacity, head_dim)`, of which `position` are in use.
-    """
-    _attend_one_token(x, norm, eps, att_proj, q_norm, k_norm, *rope, *cache, position, attn_out)
-
-
-def mix_one_token(
-    x: Floats, norm: Floats, eps: np.float32, gate: Floats, gate_up_proj: Floats, down_proj: Floats, top_k: int
-) -> Floats:
-    """Norm, router and experts of one token, `(d_model,)` to the same shape."""
-    out = np.empty_like(x)
-    _mix_one_token(x, norm, eps, gate, gate_up_proj, down_proj, top_k, out)
-    return out
-
-
-def group_by_expert(router_logits: Tensor, top_k: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Route tokens and sort the (token, expert) pairs by expert.
-
-    Args:
-        router_logits: `(tokens, experts)`.
-        top_k: experts per token, one number or one per token `(tokens,)`.
-
-    Returns:
-        token and router weight of every pair `(pairs,)`, and where each expert's pairs end `(experts,)` int32.
-    """
-    logits = as_floats(router_logits)
-    counts = top_k.numpy() if isinstance(top_k, Tensor) else np.full(logits.shape[0], top_k, np.int64)
-    num_pairs = int(counts.sum())
-    pair_token, pair_weight = np.empty(num_pairs, np.int64), np.empty(num_pairs, np.float32)
-    ends = np.empty(logits.shape[1], np.int32)
-    _group(logits, counts, pair_token, pair_weight, ends)
-    return torch.from_numpy(pair_token), torch.from_numpy(pair_weight), torch.from_numpy(ends)
-
-
-def weighted_sum(rows: Tensor, pair_token: Tensor, pair_weight: Tensor, num_tokens: int) -> Tensor:
-    """Add the weighted outputs of pairs `(pairs, d_model)` up for each token, `(tokens, d_model)`."""
-    out = np.empty((num_tokens, rows.shape[1]), np.float32)
-    _scatter(as_floats(rows), pair_token.numpy(), pair_weight.numpy(), out)
-    return torch.from_numpy(out)
-
-
-def multiply_few_rows(
-    rows: Tensor, ends: Tensor, weight: Floats, pair_token: Tensor, pair_weight: Tensor, num_tokens: int
-) -> Tensor:
-    """`weighted_sum` of the products of `pacevlm.models.molmoe.experts.grouped_product`, where experts have few rows.
-
-    A library's product of a dozen rows takes longer to set up than to compute: for 16 experts with 16 rows of 128 by 96
-    it takes twice as long as this (docs/log.md).
-    """
-    out = np.empty((num_tokens, weight.shape[1]), np.float32)
-    _multiply_and_scatter(as_floats(rows), ends.numpy(), weight, pair_token.numpy(), pair_weight.numpy(), out)
-    return torch.from_numpy(out)

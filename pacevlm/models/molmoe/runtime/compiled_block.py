@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pacevlm.models.molmoe import cpu_kernels
 from pacevlm.models.molmoe.blocks import Rope
-from pacevlm.models.molmoe.cpu_kernels import Floats, as_floats
 from pacevlm.models.molmoe.experts import grouped_product, swiglu
-from pacevlm.models.molmoe.frozen_block import FrozenBlock
+from pacevlm.models.molmoe.runtime import cpu_kernels
+from pacevlm.models.molmoe.runtime.cpu_kernels import as_floats
+from pacevlm.models.molmoe.runtime.cpu_loops import Floats
+from pacevlm.models.molmoe.runtime.frozen_block import FrozenBlock
 
 ONE_CORE_WEIGHTS = 1_000_000
 """Largest projection that one core multiplies with a single token; larger ones are bound by memory, which all share."""

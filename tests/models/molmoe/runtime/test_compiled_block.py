@@ -14,13 +14,13 @@ from torch import Tensor
 from pacevlm.knobs import Knobs
 from pacevlm.models.decoder import Prefix
 from pacevlm.models.elastic import ElasticModel
-from pacevlm.models.molmoe import MolmoEForConditionalGeneration, compiled_block, cpu_kernels, loading
-from pacevlm.models.molmoe.adapter import MolmoEAdapter
+from pacevlm.models.molmoe import MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.blocks import rope_tables
-from pacevlm.models.molmoe.compiled_adapter import CompiledMolmoEAdapter
-from pacevlm.models.molmoe.compiled_block import CompiledBlock
-from pacevlm.models.molmoe.experts import grouped_product, route
-from pacevlm.models.molmoe.frozen_block import FrozenBlock
+from pacevlm.models.molmoe.runtime import compiled_block, loading
+from pacevlm.models.molmoe.runtime.adapter import MolmoEAdapter
+from pacevlm.models.molmoe.runtime.compiled_adapter import CompiledMolmoEAdapter
+from pacevlm.models.molmoe.runtime.compiled_block import CompiledBlock
+from pacevlm.models.molmoe.runtime.frozen_block import FrozenBlock
 from pacevlm.types import Example
 
 MakeModel = Callable[..., MolmoEForConditionalGeneration]
@@ -109,42 +109,6 @@ def test_weights_are_the_modules_own(make_model: MakeModel) -> None:
     assert pointers == {parameter.data_ptr() for parameter in block.parameters()}
 
 
-def test_grouping_is_routing_sorted_by_expert() -> None:
-    logits = random(50, 9)
-    counts = torch.randint(1, 6, (50,), generator=torch.Generator().manual_seed(1))
-    for top_k in (4, counts):
-        token, weight, ends = cpu_kernels.group_by_expert(logits, top_k)
-        weights, experts = route(logits, 5, torch.float32)
-        keep = torch.arange(5) < (torch.full((50,), top_k) if isinstance(top_k, int) else top_k)[:, None]
-        start = 0
-        for expert, end in enumerate(ends.tolist()):
-            chosen = (experts == expert) & keep
-            assert token[start:end].tolist() == chosen.any(1).nonzero().flatten().tolist()
-            close(weight[start:end], (weights * chosen).sum(1)[chosen.any(1)])
-            start = end
-        assert start == len(token) == int(keep.sum())
-
-
-def test_experts_with_equal_logits_are_taken_once_each() -> None:
-    token, weight, ends = cpu_kernels.group_by_expert(torch.zeros(3, 6), 4)
-    assert ends.tolist() == [3, 6, 9, 12, 12, 12]
-    assert token.tolist() == [0, 1, 2] * 4
-    close(weight, torch.full((12,), 1 / 6))
-
-
-@pytest.mark.parametrize("width", [5, 8])
-@pytest.mark.parametrize("num_outputs", [1, 3, 8])
-def test_products_of_few_rows(width: int, num_outputs: int) -> None:
-    ends = torch.tensor([0, 1, 5, 5, 14], dtype=torch.int32)
-    rows, weight = random(14, width), random(5, num_outputs, width, seed=1)
-    token = torch.randint(0, 6, (14,), generator=torch.Generator().manual_seed(2))
-    share = torch.rand(14, generator=torch.Generator().manual_seed(3))
-    found = cpu_kernels.multiply_few_rows(rows, ends, weight.numpy(), token, share, 6)
-    products = grouped_product(rows, ends, weight)
-    close(found, torch.zeros(6, num_outputs).index_add_(0, token, products * share[:, None]))
-    close(found, cpu_kernels.weighted_sum(products, token, share, 6))
-
-
 def prefixes_of(model: ElasticModel, examples: list[Example]) -> list[Prefix]:
     prefixes = []
     for example in examples:
@@ -227,38 +191,3 @@ def test_without_numba_the_answers_are_the_same(
         for knobs in list(plain.knob_space)[::11]:
             one, other = (model.run_static(example.image, example.question, knobs) for model in (plain, compiled))
             assert one.token_ids == other.token_ids
-
-
-@torch.no_grad()
-def test_embeddings_and_their_places(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
-    adapter: Any = tiny_elastic.adapter
-    prepared = adapter.prepare(law_examples[3].image, adapter.encode_question("How many?"), 4)
-    features = adapter.encode_vision([prepared])[0]
-    close(adapter.embed(prepared, features), MolmoEAdapter.embed(adapter, prepared, features))
-    weights = (adapter._embedding, adapter._new_embedding, features)
-    ids, places = prepared.input_ids, prepared.image_input_idx
-    num_ids = len(adapter._embedding) + len(adapter._new_embedding)
-    for wrong in (-1, num_ids):
-        with pytest.raises(ValueError, match=f"outside 0..{num_ids - 1}"):
-            cpu_kernels.embed(torch.where(ids == ids[-1], wrong, ids), *weights, places)
-    with pytest.raises(ValueError, match=f"beyond the {len(ids)} tokens"):
-        cpu_kernels.embed(ids, *weights, torch.where(places == places.max(), len(ids), places))
-
-
-def test_where_nothing_can_be_cached_it_compiles_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    njit = cpu_kernels.numba.njit
-
-    def without_cache(*arguments: Any, cache: bool = False, **options: Any) -> Any:
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(*arguments, **options)
-
-    monkeypatch.setattr(cpu_kernels.numba, "njit", without_cache)
-
-    def double(x: Any) -> None:
-        for i in range(x.shape[0]):
-            x[i] *= np.float32(2)
-
-    values = np.ones(3, np.float32)
-    cpu_kernels._compiled(cpu_kernels.void(cpu_kernels._vector))(double)(values)
-    assert values.tolist() == [2.0, 2.0, 2.0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pacevlm.models.molmoe import MolmoEForConditionalGeneration
-from pacevlm.models.molmoe.frozen_tower import FrozenTower
+from pacevlm.models.molmoe.runtime.frozen_tower import FrozenTower
 
 MakeModel = Callable[..., MolmoEForConditionalGeneration]
 

@@ -13,8 +13,8 @@ from transformers.utils import logging
 from pacevlm.errors import CheckpointError, ConfigError
 from pacevlm.files import read_json
 from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
-from pacevlm.models.molmoe.adapter import MolmoEAdapter
 from pacevlm.models.molmoe.processing import MolmoEProcessor
+from pacevlm.models.molmoe.runtime.adapter import MolmoEAdapter
 
 
 def load_molmoe(folder: Path, device: torch.device, dtype: torch.dtype) -> MolmoEAdapter:
@@ -62,7 +62,7 @@ def load_molmoe(folder: Path, device: torch.device, dtype: torch.dtype) -> Molmo
     _check_processor(folder, processor, cast(MolmoEConfig, model.config))
     torch.nn.Module.to(model, device)  # transformers' own `to` is not typed
     if device.type == "cpu" and dtype == torch.float32 and find_spec("numba") is not None:
-        from pacevlm.models.molmoe.compiled_adapter import CompiledMolmoEAdapter
+        from pacevlm.models.molmoe.runtime.compiled_adapter import CompiledMolmoEAdapter
 
         return CompiledMolmoEAdapter(model, processor)
     return MolmoEAdapter(model, processor)

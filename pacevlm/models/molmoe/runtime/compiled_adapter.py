@@ -8,11 +8,12 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from pacevlm.models.molmoe import MolmoEForConditionalGeneration, cpu_kernels
-from pacevlm.models.molmoe.adapter import MolmoEAdapter
-from pacevlm.models.molmoe.compiled_block import CompiledBlock, CompiledDecode
-from pacevlm.models.molmoe.cpu_kernels import as_floats
+from pacevlm.models.molmoe import MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.processing import MolmoEProcessor, PreparedRequest
+from pacevlm.models.molmoe.runtime import cpu_kernels
+from pacevlm.models.molmoe.runtime.adapter import MolmoEAdapter
+from pacevlm.models.molmoe.runtime.compiled_block import CompiledBlock, CompiledDecode
+from pacevlm.models.molmoe.runtime.cpu_kernels import as_floats
 
 
 class CompiledMolmoEAdapter(MolmoEAdapter):
