@@ -16,7 +16,7 @@ from pacevlm.errors import ConfigError, DataError, PacevlmError
 from pacevlm.pipeline import STEPS, RunConfig, run_pipeline
 from pacevlm.pipeline.context import SilentReporter
 from pacevlm.pipeline.run_config import save_run_config
-from tests.test_pipeline import Recorder, make_config
+from tests.pipeline.test_run import Recorder, make_config
 
 
 class Stopped(Exception):

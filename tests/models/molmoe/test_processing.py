@@ -33,7 +33,7 @@ from pacevlm.models.molmoe.tokenization import (
 from pacevlm.types import VisionSizes
 
 FIXTURES = Path(
-    os.environ.get("PACEVLM_FIXTURES", Path(__file__).resolve().parents[3] / "shared" / "fixtures"), "molmoe-tiny"
+    os.environ.get("PACEVLM_FIXTURES", Path(__file__).resolve().parents[4] / "shared" / "fixtures"), "molmoe-tiny"
 )
 needs_fixtures = pytest.mark.skipif(
     not FIXTURES.is_dir(), reason=f"no reference fixtures at {FIXTURES}; set PACEVLM_FIXTURES to their folder"

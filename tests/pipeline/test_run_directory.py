@@ -44,7 +44,7 @@ from pacevlm.pipeline.step_log import StepLog
 from pacevlm.training.grpo import GRPOConfig
 from pacevlm.training.train_config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "controller/controller.safetensors"
 
 
