@@ -35,7 +35,7 @@ test: setup check ## all checks and all tests
 check: setup ## lint, format, types and import direction
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict pacevlm
+	$(BIN)/mypy --strict pacevlm recipes
 	$(BIN)/python -m pytest -q tests/test_import_direction.py
 
 clean: ## remove caches and build products; .venv and runs/ stay

@@ -97,14 +97,14 @@ class Hang(BaseException):
 def make_run(folder: Path) -> Path:
     """A whole run on the tests' tiny random model; returns its directory, with the model in a folder beside it."""
     modules = {}
-    for name in ("conftest", "test_pipeline"):
-        spec = importlib.util.spec_from_file_location(f"fuzzed_{name}", ROOT / "tests" / f"{name}.py")
+    for name in ("conftest", "pipeline/test_run"):
+        spec = importlib.util.spec_from_file_location(f"fuzzed_{Path(name).name}", ROOT / "tests" / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(modules[name])
     model_dir = modules["conftest"].save_tiny_checkpoint(folder / "model")
-    config = modules["test_pipeline"].make_config(folder / "run", model_dir)
+    config = modules["pipeline/test_run"].make_config(folder / "run", model_dir)
     run_pipeline(config)
     return Path(config.run_dir)
 

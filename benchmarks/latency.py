@@ -17,6 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from latency_models import MODELS, LinearModel
+from latency_plots import (
+    plot_calibration,
+    plot_drift,
+    plot_error_by_knob,
+    plot_predicted_measured,
+    plot_stage_shares,
+)
 from latency_serving import (
     ALPHA,
     Bench,
@@ -35,13 +42,6 @@ from rich.table import Table
 
 from pacevlm.controller.policy import ControllerPolicy
 from pacevlm.data.digits import DigitVQA
-from pacevlm.evaluation.latency_plots import (
-    plot_calibration,
-    plot_drift,
-    plot_error_by_knob,
-    plot_predicted_measured,
-    plot_stage_shares,
-)
 from pacevlm.knobs import Knobs
 from pacevlm.latency.calibrate import fit_latency, full_p50_ms
 from pacevlm.latency.estimator import LatencyEstimator

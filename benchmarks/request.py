@@ -28,7 +28,7 @@ from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.measuring import use_num_threads
 from pacevlm.latency.profile import collect_device_facts
 from pacevlm.models.elastic import ElasticModel
-from pacevlm.models.molmoe.adapter import MolmoEAdapter
+from pacevlm.models.molmoe.runtime.adapter import MolmoEAdapter
 from pacevlm.pacer import Pacer
 from pacevlm.request.run import run_forced
 from pacevlm.types import Example, Objective

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pacevlm.models.elastic import ElasticModel
     from pacevlm.types import Example
 
+pytest_plugins = ["tiny_molmoe"]
+
 # Before any test module loads the libraries that read these.
 # One thread is quickest for models this small; the tests hold with any number, and child processes use the same.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -24,7 +24,7 @@ from pacevlm.latency import measuring
 from pacevlm.latency.measuring import use_num_threads
 from pacevlm.latency.profile import Profile, collect_device_facts
 from pacevlm.models.elastic import ElasticModel
-from pacevlm.models.molmoe import loading
+from pacevlm.models.molmoe.runtime import loading
 from pacevlm.pacer import Pacer
 from pacevlm.pipeline import RunConfig, load_elastic_model, run_pipeline
 from pacevlm.request.pacing import Pacing

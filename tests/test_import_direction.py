@@ -41,6 +41,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cli"}),
 )
 ENTRY_POINTS = frozenset({"serving", "cli"})  # nobody imports these
+BESIDE = ("recipes", "benchmarks", "scripts", "examples", "tests")  # they import the package, and it none of them
 
 # Optional libraries, and the only modules that may load them as they are imported. Everywhere else the import stands
 # in the function that needs it.
@@ -50,7 +51,8 @@ OPTIONAL: dict[str, frozenset[str]] = {
     "tensorboard": frozenset(),
     "torch.utils.tensorboard": frozenset(),
     "numba": frozenset(
-        f"pacevlm.models.molmoe.{module}" for module in ("cpu_kernels", "compiled_block", "compiled_adapter")
+        f"pacevlm.models.molmoe.runtime.{module}"
+        for module in ("cpu_loops", "cpu_kernels", "compiled_block", "compiled_adapter")
     ),
     "sklearn": frozenset(),
     "trl": frozenset(),
@@ -121,10 +123,12 @@ def direction_faults(module: str, imports: list[Import]) -> Iterator[str]:
     """What in a module's imports breaks the layout, one sentence each."""
     importer = part_of(module)
     for item in imports:
+        where = f"{module}:{item.line}"
+        if item.module.partition(".")[0] in BESIDE:
+            yield f"{where} imports {item.module}, which stands beside the package"
         if not is_within(item.module, "pacevlm"):
             continue
         imported = part_of(item.module)
-        where = f"{module}:{item.line}"
         if imported in ENTRY_POINTS and imported != importer:
             yield f"{where} imports {imported}, which nobody imports"
         elif importer is None or imported == importer:
@@ -254,6 +258,8 @@ def test_every_other_module_imports_without_the_extras() -> None:
         ("pacevlm.cli", "from pacevlm.serving import server", "imports serving, which nobody imports"),
         ("pacevlm", "from pacevlm.cli import main", "imports cli, which nobody imports"),
         ("pacevlm.training.trainer", "from pacevlm import Pacer", "imports Pacer from the package itself"),
+        ("pacevlm.models.embedded", "from recipes.embedded_model import trainer", "which stands beside the package"),
+        ("pacevlm.cli", "def f():\n    import recipes", "which stands beside the package"),
     ],
 )
 def test_a_wrong_direction_is_found(module: str, source: str, fault: str) -> None:

@@ -218,12 +218,6 @@ def _check_split(split: str) -> None:
         raise DataError(f"the digits data set has no split {split!r}; choose one of {', '.join(SPLITS)}")
 
 
-def split_scan_indices(split: str) -> tuple[int, ...]:
-    """The scan indices of a split, ascending; raises DataError for an unknown split."""
-    _check_split(split)
-    return tuple(sorted(index for by_value in _split_scans()[split] for index in by_value))
-
-
 def sample_scene(rng: np.random.Generator, split: str, config: SceneConfig = DEFAULT_CONFIG) -> Scene:
     """Draw and render one scene with scans of one split.
 

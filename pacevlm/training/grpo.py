@@ -63,34 +63,6 @@ def pair_logits(top_k_logits: Tensor, num_blocks_logits: Tensor, pairwise: Tenso
     return logits.flatten(-2)
 
 
-def two_stage_log_probs(tier_logits: Tensor, stage2_logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Both stages' log-probabilities under one mask over the whole knob space.
-
-    A tier is allowed if any of its pairs is. The second factor of a tier that is not allowed has no meaning, and
-    probability 0 in front of it; it is left unmasked so that it stays finite.
-
-    Args:
-        tier_logits: `(batch, tiers)`.
-        stage2_logits: `(batch, tiers, pairs)`.
-        mask: boolean `(batch, tiers, pairs)`, True where the configuration is allowed.
-
-    Returns:
-        `log π₁` of shape `(batch, tiers)` and `log π₂` of shape `(batch, tiers, pairs)`.
-
-    Raises:
-        KnobError: a batch row has no allowed configuration.
-        DataError: the mask is not boolean, or the shapes do not fit.
-    """
-    if mask.dtype != torch.bool or mask.shape != stage2_logits.shape or mask.shape[:-1] != tier_logits.shape:
-        raise DataError(
-            f"mask is {mask.dtype} {tuple(mask.shape)}, logits are {tuple(tier_logits.shape)} and "
-            f"{tuple(stage2_logits.shape)}; expected a boolean mask of the second shape, whose last axis is the pairs"
-        )
-    tier_mask = mask.any(dim=-1)
-    log_pi1 = masked_log_softmax(tier_logits, tier_mask)
-    return log_pi1, masked_log_softmax(stage2_logits, mask | ~tier_mask.unsqueeze(-1))
-
-
 def sample_actions(log_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One action per row of `(..., actions)`, drawn by the Gumbel-max trick; an action at -inf is never drawn."""
     noise = torch.empty_like(log_probs).exponential_(generator=generator)
@@ -132,20 +104,6 @@ def kl_divergence(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     return (log_probs.exp() * difference).sum(dim=-1)
 
 
-def joint_entropy(log_pi1: Tensor, log_pi2: Tensor) -> Tensor:
-    """Exact entropy of the joint policy, H(π₁) + Σₜ π₁(t) H(π₂(· | t)).
-
-    `(batch, tiers)` and `(batch, tiers, pairs)` give `(batch,)`.
-    """
-    return entropy(log_pi1) + (log_pi1.exp() * entropy(log_pi2)).sum(dim=-1)
-
-
-def joint_kl(log_pi1: Tensor, log_pi2: Tensor, ref_log_pi1: Tensor, ref_log_pi2: Tensor) -> Tensor:
-    """Exact KL of the joint policy from the reference; shapes as in `joint_entropy`."""
-    second = kl_divergence(log_pi2, ref_log_pi2)
-    return kl_divergence(log_pi1, ref_log_pi1) + (log_pi1.exp() * second).sum(dim=-1)
-
-
 def sampled_entropy(log_pi1: Tensor, log_pi2: Tensor, tier_ratio: Tensor | None = None) -> Tensor:
     """Estimate of the joint entropy when stage 2 is known for the sampled tiers only.
 
@@ -160,7 +118,7 @@ def sampled_entropy(log_pi1: Tensor, log_pi2: Tensor, tier_ratio: Tensor | None 
             keeps the value unbiased on the first pass.
 
     Returns:
-        `(batch, group)`; its mean over the group estimates `joint_entropy`.
+        `(batch, group)`; its mean over the group estimates the entropy of the joint policy.
     """
     second = entropy(log_pi2)
     return entropy(log_pi1).unsqueeze(-1) + (second if tier_ratio is None else tier_ratio * second)

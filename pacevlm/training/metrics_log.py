@@ -14,9 +14,6 @@ from pacevlm.files import append_jsonl, parse_json, read_numbered_jsonl
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
-# Metrics that come from a clock or from what happens to be remembered: a resumed run does not repeat them.
-CLOCK_PREFIXES = ("speed/", "latency/")
-
 
 class MetricsLog:
     """Writes the metrics of each step; on a continuation, steps after `last_step` are removed first.

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from joint_policy import two_stage_log_probs
 from torch import Tensor, nn
 
 from pacevlm.training.grpo import (
@@ -18,7 +19,6 @@ from pacevlm.training.grpo import (
     joint_log_prob,
     leave_one_out,
     sample_actions,
-    two_stage_log_probs,
 )
 
 BATCH, GROUP, TIERS, PAIRS = 6, 8, 3, 25

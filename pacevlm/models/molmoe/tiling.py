@@ -65,19 +65,9 @@ class CropGeometry:
         return self.patches_per_side**2
 
     @property
-    def patch_values(self) -> int:
-        """Numbers in one flattened RGB patch."""
-        return 3 * self.patch_size**2
-
-    @property
     def cells_per_side(self) -> int:
         """Pooled cells along a crop's side."""
         return self.patches_per_side // self.pool
-
-    @property
-    def cells_per_crop(self) -> int:
-        """Pooled cells of one crop."""
-        return self.cells_per_side**2
 
     @property
     def margin_patches(self) -> int:

@@ -1,0 +1,30 @@
+"""MolmoE as requests run it: the adapter, and what runs its blocks fast.
+
+One block has these implementations: the model's own in `pacevlm.models.molmoe.blocks`, three here, and the last two in
+`pacevlm.models`. What was measured is of the embedded model on a CPU (docs/log.md, 2026-11-25).
+
+================  ===========================  =======================================  ================================
+what              when it runs                 why it exists                            held equal by
+================  ===========================  =======================================  ================================
+`MolmoEBlock`     inside transformers: in      the reference, with the checkpoint's     `test_against_transformers`
+                  training and `generate`;     names, Auto classes and gradients of     (OLMoE, CLIP); `test_parity`
+                  any device and dtype         weights                                  (the original)
+`FrozenBlock`     in the adapter wherever      a module call costs 8 to 11 us: full     `test_frozen_block`,
+                  none below does; any device  knobs went from 65 to 52 ms, low/4/12    to the bit
+                  and dtype, gradients of      from 32 to 26, with normalising queries
+                  tokens alone                 and keys side by side
+`CompiledBlock`   on a CPU in float32 with     without it full knobs take 1.35 [1.28,   `test_compiled_block`,
+                  numba, where no gradient is  1.42] times as long, low/4/12 1.56       but for rounding
+                  asked for
+`CompiledDecode`  the same, for decode steps   a step takes 2.6 to 3.1 times what       `test_compiled_block`,
+                  and latency tokens of one    reading its weights takes, it was 13.5   steps of one row
+                  row, if blocks are small     (with `CompiledBlock`)
+`StaticDecode`    on CUDA, for decode steps    a step is hundreds of kernels that wait  `test_static_decode`,
+                  of one row: one graph for    for Python; no GPU has measured it yet   without a graph on a CPU
+                  each (top_k, num_blocks)
+`PrefixTree`      any of the others, for the   rows of one prompt and one top_k share   `test_prefix_tree` and
+                  prefill of several rows      blocks up to the first that only some    `test_decoder`
+                                               keep: a sweep makes 159 rollouts a
+                                               second instead of 130
+================  ===========================  =======================================  ================================
+"""
