@@ -45,7 +45,7 @@ def check_whole(config: Any, least: int, most: int, *names: str, optional: bool 
             continue
         number = as_int(value)
         if number is None or not least <= number <= most:
-            raise ConfigError(f"{name} is {_shown(value)}; it must be a whole number from {least} to {most}")
+            raise ConfigError(f"{name} is {shown(value)}; it must be a whole number from {least} to {most}")
         object.__setattr__(config, name, number)
 
 
@@ -66,7 +66,7 @@ def check_real(
         number = as_float(value)
         if number is None or not low <= number <= high or (above and number == low) or (below and number == high):
             ends = f"{'above' if above else 'from'} {low:g} {'to below' if below else 'to'} {high:g}"
-            raise ConfigError(f"{name} is {_shown(value)}; it must be a number {ends}")
+            raise ConfigError(f"{name} is {shown(value)}; it must be a number {ends}")
         object.__setattr__(config, name, number)
 
 
@@ -77,7 +77,7 @@ def check_path(name: str, value: object) -> None:
     except TypeError:
         text = None
     if not isinstance(text, str):
-        raise ConfigError(f"{name} is {_shown(value)}; it must be a path")
+        raise ConfigError(f"{name} is {shown(value)}; it must be a path")
     if not text.strip():
         raise ConfigError(f"{name} is empty; give a path")
     if text.startswith("~"):
@@ -90,6 +90,7 @@ def check_path(name: str, value: object) -> None:
         raise ConfigError(f"{name} is {text!r}, which holds a control character; rename the file or folder")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as a message shows it, cut after 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}…"

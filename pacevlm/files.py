@@ -287,13 +287,23 @@ def _reading_safetensors(path: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def read_bytes(path: str | os.PathLike[str], what: str, error: type[PacevlmError]) -> bytes:
-    """A file's content; raises `error` if it is missing, unreadable or no regular file, and never waits for one."""
+def read_bytes(
+    path: str | os.PathLike[str], what: str, error: type[PacevlmError], *, max_bytes: int | None = None
+) -> bytes:
+    """A file's content; raises `error` if it is missing, unreadable or no regular file, and never waits for one.
+
+    Args:
+        max_bytes: larger files are refused as well, before they fill the memory.
+    """
     _check_regular(path, what, error)
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            content = file.read(-1 if max_bytes is None else max_bytes + 1)
     except OSError as cause:
         raise error(f"{what} {os.fspath(path)} cannot be read: {cause.strerror or cause}") from cause
+    if max_bytes is not None and len(content) > max_bytes:
+        raise error(f"{what} {os.fspath(path)} has more than {max_bytes} bytes; check whether it is the right file")
+    return content
 
 
 def _check_regular(path: str | os.PathLike[str], what: str, error: type[PacevlmError]) -> None:
