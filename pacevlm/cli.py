@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from pacevlm.checks import check_path
+from pacevlm.checks import MAX_COUNT, MAX_SEED, check_path, check_whole
 from pacevlm.config import ImportanceConfig, check_model_path
 from pacevlm.config_file import ConfigFile, read_config_file
 from pacevlm.console import RichReporter, print_answer, print_results
@@ -35,6 +35,9 @@ OptionsT = TypeVar("OptionsT")
 
 QUICKSTART_DIR = Path("runs/quickstart")
 DEFAULT_DIR = Path("runs/default")
+
+# Asks "Which digit is red?", which the embedded model answers right with all of its configurations.
+SAMPLE_INDEX, SAMPLE_BUDGET_MS = 305, "25"
 
 CONFIG_HELP = (
     'TOML file of settings: `steps = 300` below `[train]` is --train.steps 300; names have underscores, "None" is '
@@ -153,6 +156,56 @@ def report(arguments: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
+class SampleOptions:
+    """Which picture of the embedded data set, and where it goes.
+
+    Attributes:
+        path: file to write, which ends in .png.
+        index: which picture of the test split; every number gives another one.
+        seed: which examples are composed, as `--data.seed` of a run.
+        overwrite: replace a file of this name that holds something else.
+
+    Raises:
+        ConfigError: the path is no PNG's, or a number is outside its range.
+    """
+
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")] = "scene.png"
+    index: int = SAMPLE_INDEX
+    seed: int = 0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_path("path", self.path)
+        if not self.path.lower().endswith(".png"):
+            raise ConfigError(f"path is {self.path!r}, but the picture is a PNG; give a name that ends in .png")
+        check_whole(self, 0, MAX_COUNT - 1, "index")
+        check_whole(self, 0, MAX_SEED, "seed")
+
+
+def sample(arguments: Sequence[str]) -> None:
+    """Write a picture of the embedded data set, with a question about it to ask.
+
+    The same numbers always give the same picture and question; no training has seen the scans that it shows.
+
+    Examples:
+      pacevlm sample
+      pacevlm sample pictures/seven.png --index 7
+    """
+    options = _parse("sample", SampleOptions, arguments)
+    from pacevlm.data.digits import DigitVQA
+    from pacevlm.files import write_new
+
+    example = DigitVQA("test", options.index + 1, options.seed)[options.index]
+    content = io.BytesIO()
+    example.image.save(content, "PNG")
+    write_new(options.path, content.getvalue(), overwrite=options.overwrite)
+    print(f"{options.path}\nquestion: {example.question}\nanswer: {example.references[0]}")
+    image = f"./{options.path}" if options.path.startswith("-") else options.path  # or it would be taken for an option
+    print("\nask it once `pacevlm quickstart` is done:")
+    print("  " + shlex.join(["pacevlm", "answer", image, example.question, "--budget-ms", SAMPLE_BUDGET_MS]))
+
+
+@dataclass(frozen=True)
 class AnswerOptions:
     """A question about an image.
 
@@ -268,6 +321,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "report": report,
+    "sample": sample,
     "answer": answer,
     "importance": importance,
 }

@@ -57,6 +57,24 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def write_new(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = False) -> None:
+    """Write a file whole or not at all; one that is there stays, unless `overwrite` is set or it holds the same.
+
+    Raises:
+        StorageError: there is another file or a folder of this name, or the file could not be written.
+    """
+    if os.path.lexists(path):
+        _check_regular(path, "file", StorageError)
+        if os.path.getsize(path) == len(content) and read_bytes(path, "file", StorageError) == content:
+            return
+        if not overwrite:
+            raise StorageError(
+                f"{os.fspath(path)} is there already and holds something else; give another name, or set overwrite"
+            )
+    with write_atomic(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
     """Write a value as indented JSON, whole or not at all.
 

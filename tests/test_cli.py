@@ -93,7 +93,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
 def test_unknown_options_are_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "steps.json").write_text("{}")  # or evaluate would say first that there is no run
     needed = ["image.png", "Which?", "--budget-ms", "5"] if name == "answer" else []
-    where = [] if name == "importance" else ["--run-dir", str(tmp_path)]
+    where = [] if name in ("importance", "sample") else ["--run-dir", str(tmp_path)]
     assert run(name, *needed, *where, "--no-such-option", "3") == 2
     assert "--no-such-option" in capsys.readouterr().err
 
@@ -420,6 +420,8 @@ def start(*arguments: str | bytes, **changes: Any) -> subprocess.CompletedProces
         ["answer", "x.png", "Which?", "--budget-ms", HOSTILE],
         ["importance", "--path", HOSTILE],
         ["train", "--config", HOSTILE],
+        ["sample", HOSTILE],
+        ["sample", f"{HOSTILE}.png"],
         ["importance", "--dataset", HOSTILE],
     ],
     ids=lambda arguments: " ".join(arguments)[:25].replace("\x1b", ""),
@@ -623,6 +625,110 @@ def test_answer_remembers_drift(run_dir: Path, tmp_path: Path, capsys: pytest.Ca
     state.write_text("{}")
     assert run(*arguments, "--budget-ms", "1e6") == 2
     assert "not a drift correction" in capsys.readouterr().err
+
+
+def sampled(text: str) -> tuple[str, str, list[str]]:
+    """Question, answer and command that `sample` prints."""
+    lines = text.splitlines()
+    question, answer = (line.partition(": ")[2] for line in lines[1:3])
+    return question, answer, shlex.split(lines[-1])
+
+
+def test_a_sample_is_answered_right_by_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pacevlm.models.elastic import ElasticModel
+
+    path = tmp_path / "scene.png"
+    assert run("sample", path) == 0
+    question, reference, _ = sampled(capsys.readouterr().out)
+    assert question == "Which digit is red?"
+    model = ElasticModel.from_pretrained()
+    for knobs in (model.knob_space.full, model.knob_space.cheapest):
+        assert model.run_static(path, question, knobs).answer == reference
+
+
+@pytest.mark.parametrize("name", ["scene.png", "it's [a] $b.PNG", "-x.png", "new/é.png"])
+def test_the_command_that_a_sample_prints_works(
+    name: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert run("sample", "--", name) == 0
+    program, *words = sampled(capsys.readouterr().out)[2]
+    assert program == "pacevlm"
+    assert run(*words, "--run-dir", run_dir) == 0
+    assert "budget met" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("numbers", [(), ("--index", "0"), ("--index", "7", "--seed", "1"), ("--index", "9999999")])
+def test_a_sample_is_what_the_data_set_holds(
+    numbers: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    from pacevlm.data.digits import DigitVQA
+
+    assert run("sample", tmp_path / "a.png", *numbers) == 0
+    question, answer, _ = sampled(capsys.readouterr().out)
+    index, seed = (int(number) for number in (*numbers[1::2], *("305", "0")[len(numbers) // 2 :]))
+    example = DigitVQA("test", index + 1, seed)[index]
+    assert (question, (answer,)) == (example.question, example.references)
+    with Image.open(tmp_path / "a.png") as image:
+        assert (image.format, image.mode) == ("PNG", "RGB")
+        assert image.tobytes() == example.image.tobytes()
+    assert run("sample", tmp_path / "b.png", *numbers) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_sample_takes_no_other_files_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "scene.png"
+    assert run("sample", path) == 0
+    first, text = path.read_bytes(), capsys.readouterr().out
+    assert run("sample", path) == 0
+    assert capsys.readouterr().out == text
+    assert run("sample", path, "--index", "3") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "is there already and holds something else" in captured.err
+    assert path.read_bytes() == first
+    assert run("sample", path, "--index", "3", "--overwrite") == 0
+    assert path.read_bytes() != first
+    assert [entry.name for entry in tmp_path.iterdir()] == ["scene.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["x.jpg"], "give a name that ends in .png"),
+        (["folder"], "give a name that ends in .png"),
+        ([""], "path is empty"),
+        (["~/x.png"], "only a shell knows"),
+        (["--index", "-1"], "index is -1; it must be a whole number from 0"),
+        (["--index", "10000000"], "index is 10000000; it must be"),
+        (["--seed", "4294967296"], "seed is 4294967296; it must be"),
+    ],
+)
+def test_a_sample_that_cannot_be_is_refused(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("sample", *words) == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sample_without_its_library_says_what_to_install(tmp_path: Path) -> None:
+    program = "import sys; sys.modules['sklearn'] = None; from pacevlm.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "sample", str(tmp_path / "scene.png")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 2
+    assert "pacevlm: error: sklearn" in done.stderr
+    assert "is not installed; pip install 'pacevlm[" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
