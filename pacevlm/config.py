@@ -86,9 +86,11 @@ class ModelConfig:
         object.__setattr__(self, "max_crops", tuple(self.max_crops))
         most = [as_int(number) for number in self.max_crops]
         if not most or any(number is None or not 1 <= number <= MAX_KNOB for number in most):
-            raise ConfigError(f"max_crops {self.max_crops} must be whole numbers from 1 to {MAX_KNOB}, one per tier")
+            raise ConfigError(
+                f"max_crops {shown(self.max_crops)} must be whole numbers from 1 to {MAX_KNOB}, one per tier"
+            )
         if self.tiers is not None and len(most) != len(self.tiers):
-            raise ConfigError(f"max_crops {self.max_crops} needs one number for each of the tiers {self.tiers}")
+            raise ConfigError(f"max_crops {shown(self.max_crops)} needs one number for each of the tiers {self.tiers}")
 
 
 @dataclass(frozen=True)
@@ -313,7 +315,7 @@ class EvaluateConfig:
         budgets = [as_float(fraction) or 0.0 for fraction in self.budgets]
         if not budgets or budgets != sorted(set(budgets)) or not 0 < budgets[0] <= budgets[-1] <= MAX_FRACTION:
             raise ConfigError(
-                f"budgets {list(self.budgets)} must be strictly increasing fractions above 0, and at most "
+                f"budgets {shown(list(self.budgets))} must be strictly increasing fractions above 0, and at most "
                 f"{MAX_FRACTION:g}, for example 0.5 0.75 1"
             )
         object.__setattr__(self, "budgets", tuple(budgets))

@@ -17,7 +17,7 @@ from pacevlm.files import read_bytes
 
 ConfigT = TypeVar("ConfigT")
 
-MAX_BYTES = 1 << 16
+MAX_BYTES = 1 << 15
 """Largest file of settings, several times what all of them and a comment on each would take."""
 NONE = "None"
 """What stands for None, which TOML has no word for, as on the command line."""
