@@ -37,7 +37,7 @@ def whole_number(name: str, value: object) -> int:
     """A number of things as an int; raises ConfigError unless it is whole and at least 1."""
     number = as_int(value)
     if number is None or number < 1:
-        raise ConfigError(f"{name} is {_shown(value)}; it must be a whole number of at least 1")
+        raise ConfigError(f"{name} is {shown(value)}; it must be a whole number of at least 1")
     return number
 
 
@@ -53,7 +53,7 @@ def check_whole(config: Any, least: int, most: int, *names: str, optional: bool 
             continue
         number = as_int(value)
         if number is None or not least <= number <= most:
-            raise ConfigError(f"{name} is {_shown(value)}; it must be a whole number from {least} to {most}")
+            raise ConfigError(f"{name} is {shown(value)}; it must be a whole number from {least} to {most}")
         object.__setattr__(config, name, number)
 
 
@@ -74,7 +74,7 @@ def check_real(
         number = as_float(value)
         if number is None or not low <= number <= high or (above and number == low) or (below and number == high):
             ends = f"{'above' if above else 'from'} {low:g} {'to below' if below else 'to'} {high:g}"
-            raise ConfigError(f"{name} is {_shown(value)}; it must be a number {ends}")
+            raise ConfigError(f"{name} is {shown(value)}; it must be a number {ends}")
         object.__setattr__(config, name, number)
 
 
@@ -85,7 +85,7 @@ def check_path(name: str, value: object) -> None:
     except TypeError:
         text = None
     if not isinstance(text, str):
-        raise ConfigError(f"{name} is {_shown(value)}; it must be a path")
+        raise ConfigError(f"{name} is {shown(value)}; it must be a path")
     if not text.strip():
         raise ConfigError(f"{name} is empty; give a path")
     if text.startswith("~"):
@@ -98,6 +98,7 @@ def check_path(name: str, value: object) -> None:
         raise ConfigError(f"{name} is {text!r}, which holds a control character; rename the file or folder")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as a message shows it, cut after 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}…"

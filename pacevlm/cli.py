@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
-import itertools
 import os
 import shlex
 import shutil
@@ -15,13 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from pacevlm.checks import check_path
+from pacevlm.checks import MAX_COUNT, MAX_SEED, check_path, check_whole
 from pacevlm.config import ImportanceConfig, check_model_path
+from pacevlm.config_file import ConfigFile, read_config_file
 from pacevlm.console import RichReporter, print_answer, print_results
 from pacevlm.errors import ConfigError, PacevlmError
 from pacevlm.printing import printable, printable_lines
@@ -35,6 +36,14 @@ OptionsT = TypeVar("OptionsT")
 QUICKSTART_DIR = Path("runs/quickstart")
 DEFAULT_DIR = Path("runs/default")
 
+# Asks "Which digit is red?", which the embedded model answers right with all of its configurations.
+SAMPLE_INDEX, SAMPLE_BUDGET_MS = 305, "40"
+
+CONFIG_HELP = (
+    'TOML file of settings: `steps = 300` below `[train]` is --train.steps 300; names have underscores, "None" is '
+    "None. The command line wins over the file, the file over the run directory and the defaults. Relative paths in "
+    "it start from its folder."
+)
 FRESH_HELP = "start over: remove what an earlier run left in the run directory, and its settings."
 
 # Exit codes: 0 done, 1 a fault of pacevlm itself, 2 what the user gave cannot be used, 128 + n stopped by signal n, 141
@@ -89,6 +98,7 @@ def train(arguments: Sequence[str]) -> None:
     Examples:
       pacevlm train --run-dir runs/mine
       pacevlm train --run-dir runs/mine --train.steps 1000 --train.lr 3e-4 --train.grpo.group-size 32
+      pacevlm train --config run.toml --train.seed 1
     """
     from pacevlm.pipeline import RunConfig
 
@@ -108,9 +118,6 @@ def evaluate(arguments: Sequence[str]) -> None:
     """
     from pacevlm.pipeline import RunConfig
 
-    run_dir = _given_run_dir(arguments) or DEFAULT_DIR
-    if not {"-h", "--help"} & set(arguments) and not (run_dir / "steps.json").exists():
-        raise ConfigError(f"{run_dir} holds no run; train one with `pacevlm train --run-dir {run_dir}` first")
     print_results(_run_steps("evaluate", arguments, DEFAULT_DIR, RunConfig, "evaluate"))
 
 
@@ -128,19 +135,74 @@ class ReportOptions:
 def report(arguments: Sequence[str]) -> None:
     """Print the table of a finished evaluation and draw its figures and report again.
 
+    Nothing is evaluated again, so of a settings file only run_dir counts.
+
     Examples:
       pacevlm report --run-dir runs/quickstart
     """
-    options = _parse("report", ReportOptions, arguments)
+    file, run_dir = _find_run(arguments, DEFAULT_DIR)
+    options = _parse_settings("report", arguments, ReportOptions(run_dir)).settings
     from pacevlm.pipeline.lock import one_writer
     from pacevlm.pipeline.outputs import draw_outputs, read_outputs
     from pacevlm.pipeline.run_config import load_run_config
 
     read_outputs(options.run_dir)  # or there is nothing to lock and draw
     config = load_run_config(options.run_dir)
+    if file is not None:
+        file.on_top_of(config)  # refuses what is wrong in it, though only the run directory counts
     with one_writer(options.run_dir):
         draw_outputs(config)
     print_results(config)
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Which picture of the embedded data set, and where it goes.
+
+    Attributes:
+        path: file to write, which ends in .png.
+        index: which picture of the test split; every number gives another one.
+        seed: which examples are composed, as `--data.seed` of a run.
+        overwrite: replace a file of this name that holds something else.
+
+    Raises:
+        ConfigError: the path is no PNG's, or a number is outside its range.
+    """
+
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")] = "scene.png"
+    index: int = SAMPLE_INDEX
+    seed: int = 0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_path("path", self.path)
+        if not self.path.lower().endswith(".png"):
+            raise ConfigError(f"path is {self.path!r}, but the picture is a PNG; give a name that ends in .png")
+        check_whole(self, 0, MAX_COUNT - 1, "index")
+        check_whole(self, 0, MAX_SEED, "seed")
+
+
+def sample(arguments: Sequence[str]) -> None:
+    """Write a picture of the embedded data set, with a question about it to ask.
+
+    The same numbers always give the same picture and question; no training has seen the scans that it shows.
+
+    Examples:
+      pacevlm sample
+      pacevlm sample pictures/seven.png --index 7
+    """
+    options = _parse("sample", SampleOptions, arguments)
+    from pacevlm.data.digits import DigitVQA
+    from pacevlm.files import write_new
+
+    example = DigitVQA("test", options.index + 1, options.seed)[options.index]
+    content = io.BytesIO()
+    example.image.save(content, "PNG")
+    write_new(options.path, content.getvalue(), overwrite=options.overwrite)
+    print(f"{options.path}\nquestion: {example.question}\nanswer: {example.references[0]}")
+    image = f"./{options.path}" if options.path.startswith("-") else options.path  # or it would be taken for an option
+    print("\nask it once `pacevlm quickstart` is done:")
+    print("  " + shlex.join(["pacevlm", "answer", image, example.question, "--budget-ms", SAMPLE_BUDGET_MS]))
 
 
 @dataclass(frozen=True)
@@ -206,7 +268,8 @@ def importance(arguments: Sequence[str]) -> None:
     Examples:
       pacevlm importance --path ./MolmoE-1B --dataset questions.jsonl --num-examples 500
     """
-    config = _parse("importance", ImportanceConfig, arguments)
+    file = _given_file(arguments, lambda path: read_config_file(path, (("path",), ("dataset",))))
+    config = _parse_settings("importance", arguments, ImportanceConfig(), file).settings
     check_model_path(config.path)
     from pacevlm.config import DataConfig, ModelConfig
     from pacevlm.data.splits import load_splits
@@ -259,6 +322,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "report": report,
+    "sample": sample,
     "answer": answer,
     "importance": importance,
 }
@@ -449,6 +513,9 @@ def _run_steps(
 ) -> RunConfig:
     """Parse the settings of a run, on top of those its directory holds, and run its steps."""
     config, fresh = _read_settings(command, arguments, default_dir, defaults)
+    if command == "evaluate" and not (config.run_dir / "steps.json").exists():
+        run_dir = config.run_dir
+        raise ConfigError(f"{run_dir} holds no run; train one with `pacevlm train --run-dir {run_dir}` first")
     check_model_path(config.model.path)
     from pacevlm.pipeline import run_pipeline
 
@@ -481,34 +548,65 @@ def _read_settings(
     command: str, arguments: Sequence[str], default_dir: Path, defaults: Callable[[Path], RunConfig]
 ) -> tuple[RunConfig, bool]:
     """The settings of a run, and whether it starts over; torch is not needed to refuse wrong ones."""
-    from pacevlm.pipeline.run_config import RunConfig, load_run_config
+    from pacevlm.pipeline.run_config import load_run_config
 
-    run_dir = _given_run_dir(arguments) or default_dir
+    file, run_dir = _find_run(arguments, default_dir)
     config = defaults(run_dir)
     if (run_dir / "config.json").exists() and "--fresh" not in arguments:
         config = load_run_config(run_dir)
+    fresh = ("fresh", Annotated[bool, tyro.conf.arg(help=FRESH_HELP)], dataclasses.field(default=False))
+    options = _parse_settings(command, arguments, config, file, fresh)
+    return options.settings, options.fresh
 
+
+def _parse_settings(
+    command: str,
+    arguments: Sequence[str],
+    settings: object,
+    file: ConfigFile | None = None,
+    *switches: tuple[str, Any, Any],
+) -> Any:
+    """The options of a command with a settings file; `.settings` are those given, with those of the file on top."""
+    described = tyro.conf.arg(name="config", metavar="FILE", help=CONFIG_HELP)
     # Made here, because the command line needs no settings of a run before a run is wanted.
     options_type = dataclasses.make_dataclass(
-        "RunOptions",
+        "Options",
         [
-            ("config", Annotated[RunConfig, tyro.conf.arg(name="")]),
-            ("fresh", Annotated[bool, tyro.conf.arg(help=FRESH_HELP)], dataclasses.field(default=False)),
+            ("settings", Annotated[type(settings), tyro.conf.arg(name="")]),
+            ("file", Annotated[Path | None, described], dataclasses.field(default=None)),
+            *switches,
         ],
         frozen=True,
     )
-    options: Any = _parse(command, options_type, arguments, default=options_type(config))
-    return options.config, options.fresh
+    default = options_type(settings if file is None else file.on_top_of(settings))
+    return _parse(command, options_type, arguments, default=default)
+
+
+def _find_run(arguments: Sequence[str], default_dir: Path) -> tuple[ConfigFile | None, Path]:
+    """The settings file on a command line, and the run directory that the command line, or else the file, names."""
+    from pacevlm.pipeline.run_config import read_run_file
+
+    file = _given_file(arguments, read_run_file)
+    named = None if file is None else file.values.get("run_dir")
+    return file, _given_run_dir(arguments) or Path(named or default_dir)
+
+
+def _given_file(arguments: Sequence[str], read: Callable[[str], ConfigFile]) -> ConfigFile | None:
+    given = _given(arguments, "--config")
+    if len(given) > 1:
+        raise ConfigError(f"--config is given {len(given)} times; put all settings into one file")
+    return None if given in ([], [None]) else read(str(given[0]))
 
 
 def _given_run_dir(arguments: Sequence[str]) -> Path | None:
-    """The run directory on a command line, read before the rest because its stored settings are the defaults."""
-    found = None
-    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
-        name, equals, value = argument.partition("=")
-        if name in ("--run-dir", "--run_dir"):
-            found = value if equals else following
-    if found is None:
+    found = _given(arguments, "--run-dir", "--run_dir")[-1:]
+    if found in ([], [None]):
         return None
-    check_path("run_dir", found)
-    return Path(found)
+    check_path("run_dir", found[0])
+    return Path(str(found[0]))
+
+
+def _given(arguments: Sequence[str], *names: str) -> list[str | None]:
+    """What a command line gives for an option, read before the rest because all other defaults follow from it."""
+    words = [(argument.partition("="), following) for argument, following in zip_longest(arguments, arguments[1:])]
+    return [value if equals else following for (name, equals, value), following in words if name in names]

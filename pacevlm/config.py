@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pacevlm.checks import MAX_COUNT, MAX_SEED, as_float, as_int, check_path, check_real, check_whole
-from pacevlm.errors import CheckpointError, ConfigError
+from pacevlm.checks import MAX_COUNT, MAX_SEED, as_float, as_int, check_path, check_real, check_whole, shown
+from pacevlm.errors import CheckpointError, ConfigError, KnobError
 from pacevlm.files import read_json, write_json_atomic
 from pacevlm.knobs import KnobSpace
 
@@ -21,6 +21,8 @@ ConfigT = TypeVar("ConfigT")
 # The names of `data.metrics.METRICS`, which a test compares: settings load without what metrics need.
 MetricName = Literal["exact_match", "vqa", "relaxed", "anls", "multiple_choice", "f1"]
 
+WITHIN_PACKAGE = ("embedded", "digits")
+"""Words that stand for what is inside the package where a path may be given."""
 MAX_KNOB = 1024
 """Most experts or blocks that a knob may ask for; no model comes near it."""
 MAX_VISION_BUDGET = 10**9
@@ -85,15 +87,13 @@ class ModelConfig:
         if self.vision_budgets is None:
             return
         object.__setattr__(self, "vision_budgets", tuple(self.vision_budgets))
-        most = [as_int(number) for number in self.vision_budgets]
+        most, given_budgets = [as_int(number) for number in self.vision_budgets], shown(self.vision_budgets)
         if not most or any(number is None or not 1 <= number <= MAX_VISION_BUDGET for number in most):
             raise ConfigError(
-                f"vision_budgets {self.vision_budgets} must be whole numbers from 1 to {MAX_VISION_BUDGET}, one a tier"
+                f"vision_budgets {given_budgets} must be whole numbers from 1 to {MAX_VISION_BUDGET}, one a tier"
             )
         if self.tiers is not None and len(most) != len(self.tiers):
-            raise ConfigError(
-                f"vision_budgets {self.vision_budgets} needs one number for each of the tiers {self.tiers}"
-            )
+            raise ConfigError(f"vision_budgets {given_budgets} needs one number for each of the tiers {self.tiers}")
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ class EvaluateConfig:
         budgets = [as_float(fraction) or 0.0 for fraction in self.budgets]
         if not budgets or budgets != sorted(set(budgets)) or not 0 < budgets[0] <= budgets[-1] <= MAX_FRACTION:
             raise ConfigError(
-                f"budgets {list(self.budgets)} must be strictly increasing fractions above 0, and at most "
+                f"budgets {shown(list(self.budgets))} must be strictly increasing fractions above 0, and at most "
                 f"{MAX_FRACTION:g}, for example 0.5 0.75 1"
             )
         object.__setattr__(self, "budgets", tuple(budgets))
@@ -392,11 +392,11 @@ def config_from_dict(kind: type[ConfigT], values: Any, where: str = "") -> Confi
     """
     label = where or "the settings"
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{label}: {values!r} is no mapping of settings")
+        raise ConfigError(f"{label}: {shown(values)} is no mapping of settings")
     entries = {entry.name: entry for entry in dataclasses.fields(kind) if entry.init}  # type: ignore[arg-type]
     unknown = sorted(set(map(str, values)) - set(entries))
     if unknown:
-        raise ConfigError(f"{label}: {unknown} are unknown; allowed are {sorted(entries)}")
+        raise ConfigError(f"{label}: {shown(unknown)} are unknown; allowed are {sorted(entries)}")
     missing = [
         name
         for name, entry in entries.items()
@@ -406,7 +406,11 @@ def config_from_dict(kind: type[ConfigT], values: Any, where: str = "") -> Confi
         raise ConfigError(f"{label}: {missing} are missing")
     hints = typing.get_type_hints(kind)
     prefix = f"{where}." if where else ""
-    return kind(**{name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
+    settings = {name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()}
+    try:
+        return kind(**settings)
+    except (ConfigError, KnobError) as error:  # which begins with the setting's name
+        raise type(error)(f"{prefix}{error}") from error
 
 
 def save_config(path: str | os.PathLike[str], config: Any) -> None:
@@ -468,16 +472,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(choices[-1], value, where)
     if origin is Literal:
         if value not in arguments:
-            raise ConfigError(f"{where} is {value!r}; use one of {', '.join(map(str, arguments))}")
+            raise ConfigError(f"{where} is {shown(value)}; use one of {', '.join(map(str, arguments))}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where} is {value!r}; it must be a list")
+            raise ConfigError(f"{where} is {shown(value)}; it must be a list")
         return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if hint is Path and isinstance(value, str):
         return Path(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and isinstance(value, int) and (number := as_float(value)) is not None:
+        return number
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{where} is {value!r}; it must be of type {hint.__name__}")
+        raise ConfigError(f"{where} is {shown(value)}; it must be of type {hint.__name__}")
     return value

@@ -57,6 +57,24 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def write_new(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = False) -> None:
+    """Write a file whole or not at all; one that is there stays, unless `overwrite` is set or it holds the same.
+
+    Raises:
+        StorageError: there is another file or a folder of this name, or the file could not be written.
+    """
+    if os.path.lexists(path):
+        _check_regular(path, "file", StorageError)
+        if os.path.getsize(path) == len(content) and read_bytes(path, "file", StorageError) == content:
+            return
+        if not overwrite:
+            raise StorageError(
+                f"{os.fspath(path)} is there already and holds something else; give another name, or set overwrite"
+            )
+    with write_atomic(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
     """Write a value as indented JSON, whole or not at all.
 
@@ -287,13 +305,23 @@ def _reading_safetensors(path: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def read_bytes(path: str | os.PathLike[str], what: str, error: type[PacevlmError]) -> bytes:
-    """A file's content; raises `error` if it is missing, unreadable or no regular file, and never waits for one."""
+def read_bytes(
+    path: str | os.PathLike[str], what: str, error: type[PacevlmError], *, max_bytes: int | None = None
+) -> bytes:
+    """A file's content; raises `error` if it is missing, unreadable or no regular file, and never waits for one.
+
+    Args:
+        max_bytes: larger files are refused as well, before they fill the memory.
+    """
     _check_regular(path, what, error)
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            content = file.read(-1 if max_bytes is None else max_bytes + 1)
     except OSError as cause:
         raise error(f"{what} {os.fspath(path)} cannot be read: {cause.strerror or cause}") from cause
+    if max_bytes is not None and len(content) > max_bytes:
+        raise error(f"{what} {os.fspath(path)} has more than {max_bytes} bytes; check whether it is the right file")
+    return content
 
 
 def _check_regular(path: str | os.PathLike[str], what: str, error: type[PacevlmError]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pacevlm.checks import as_float, as_int
+from pacevlm.checks import as_float, as_int, shown
 from pacevlm.errors import BudgetError, KnobError
 
 TIERS = ("low", "medium", "high")
@@ -73,7 +73,7 @@ class KnobSpace:
         for name in ("tiers", "top_ks", "num_blocks"):
             values = getattr(self, name)
             if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-                raise KnobError(f"{name} is {values!r}; it must be a list")
+                raise KnobError(f"{name} is {shown(values)}; it must be a list")
             object.__setattr__(self, name, tuple(values))
         for tier in self.tiers:
             named = isinstance(tier, str) and tier.strip() and tier.isprintable() and "/" not in tier
@@ -84,7 +84,8 @@ class KnobSpace:
                 )
         if not 0 < len(self.tiers) <= MAX_VALUES or len(set(self.tiers)) != len(self.tiers):
             raise KnobError(
-                f"tiers {self.tiers} must be a non-empty list of up to {MAX_VALUES} without repetition, cheapest first"
+                f"tiers {shown(self.tiers)} must be a non-empty list of up to {MAX_VALUES} without repetition, cheapest"
+                " first"
             )
         for name in ("top_ks", "num_blocks"):
             given = getattr(self, name)
@@ -92,8 +93,8 @@ class KnobSpace:
             ordered = bool(numbers) and numbers == sorted(set(numbers)) and len(numbers) <= MAX_VALUES
             if not ordered or numbers[0] < 1 or numbers[-1] > MAX_VALUE:
                 raise KnobError(
-                    f"{name} {given} must be a non-empty, strictly increasing list of up to {MAX_VALUES} whole numbers "
-                    f"in 1..{MAX_VALUE}"
+                    f"{name} {shown(given)} must be a non-empty, strictly increasing list of up to {MAX_VALUES} whole "
+                    f"numbers in 1..{MAX_VALUE}"
                 )
             object.__setattr__(self, name, tuple(numbers))
 

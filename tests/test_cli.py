@@ -93,7 +93,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
 def test_unknown_options_are_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "steps.json").write_text("{}")  # or evaluate would say first that there is no run
     needed = ["image.png", "Which?", "--budget-ms", "5"] if name == "answer" else []
-    where = [] if name == "importance" else ["--run-dir", str(tmp_path)]
+    where = [] if name in ("importance", "sample") else ["--run-dir", str(tmp_path)]
     assert run(name, *needed, *where, "--no-such-option", "3") == 2
     assert "--no-such-option" in capsys.readouterr().err
 
@@ -220,23 +220,33 @@ def read_settings(*arguments: str) -> Any:
     return config
 
 
+def write_toml(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
 def with_whole_paths(config: Any) -> Any:
     """The same settings with every path written out, as a run directory stores them."""
-    from pacevlm.pipeline.run_config import _PATHS, _WITHIN_PACKAGE
+    from pacevlm.config import WITHIN_PACKAGE
+    from pacevlm.pipeline.run_config import _PATHS
 
     for part, name in _PATHS:
         section = getattr(config, part)
         path = getattr(section, name)
-        if path is not None and path not in _WITHIN_PACKAGE:
+        if path is not None and path not in WITHIN_PACKAGE:
             section = dataclasses.replace(section, **{name: os.path.abspath(path)})
             config = dataclasses.replace(config, **{part: section})
     return config
 
 
-def test_the_same_command_means_the_same_at_every_start(tmp_path: Path) -> None:
+def test_the_same_command_means_the_same_at_every_start_and_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pacevlm.config import config_to_dict, flatten_settings
     from pacevlm.pipeline import RunConfig
     from pacevlm.pipeline.run_config import save_run_config
 
+    monkeypatch.chdir(tmp_path)
     settings = settings_of(RunConfig)
     assert len(settings) > 60
     rng = random.Random(0)
@@ -250,6 +260,9 @@ def test_the_same_command_means_the_same_at_every_start(tmp_path: Path) -> None:
         words = [word for part in sorted(command, key=lambda part: part[0] in needed) for word in part]
         arguments = ["--run-dir", str(tmp_path / str(number)), *words]
         first = read_settings(*arguments)
+        values = {name: "None" if value is None else value for name, value in flatten_settings(config_to_dict(first))}
+        lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
+        assert read_settings("--config", write_toml(Path("run.toml"), "\n".join(lines))) == first, arguments
         save_run_config(first)
         assert with_whole_paths(read_settings(*arguments)) == with_whole_paths(first), arguments
         assert with_whole_paths(read_settings("--run-dir", str(first.run_dir))) == with_whole_paths(first)
@@ -289,12 +302,90 @@ def test_wrong_settings_are_refused_without_torch(tmp_path: Path) -> None:
         ["evaluate", "--run-dir", "x\ny"],
         ["profile", "--model.path", "missing"],
         ["importance", "--path", "missing"],
+        ["train", "--config", "missing.toml"],
+        ["report", "--config", "missing.toml"],
         ["answer", "missing.png", "Which?", "--budget-ms", "5"],
     ):
         command = [sys.executable, "-c", program, *words]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, cwd=tmp_path)
         assert done.stdout.strip() == "2 []"
         assert done.stderr
+
+
+# A settings file -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_what_is_stored(tmp_path: Path) -> None:
+    from pacevlm.pipeline.run_config import save_run_config
+
+    where, path = ["--run-dir", str(tmp_path / "run")], tmp_path / "run.toml"
+    first = read_settings(*where, "--train.steps", "2", "--data.seed", "2", "--lookup.num-examples", "2")
+    save_run_config(first)
+    arguments = [*where, "--config", write_toml(path, "train.steps = 3\ndata.seed = 3\n")]
+    for words in ([*arguments, "--data.seed", "4"], ["--data.seed=4", f"--config={path}", *where]):
+        config = read_settings(*words)
+        assert (config.train.steps, config.data.seed, config.lookup.num_examples) == (3, 4, 2)
+        assert config.train.batch_size == 256  # nobody names it
+    save_run_config(config)
+    assert read_settings(*where) == with_whole_paths(config)
+
+
+def test_a_file_may_name_the_run_directory_whose_settings_count(tmp_path: Path) -> None:
+    from pacevlm.pipeline.run_config import save_run_config
+
+    save_run_config(read_settings("--run-dir", str(tmp_path / "one"), "--data.seed", "5"))
+    file = ["--config", write_toml(tmp_path / "run.toml", 'run_dir = "one"\ntrain.steps = 3')]
+    config = read_settings(*file)
+    assert (config.run_dir, config.data.seed, config.train.steps) == (tmp_path / "one", 5, 3)
+    other = read_settings("--run-dir", str(tmp_path / "two"), *file)
+    assert (other.run_dir, other.data.seed, other.train.steps) == (tmp_path / "two", 0, 3)
+
+
+WITH_FILE = ("quickstart", "profile", "train", "evaluate", "report", "importance")
+
+
+@pytest.mark.parametrize("name", WITH_FILE)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[modle]\npath = 'x'", "there is no setting 'modle'"),
+        ("seed = ", "it is not TOML"),
+        ("picture.background = 3", "picture.background is 3; it must be of type str"),
+        ("picture.max_pixels = 0", "picture.max_pixels is 0; it must be a whole number from 1"),
+        ("picture.max-pixels = 1", "write picture.max_pixels, with underscores"),
+        (None, "there is no config file at"),
+    ],
+)
+def test_a_wrong_settings_file_ends_every_command_that_reads_one(
+    name: str,
+    text: str | None,
+    message: str,
+    run_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if text is not None:
+        write_toml(tmp_path / "run.toml", text)
+    before = sorted(tmp_path.iterdir())
+    # A report reads the run first.
+    where = [] if name == "importance" else ["--run-dir", run_dir if name == "report" else tmp_path / "run"]
+    capsys.readouterr()
+    assert run(name, *where, "--config", tmp_path / "run.toml") == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert message in line
+    assert str(tmp_path / "run.toml") in line
+    assert captured.out == ""
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_settings_file_is_given_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_toml(tmp_path / "run.toml", "")
+    for name in WITH_FILE:
+        assert run(name, "--config", path, f"--config={path}") == 2
+        assert "--config is given 2 times; put all settings into one file" in capsys.readouterr().err
+        assert run(name, "--config") == 2
+        assert "--config" in capsys.readouterr().err
 
 
 # Output --------------------------------------------------------------------------------------------------------------
@@ -328,6 +419,9 @@ def start(*arguments: str | bytes, **changes: Any) -> subprocess.CompletedProces
         ["answer", HOSTILE, "Which?", "--budget-ms", "5"],
         ["answer", "x.png", "Which?", "--budget-ms", HOSTILE],
         ["importance", "--path", HOSTILE],
+        ["train", "--config", HOSTILE],
+        ["sample", HOSTILE],
+        ["sample", f"{HOSTILE}.png"],
         ["importance", "--dataset", HOSTILE],
     ],
     ids=lambda arguments: " ".join(arguments)[:25].replace("\x1b", ""),
@@ -484,6 +578,23 @@ def test_evaluate_and_report_print_the_table(run_dir: Path, capsys: pytest.Captu
     assert (run_dir / "report.html").exists()
 
 
+def test_a_run_made_with_a_settings_file_goes_on_with_it(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sub").mkdir()
+    path = tmp_path / "sub" / "run.toml"
+    text = f'run_dir = "{os.path.relpath(run_dir, path.parent)}"\n[evaluate]\nnum_timed = 1\n'
+    write_toml(path, text)
+    assert run("evaluate", "--config", path) == 0
+    captured = capsys.readouterr()
+    assert "evaluate is done already" in captured.err
+    assert run("report", "--config", path) == 0
+    assert capsys.readouterr().out == captured.out
+    write_toml(path, f"{text}[train]\nsteps = 2\n")
+    assert run("train", "--config", path) == 2
+    assert "train.steps was 1, now 2" in capsys.readouterr().err
+
+
 def test_answer_prints_text_or_json(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
 
@@ -514,6 +625,110 @@ def test_answer_remembers_drift(run_dir: Path, tmp_path: Path, capsys: pytest.Ca
     state.write_text("{}")
     assert run(*arguments, "--budget-ms", "1e6") == 2
     assert "not a drift correction" in capsys.readouterr().err
+
+
+def sampled(text: str) -> tuple[str, str, list[str]]:
+    """Question, answer and command that `sample` prints."""
+    lines = text.splitlines()
+    question, answer = (line.partition(": ")[2] for line in lines[1:3])
+    return question, answer, shlex.split(lines[-1])
+
+
+def test_a_sample_is_answered_right_by_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pacevlm.models.elastic import ElasticModel
+
+    path = tmp_path / "scene.png"
+    assert run("sample", path) == 0
+    question, reference, _ = sampled(capsys.readouterr().out)
+    assert question == "Which digit is red?"
+    model = ElasticModel.from_pretrained()
+    for knobs in (model.knob_space.full, model.knob_space.cheapest):
+        assert model.run_static(path, question, knobs).answer == reference
+
+
+@pytest.mark.parametrize("name", ["scene.png", "it's [a] $b.PNG", "-x.png", "new/é.png"])
+def test_the_command_that_a_sample_prints_works(
+    name: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert run("sample", "--", name) == 0
+    program, *words = sampled(capsys.readouterr().out)[2]
+    assert program == "pacevlm"
+    assert run(*words, "--run-dir", run_dir) == 0
+    assert "budget met" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("numbers", [(), ("--index", "0"), ("--index", "7", "--seed", "1"), ("--index", "9999999")])
+def test_a_sample_is_what_the_data_set_holds(
+    numbers: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    from pacevlm.data.digits import DigitVQA
+
+    assert run("sample", tmp_path / "a.png", *numbers) == 0
+    question, answer, _ = sampled(capsys.readouterr().out)
+    index, seed = (int(number) for number in (*numbers[1::2], *("305", "0")[len(numbers) // 2 :]))
+    example = DigitVQA("test", index + 1, seed)[index]
+    assert (question, (answer,)) == (example.question, example.references)
+    with Image.open(tmp_path / "a.png") as image:
+        assert (image.format, image.mode) == ("PNG", "RGB")
+        assert image.tobytes() == example.image.tobytes()
+    assert run("sample", tmp_path / "b.png", *numbers) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_sample_takes_no_other_files_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "scene.png"
+    assert run("sample", path) == 0
+    first, text = path.read_bytes(), capsys.readouterr().out
+    assert run("sample", path) == 0
+    assert capsys.readouterr().out == text
+    assert run("sample", path, "--index", "3") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "is there already and holds something else" in captured.err
+    assert path.read_bytes() == first
+    assert run("sample", path, "--index", "3", "--overwrite") == 0
+    assert path.read_bytes() != first
+    assert [entry.name for entry in tmp_path.iterdir()] == ["scene.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["x.jpg"], "give a name that ends in .png"),
+        (["folder"], "give a name that ends in .png"),
+        ([""], "path is empty"),
+        (["~/x.png"], "only a shell knows"),
+        (["--index", "-1"], "index is -1; it must be a whole number from 0"),
+        (["--index", "10000000"], "index is 10000000; it must be"),
+        (["--seed", "4294967296"], "seed is 4294967296; it must be"),
+    ],
+)
+def test_a_sample_that_cannot_be_is_refused(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("sample", *words) == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sample_without_its_library_says_what_to_install(tmp_path: Path) -> None:
+    program = "import sys; sys.modules['sklearn'] = None; from pacevlm.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "sample", str(tmp_path / "scene.png")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 2
+    assert "pacevlm: error: sklearn" in done.stderr
+    assert "is not installed; pip install 'pacevlm[" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

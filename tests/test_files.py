@@ -29,6 +29,7 @@ from pacevlm.files import (
     sha256_file,
     write_atomic,
     write_json_atomic,
+    write_new,
     write_text_atomic,
 )
 
@@ -70,6 +71,36 @@ def test_old_content_stays_until_the_block_ends(tmp_path: Path) -> None:
         assert path.read_text() == "old"
         assert temporary.parent == path.parent  # a rename across file systems would not be atomic
     assert path.read_text() == "new"
+
+
+def test_a_new_file_takes_the_place_of_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "x.png"
+    for content in (b"", b"one", b"two!", b"2two"):  # others of the same size and of other sizes
+        if path.exists():
+            before = path.read_bytes()
+            with pytest.raises(StorageError, match="is there already and holds something else"):
+                write_new(path, content)
+            assert path.read_bytes() == before
+        write_new(path, content, overwrite=True)
+        stored = path.stat()
+        write_new(path, content)  # the same is not written again
+        assert (path.stat().st_ino, path.stat().st_mtime_ns) == (stored.st_ino, stored.st_mtime_ns)
+        assert path.read_bytes() == content
+    assert names(tmp_path / "a") == ["x.png"]
+
+
+def test_a_new_file_takes_the_place_of_nothing_but_files(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    before = names(tmp_path)
+    for name in before:
+        for overwrite in (False, True):
+            with pytest.raises(StorageError, match=name):
+                write_new(tmp_path / name, b"content", overwrite=overwrite)
+    assert names(tmp_path) == before
+    with pytest.raises(StorageError, match="could not be written"):
+        write_new(tmp_path / "pipe" / "x", b"content")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bug"), KeyboardInterrupt()], ids=["bug", "ctrl-c"])

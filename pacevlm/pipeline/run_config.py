@@ -10,6 +10,7 @@ from typing import Any
 
 from pacevlm.checks import check_path
 from pacevlm.config import (
+    WITHIN_PACKAGE,
     CalibrateConfig,
     ControllerSettings,
     DataConfig,
@@ -21,13 +22,14 @@ from pacevlm.config import (
     config_from_dict,
     config_to_dict,
 )
+from pacevlm.config_file import ConfigFile, read_config_file
 from pacevlm.errors import ConfigError
 from pacevlm.files import find_portable, portable_path, read_json, write_json_atomic
 from pacevlm.training.train_config import GRPOConfig, TrainConfig
 
 DEFAULT_RUN_DIR = Path("runs/default")
 CONFIG_NAME = "config.json"
-# Settings that name files or folders, and the words that stand for what is inside the package.
+# Settings that name files or folders.
 _PATHS = (
     ("model", "path"),
     ("data", "dataset"),
@@ -35,7 +37,6 @@ _PATHS = (
     ("data", "test_dataset"),
     ("profile", "source"),
 )
-_WITHIN_PACKAGE = ("embedded", "digits")
 # Where files beside the run directory were when it was written, for a run directory that moves without them.
 _ABSOLUTE = "absolute_paths"
 
@@ -126,6 +127,11 @@ def quickstart_config(run_dir: Path = Path("runs/quickstart")) -> RunConfig:
     )
 
 
+def read_run_file(path: str | os.PathLike[str]) -> ConfigFile:
+    """A TOML file of a run's settings; raises ConfigError as `read_config_file` does."""
+    return read_config_file(path, (("run_dir",), *_PATHS))
+
+
 # In the run directory ------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +145,7 @@ def save_run_config(config: RunConfig) -> None:
     absolute_paths: dict[str, str] = {}
     for part, name in _PATHS:
         path = values[part][name]
-        if path is None or path in _WITHIN_PACKAGE:
+        if path is None or path in WITHIN_PACKAGE:
             continue
         values[part][name], absolute = portable_path(path, config.run_dir, config.run_dir)
         if absolute is not None:
@@ -162,7 +168,7 @@ def load_run_config(run_dir: Path) -> RunConfig:
         raise ConfigError(f"{path}: {_ABSOLUTE} is {absolute_paths!r}, no mapping; start over with --fresh")
     for part, name in _PATHS:
         stored = values[part].get(name)
-        if isinstance(stored, str) and stored not in _WITHIN_PACKAGE:
+        if isinstance(stored, str) and stored not in WITHIN_PACKAGE:
             values[part][name] = find_portable(stored, absolute_paths.get(f"{part}.{name}"), run_dir)
     try:
         return config_from_dict(RunConfig, {**values, "run_dir": os.fspath(run_dir)})
