@@ -484,7 +484,7 @@ def _columns(samples: Sequence[Sample]) -> dict[str, Array]:
     """Every feature of measured requests by name, each of shape `(samples,)`."""
     rows = [
         (
-            sample.num_crops,
+            sample.num_units,
             sample.num_prompt_tokens,
             sample.num_text_tokens,
             sample.num_pixels,

@@ -74,7 +74,7 @@ def median_samples(samples: Sequence[Sample]) -> list[Sample]:
     """One sample for each request and knobs, with the median of its repeats for every stage and for the whole."""
     groups: dict[tuple[Any, ...], list[Sample]] = {}
     for sample in samples:
-        sizes = (sample.num_text_tokens, sample.num_pixels, sample.num_crops, sample.num_output_tokens)
+        sizes = (sample.num_text_tokens, sample.num_pixels, sample.num_units, sample.num_output_tokens)
         groups.setdefault((sample.knobs, *sizes), []).append(sample)
     return [
         dataclasses.replace(

@@ -126,10 +126,18 @@ def pixel_digest(image: Image.Image) -> str:
 
 @dataclass(frozen=True, slots=True)
 class VisionSizes:
-    """What one tier makes of an image, known from the image's size alone."""
+    """What one tier makes of an image, known from the image's size alone.
 
-    num_crops: int
+    Attributes:
+        num_units: what the family cuts it into and the vision encoder's time grows with: crops, patches.
+        num_image_tokens: tokens of the prompt.
+        num_unit_pairs: units that look at each other, for an encoder whose time grows with their square; 0 where units
+            are encoded apart.
+    """
+
+    num_units: int
     num_image_tokens: int
+    num_unit_pairs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +165,7 @@ class RequestView:
 
     Attributes:
         question_embedding: mean of the prompt's token embeddings, `(d_model,)`, float32 on the CPU.
-        sizes: crops and tokens per tier.
+        sizes: what its latency depends on, known from the picture's size and the question.
         image_size: `(height, width)` in pixels; None for a request without a picture.
         picture: the picture itself, for an optional thumbnail; None for a request without one.
     """

@@ -36,7 +36,7 @@ def tiny_arguments(run_dir: Path, model_dir: Path) -> list[str]:
         "run-dir": run_dir,
         "model.path": model_dir,
         "model.max-new-tokens": 2,
-        "model.max-crops": "1 1 2",
+        "model.vision-budgets": "1 1 2",
         "data.num-train": 24,
         "data.num-val": 8,
         "data.num-test": 4,
@@ -172,7 +172,7 @@ BY_KIND: dict[Any, list[str]] = {
     tuple[float, ...]: ["0.5 0.9", "1"],
 }
 BY_NAME: dict[str, list[str]] = {
-    "model.max-crops": ["1 2 3"],
+    "model.vision-budgets": ["1 2 3"],
     "train.max-tightening": ["1", "1.5"],
     "train.min-budget": ["0.2"],
     "train.max-budget": ["2"],

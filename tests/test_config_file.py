@@ -74,7 +74,9 @@ def refused(path: Path, text: str | bytes, base: RunConfig = DEFAULTS) -> str:
         quickstart_config(),
         RunConfig(
             Path("a b"),
-            model=ModelConfig(path="x/é", tiers=("low [1]", "high"), top_ks=(2, 4), vision_budgets=(1, 2), dtype="bfloat16"),
+            model=ModelConfig(
+                path="x/é", tiers=("low [1]", "high"), top_ks=(2, 4), vision_budgets=(1, 2), dtype="bfloat16"
+            ),
             data=DataConfig("a.jsonl", val_dataset="b.jsonl", test_dataset='"c".jsonl', metric="vqa"),
             profile=ProfileConfig(num_threads=None, alpha=0.5, source="../p.json", transfer=True),
             train=TrainConfig(Path("t"), final_lr=1e-4, mask=False),

@@ -19,7 +19,7 @@ NUM_THUMBNAIL_FEATURES = THUMBNAIL_PX * THUMBNAIL_PX * 3
 _SIDE_PX = (math.log(512), 1.0)
 _ASPECT = (0.0, 0.5)
 _TEXT_TOKENS = (math.log(32), 1.0)
-_CROPS = (math.log(4), 1.0)
+_UNITS = (math.log(4), 1.0)
 _IMAGE_TOKENS = (math.log(512), 1.0)
 
 
@@ -31,7 +31,7 @@ def num_size_features(num_tiers: int) -> int:
 def size_features(request: PolicyInput) -> list[float]:
     """Standardised logarithms of a request's sizes.
 
-    Image height, width and aspect (width / height), text tokens, then crops and image tokens of each tier.
+    Image height, width and aspect (width / height), text tokens, then units and image tokens of each tier.
 
     Raises:
         ImageError: there is no image, or it has no pixels.
@@ -48,7 +48,7 @@ def size_features(request: PolicyInput) -> list[float]:
         _standardised(width / height, _ASPECT),
         _standardised(max(sizes.num_text_tokens, 1), _TEXT_TOKENS),
     ]
-    features += [_standardised(max(vision.num_crops, 1), _CROPS) for vision in sizes.vision]
+    features += [_standardised(max(vision.num_units, 1), _UNITS) for vision in sizes.vision]
     features += [_standardised(max(vision.num_image_tokens, 1), _IMAGE_TOKENS) for vision in sizes.vision]
     return features
 

@@ -22,7 +22,7 @@ from pacevlm.latency.stage_fit import StageFit, check_coefficients, fit_stage
 from pacevlm.latency.stage_terms import STAGE_TERMS, WORK_UNITS, measured_stages, stage_terms, terms_of
 from pacevlm.types import BudgetKind, RequestSizes, VisionSizes, check_budget_kind
 
-ESTIMATOR_SCHEMA_VERSION = 5
+ESTIMATOR_SCHEMA_VERSION = 6
 
 Array = NDArray[np.float64]
 
@@ -227,16 +227,9 @@ class LatencyEstimator:
         self.knob_space.index(knobs)
         self._check_requests([sizes], np.array([num_output_tokens]))
         vision = sizes.vision[self.knob_space.tiers.index(knobs.tier)]
-        terms = terms_of(
-            crops=np.array([vision.num_crops], dtype=np.float64),
-            tokens=np.array([vision.num_image_tokens + sizes.num_text_tokens], dtype=np.float64),
-            pixels=np.array([sizes.num_pixels], dtype=np.float64),
-            top_k=np.array([knobs.top_k], dtype=np.float64),
-            num_blocks=np.array([knobs.num_blocks], dtype=np.float64),
-            steps=np.array([num_output_tokens - 1], dtype=np.float64),
-            trained_top_k=self.trained_top_k,
-            stage2_after=self.stage2_after,
-        )
+        num_tokens = vision.num_image_tokens + sizes.num_text_tokens
+        work = (vision.num_units, vision.num_unit_pairs, num_tokens, sizes.num_pixels, *knobs.compute)
+        terms = terms_of(np.array([[*work, num_output_tokens - 1]], np.float64), self.trained_top_k, self.stage2_after)
         stage_ms = {stage: float((terms[stage] @ self._coefficients(stage))[0]) for stage in STAGE_TERMS}
         decode_ms = stage_ms.pop("decode_ms_per_token") * (num_output_tokens - 1)
         return StagePrediction(read_ms=self._read_ms(sizes), **stage_ms, decode_ms=decode_ms)
@@ -301,14 +294,15 @@ class LatencyEstimator:
         if not sizes:
             return SplitMs(np.zeros((0, len(self.knob_space.tiers))), np.zeros((0, *self.knob_space.shape)))
         vision = np.array(
-            [[(tier.num_crops, tier.num_image_tokens) for tier in request.vision] for request in sizes], np.float64
+            [[(v.num_units, v.num_unit_pairs, v.num_image_tokens) for v in request.vision] for request in sizes],
+            np.float64,
         )
         request = np.array(
             [(request.num_text_tokens, request.num_pixels, self._read_ms(request)) for request in sizes], np.float64
         )
-        crops, tokens = vision[..., 0], vision[..., 1] + request[:, :1]
+        units, unit_pairs, tokens = vision[..., 0], vision[..., 1], vision[..., 2] + request[:, :1]
         prepare, vision_fit = self.stages["prepare_ms"].coefficients, self.stages["vision_ms"].coefficients
-        picture_ms = prepare[0] + prepare[1] * crops + prepare[2] * request[:, 1:2] + request[:, 2:]
+        picture_ms = prepare[0] + prepare[1] * units + prepare[2] * request[:, 1:2] + request[:, 2:]
 
         # The sum of all other stages, collected by how it depends on the two stage-2 knobs:
         # fixed + later_blocks * (per_block + per_expert * top_k), and the same again for whole_blocks. Only additions
@@ -317,7 +311,7 @@ class LatencyEstimator:
         first, prefill = self.stages["first_block_ms"].coefficients, self.stages["prefill_ms"].coefficients
         constant = vision_fit[0] + first[0] + prefill[0]
         constant += self.stages["stage1_ms"].coefficients[0] + self.stages["overhead_ms"].coefficients[0]
-        fixed = constant + vision_fit[1] * crops
+        fixed = constant + vision_fit[1] * units + vision_fit[2] * unit_pairs
         fixed += tokens * (first[1] + first[2] * tokens)
         per_block, per_whole_block = prefill[1] + prefill[2] * tokens, prefill[3] * tokens**2
         per_expert, per_whole_expert = np.full_like(tokens, prefill[5]), prefill[4] * tokens

@@ -21,7 +21,7 @@ from pacevlm.types import StageTimes
 if TYPE_CHECKING:
     import torch
 
-PROFILE_SCHEMA_VERSION = 4
+PROFILE_SCHEMA_VERSION = 5
 MAX_NUM_THREADS = 1024
 
 
@@ -157,6 +157,7 @@ class Sample:
         num_output_tokens: tokens generated, at least 1; the first comes from the prefill.
         picture_kind: what reading the picture costs depends on; see `Picture.kind`.
         num_bytes: of the picture's file; 0 for what is in memory.
+        num_unit_pairs: see `VisionSizes`.
 
     Raises:
         ProfileError: the kind is no text, a size is out of range, a time is negative or not finite, or the number of
@@ -164,7 +165,7 @@ class Sample:
     """
 
     knobs: Knobs
-    num_crops: int
+    num_units: int
     num_image_tokens: int
     num_text_tokens: int
     num_pixels: int
@@ -172,11 +173,13 @@ class Sample:
     stages: StageTimes
     picture_kind: str = "memory"
     num_bytes: int = 0
+    num_unit_pairs: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.picture_kind, str) or not self.picture_kind:
             raise ProfileError(f"a sample's picture_kind is {self.picture_kind!r}; it must name a kind of picture")
-        minimum = dict.fromkeys(("num_crops", "num_image_tokens", "num_text_tokens", "num_pixels", "num_bytes"), 0)
+        names = ("num_units", "num_unit_pairs", "num_image_tokens", "num_text_tokens", "num_pixels", "num_bytes")
+        minimum = dict.fromkeys(names, 0)
         minimum["num_output_tokens"] = 1
         for name, least in minimum.items():
             value = getattr(self, name)

@@ -333,7 +333,7 @@ def sample_of(answer: Answer) -> Sample:
     """What a profile keeps of a measured request."""
     return Sample(
         knobs=answer.knobs,
-        num_crops=answer.vision.num_crops,
+        num_units=answer.vision.num_units,
         num_image_tokens=answer.vision.num_image_tokens,
         num_text_tokens=answer.sizes.num_text_tokens,
         num_pixels=answer.sizes.num_pixels,
@@ -341,4 +341,5 @@ def sample_of(answer: Answer) -> Sample:
         stages=answer.times,
         picture_kind=answer.sizes.picture_kind,
         num_bytes=answer.sizes.num_bytes,
+        num_unit_pairs=answer.vision.num_unit_pairs,
     )

@@ -13,11 +13,12 @@ Array = NDArray[np.float64]
 
 # What each stage's time is a non-negative sum of. `later_blocks` are the blocks after the latency token's,
 # `whole_blocks` those of them that the prefill runs for every token: all but the last, of which only the prompt's last
-# token is wanted. `experts` counts the experts one token passes through in all blocks.
+# token is wanted. `units` are what the family cuts pictures into; `experts` are those that one token passes through in
+# all blocks.
 STAGE_TERMS: dict[str, tuple[str, ...]] = {
-    "prepare_ms": ("constant", "crops", "pixels"),
+    "prepare_ms": ("constant", "units", "pixels"),
     "stage1_ms": ("constant",),
-    "vision_ms": ("constant", "crops"),
+    "vision_ms": ("constant", "units", "unit_pairs"),
     "first_block_ms": ("constant", "tokens", "tokens^2"),
     "prefill_ms": (
         "constant",
@@ -34,59 +35,35 @@ STAGE_TERMS: dict[str, tuple[str, ...]] = {
 
 # Terms of these grow with the work of a request; the others are what every block or stage costs anyway. A faster or
 # slower device changes the two by different factors.
-WORK_UNITS = ("tokens", "crops", "pixels", "context", "experts")
+WORK_UNITS = ("tokens", "unit", "pixels", "context", "experts")
 
 
 def stage_terms(samples: Sequence[Sample], trained_top_k: int, stage2_after: int) -> dict[str, Array]:
     """Every stage's terms for measured requests, each of shape `(samples, terms)`."""
-    columns = np.array(
-        [
-            (
-                sample.num_crops,
-                sample.num_prompt_tokens,
-                sample.num_pixels,
-                sample.knobs.top_k,
-                sample.knobs.num_blocks,
-                sample.num_output_tokens - 1,
-            )
-            for sample in samples
-        ],
-        dtype=np.float64,
-    ).reshape(len(samples), 6)
-    crops, tokens, pixels, top_k, num_blocks, steps = columns.T
-    return terms_of(
-        crops=crops,
-        tokens=tokens,
-        pixels=pixels,
-        top_k=top_k,
-        num_blocks=num_blocks,
-        steps=steps,
-        trained_top_k=trained_top_k,
-        stage2_after=stage2_after,
-    )
+    work = [
+        (s.num_units, s.num_unit_pairs, s.num_prompt_tokens, s.num_pixels, *s.knobs.compute, s.num_output_tokens - 1)
+        for s in samples
+    ]
+    return terms_of(np.array(work, dtype=np.float64).reshape(len(samples), 7), trained_top_k, stage2_after)
 
 
-def terms_of(
-    *,
-    crops: Array,
-    tokens: Array,
-    pixels: Array,
-    top_k: Array,
-    num_blocks: Array,
-    steps: Array,
-    trained_top_k: int,
-    stage2_after: int,
-) -> dict[str, Array]:
-    """Every stage's terms, each of shape `(n, terms)`, from columns of shape `(n,)`; the order is `STAGE_TERMS`'."""
+def terms_of(work: Array, trained_top_k: int, stage2_after: int) -> dict[str, Array]:
+    """Every stage's terms, each of shape `(n, terms)`; the order is `STAGE_TERMS`'.
+
+    Args:
+        work: units and pairs of units of the picture, prompt tokens, pixels, top_k, num_blocks and decode steps of each
+            request, `(n, 7)`.
+    """
+    units, unit_pairs, tokens, pixels, top_k, num_blocks, steps = work.T
     one = np.ones_like(tokens)
     later = num_blocks - stage2_after
     whole = np.maximum(later - 1.0, 0.0)
     # Decode step i attends to the prompt and i generated tokens, i = 1..steps: this is the mean over the steps.
     context = tokens + 0.5 * (steps + 1.0)
     columns: dict[str, list[Array]] = {
-        "prepare_ms": [one, crops, pixels],
+        "prepare_ms": [one, units, pixels],
         "stage1_ms": [one],
-        "vision_ms": [one, crops],
+        "vision_ms": [one, units, unit_pairs],
         "first_block_ms": [one, tokens, tokens**2],
         "prefill_ms": [one, later, later * tokens, whole * tokens**2, whole * tokens * top_k, later * top_k],
         "decode_ms_per_token": [

@@ -117,7 +117,8 @@ def _planned(entry: Measurement, sizes: RequestSizes, space: KnobSpace) -> Sampl
     vision = sizes.vision[space.tiers.index(entry.knobs.tier)]
     return Sample(
         knobs=entry.knobs,
-        num_crops=vision.num_crops,
+        num_units=vision.num_units,
+        num_unit_pairs=vision.num_unit_pairs,
         num_image_tokens=vision.num_image_tokens,
         num_text_tokens=sizes.num_text_tokens,
         num_pixels=sizes.num_pixels,

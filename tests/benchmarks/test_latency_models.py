@@ -53,7 +53,7 @@ def random_samples(num_samples, seed, noise=0.03):
         knobs = space[int(rng.integers(len(space)))]
         crops = 1 + int(rng.integers((2, 6, 12)[space.tiers.index(knobs.tier)]))
         sizes = {
-            "num_crops": crops,
+            "num_units": crops,
             "num_image_tokens": 144 * crops,
             "num_text_tokens": int(rng.integers(8, 120)),
             "num_pixels": int(rng.integers(50_000, 4_000_000)),
@@ -110,7 +110,7 @@ def test_end_to_end_is_the_first_token_and_all_others(fitted, split, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_predictions_are_positive_even_for_requests_smaller_than_any_measured(fitted, name):
-    sizes = {"num_crops": 0, "num_image_tokens": 0, "num_text_tokens": 1, "num_pixels": 0, "num_output_tokens": 2}
+    sizes = {"num_units": 0, "num_image_tokens": 0, "num_text_tokens": 1, "num_pixels": 0, "num_output_tokens": 2}
     tiny = [make_sample(sizes, KnobSpace().cheapest, 1.0, 1.0)]
     for predicted_ms in (fitted[name].predict(tiny, "e2e"), fitted[name].predict(tiny, "ttft")):
         assert np.isfinite(predicted_ms).all()
@@ -157,7 +157,7 @@ def test_the_roofline_recovers_a_roofline(models, costs, noise):
 
 
 def test_roofline_predictions_never_fall_when_a_knob_grows(fitted):
-    sizes = {"num_crops": 3, "num_image_tokens": 432, "num_text_tokens": 20, "num_pixels": 9, "num_output_tokens": 5}
+    sizes = {"num_units": 3, "num_image_tokens": 432, "num_text_tokens": 20, "num_pixels": 9, "num_output_tokens": 5}
     space = KnobSpace()
     predicted_ms = fitted["roofline"].predict([make_sample(sizes, knobs, 1.0, 1.0) for knobs in space])
     table_ms = predicted_ms.reshape(len(space.tiers), len(space.top_ks), len(space.num_blocks))

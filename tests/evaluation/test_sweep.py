@@ -44,7 +44,7 @@ from pacevlm.types import Example, Objective
 
 COEFFICIENTS = {
     "prepare_ms": {"constant": 1.0},
-    "vision_ms": {"crops": 2.0},
+    "vision_ms": {"units": 2.0},
     "prefill_ms": {"later_blocks": 1.0, "later_blocks*top_k": 0.5},
     "decode_ms_per_token": {"constant": 0.1},
 }

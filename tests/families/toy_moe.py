@@ -87,7 +87,8 @@ class ToyAdapter(Adapter[ToyPrompt, ToyPrepared]):
 
     def vision_sizes(self, height: int, width: int, vision_budget: int) -> VisionSizes:
         rows, columns = self._grid(height, width, vision_budget)
-        return VisionSizes(rows * columns, rows * columns)
+        count = rows * columns
+        return VisionSizes(count, count, count * count)
 
     def prepare(self, image: Image.Image, prompt: ToyPrompt, vision_budget: int) -> ToyPrepared:
         rows, columns = self._grid(image.height, image.width, vision_budget)
@@ -95,7 +96,9 @@ class ToyAdapter(Adapter[ToyPrompt, ToyPrepared]):
         patches = (
             pixels.unflatten(0, (rows, PATCH)).unflatten(2, (columns, PATCH)).permute(0, 2, 1, 3, 4).reshape(-1, 48)
         )
-        return ToyPrepared(patches, (rows, columns), prompt, VisionSizes(len(patches), len(patches)))
+        return ToyPrepared(
+            patches, (rows, columns), prompt, self.vision_sizes(image.height, image.width, vision_budget)
+        )
 
     def encode_vision(self, requests: Any) -> list[Tensor]:
         """One entry per depth, `(depths + 1, patches, d_model)`: in front of the first block, and behind some."""

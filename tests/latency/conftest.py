@@ -36,9 +36,9 @@ class SimulatedDevice:
         tokens = sample["num_image_tokens"] + sample["num_text_tokens"]
         times = {
             "read_ms": constant + per_pixel * sample["num_pixels"] + per_byte * sample["num_bytes"],
-            "prepare_ms": 1.5 + 0.8 * sample["num_crops"] + 4e-6 * sample["num_pixels"],
+            "prepare_ms": 1.5 + 0.8 * sample["num_units"] + 4e-6 * sample["num_pixels"],
             "stage1_ms": 0.3,
-            "vision_ms": 2.0 + 9.0 * sample["num_crops"],
+            "vision_ms": 2.0 + 9.0 * sample["num_units"],
             "first_block_ms": 0.6 + 0.012 * tokens + 1.5e-6 * tokens**2,
             "prefill_ms": 1.0
             + sum(
@@ -70,13 +70,13 @@ class SimulatedDevice:
             ends = {0: self.space.cheapest, 1: self.space.full}
             knobs = ends.get(index, self.space[int(rng.integers(len(self.space)))])
             ceiling = (2, 6, 12)[self.space.tiers.index(knobs.tier)]
-            num_crops = 1 + int(rng.integers(ceiling))
+            num_units = 1 + int(rng.integers(ceiling))
             kind = tuple(READING)[index % 3]
             sizes = {
                 "picture_kind": kind,
                 "num_bytes": 0 if kind == "memory" else int(rng.integers(10_000, 3_000_000)),
-                "num_crops": num_crops,
-                "num_image_tokens": num_crops * TOKENS_PER_CROP,
+                "num_units": num_units,
+                "num_image_tokens": num_units * TOKENS_PER_CROP,
                 "num_text_tokens": int(rng.integers(8, 120)),
                 "num_pixels": int(rng.integers(50_000, 4_000_000)),
                 "num_output_tokens": 2 if index < 2 else int(rng.integers(1, max_output_tokens + 1)),

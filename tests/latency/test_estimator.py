@@ -21,7 +21,7 @@ KINDS = ("e2e", "ttft")
 
 def request_of(sample: Sample) -> RequestSizes:
     """What was known of a measured request, with its crops at every tier."""
-    vision = (VisionSizes(sample.num_crops, sample.num_image_tokens),) * 3
+    vision = (VisionSizes(sample.num_units, sample.num_image_tokens),) * 3
     return RequestSizes(vision, sample.num_text_tokens, sample.num_pixels, sample.picture_kind, sample.num_bytes)
 
 
@@ -36,7 +36,7 @@ def test_dearer_knobs_and_larger_requests_never_predict_less(
         table = estimator.predict_all(sizes, num_output_tokens, kind)
         for axis in range(3):
             assert (np.diff(table, axis=axis) >= 0).all()  # exact: rounding must not break it either
-        vision = tuple(VisionSizes(v.num_crops + 1, v.num_image_tokens + 7) for v in sizes.vision)
+        vision = tuple(VisionSizes(v.num_units + 1, v.num_image_tokens + 7) for v in sizes.vision)
         for larger in (
             dataclasses.replace(sizes, num_text_tokens=sizes.num_text_tokens + 1),
             dataclasses.replace(sizes, num_pixels=sizes.num_pixels + 1),
@@ -211,11 +211,11 @@ def test_damaged_estimators_are_refused(tmp_path: Path, random_estimator: Any, r
     random_estimator(np.random.default_rng(10)).save(path)
     whole = path.read_text()
     for damage in (
-        lambda v: v["stages"]["vision_ms"]["coefficients"].update(crops=-1.0),
-        lambda v: v["stages"]["vision_ms"]["coefficients"].update(crops="x"),
-        lambda v: v["stages"]["vision_ms"]["coefficients"].update(crops=float("nan")),
-        lambda v: v["stages"]["vision_ms"]["coefficients"].update(crops=1e300),
-        lambda v: v["stages"]["vision_ms"]["coefficients"].update(crops=True),
+        lambda v: v["stages"]["vision_ms"]["coefficients"].update(units=-1.0),
+        lambda v: v["stages"]["vision_ms"]["coefficients"].update(units="x"),
+        lambda v: v["stages"]["vision_ms"]["coefficients"].update(units=float("nan")),
+        lambda v: v["stages"]["vision_ms"]["coefficients"].update(units=1e300),
+        lambda v: v["stages"]["vision_ms"]["coefficients"].update(units=True),
         lambda v: v["stages"]["vision_ms"].update(num_rows=1.5),
         lambda v: v["stages"]["vision_ms"].update(ape_p50=-1.0),
         lambda v: [
@@ -227,7 +227,7 @@ def test_damaged_estimators_are_refused(tmp_path: Path, random_estimator: Any, r
         lambda v: v.update(max_text_tokens=1.5),
         lambda v: v["knob_space"].update(top_ks=[4, True]),
         lambda v: v["device"].update(num_threads=10**9),
-        lambda v: v["stages"]["vision_ms"]["coefficients"].pop("crops"),
+        lambda v: v["stages"]["vision_ms"]["coefficients"].pop("units"),
         lambda v: v["stages"].pop("prefill_ms"),
         lambda v: v.update(trained_top_k=0),
         lambda v: v.update(stage2_after=13),

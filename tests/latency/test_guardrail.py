@@ -270,7 +270,7 @@ def test_small_pictures_do_not_loosen_what_bounds_large_ones(make_device: Any, m
 
 
 def sizes_of(sample: Sample) -> dict[str, Any]:
-    names = ("num_crops", "num_image_tokens", "num_text_tokens", "num_pixels", "num_output_tokens", "num_bytes")
+    names = ("num_units", "num_image_tokens", "num_text_tokens", "num_pixels", "num_output_tokens", "num_bytes")
     return {name: getattr(sample, name) for name in names} | {"picture_kind": sample.picture_kind}
 
 

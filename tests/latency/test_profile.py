@@ -42,7 +42,7 @@ def test_noise_floor_is_the_coefficient_of_variation() -> None:
     [
         {"num_output_tokens": 0},
         {"num_output_tokens": 2},
-        {"num_crops": -1},
+        {"num_units": -1},
         {"num_image_tokens": 1.5},
         {"num_pixels": True},
         {"stages": dataclasses.replace(STAGES, vision_ms=-1.0)},
@@ -91,7 +91,7 @@ def damage(values: Any, *route: str | int, to: Any) -> None:
         (("samples", 0, "stages", "prepare_ms"), None),
         (("samples", 0, "knobs"), "high/8"),
         (("samples", 0, "knobs"), 7),
-        (("samples", 0, "num_crops"), "3"),
+        (("samples", 0, "num_units"), "3"),
         (("knob_space",), []),
         (("knob_space", "top_ks"), ["x"]),
         (("device", "load_average"), [1.0]),

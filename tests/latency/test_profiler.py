@@ -61,7 +61,7 @@ class FakeModel:
         self.collecting.append(gc.isenabled())
         crops = 1 + index % 5 if knobs.tier == "low" else 2 + index % 10
         sizes = {
-            "num_crops": crops,
+            "num_units": crops,
             "num_image_tokens": crops * TOKENS_PER_CROP,
             "num_text_tokens": 8 + index,
             "num_pixels": 50_000 + 1000 * index,
@@ -69,7 +69,7 @@ class FakeModel:
             "num_bytes": 0,
             "num_output_tokens": num_output_tokens or 1 + index % 4,
         }
-        vision = VisionSizes(sizes["num_crops"], sizes["num_image_tokens"])
+        vision = VisionSizes(sizes["num_units"], sizes["num_image_tokens"])
         return Answer(
             answer="7",
             token_ids=(7,) * sizes["num_output_tokens"],

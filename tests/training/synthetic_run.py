@@ -37,7 +37,7 @@ USUAL_TOKENS, LONG_TOKENS = 3, 5
 # Milliseconds per unit: tier and compute cost about the same, so that a budget makes them compete.
 COEFFICIENTS = {
     "prepare_ms": {"constant": 1.0},
-    "vision_ms": {"constant": 1.0, "crops": 4.0},
+    "vision_ms": {"constant": 1.0, "units": 4.0},
     "prefill_ms": {"constant": 1.0, "later_blocks": 1.0, "later_blocks*top_k": 0.3},
     "decode_ms_per_token": {"constant": 0.2, "blocks": 0.1},
 }

@@ -62,7 +62,7 @@ class PreparedImage:
     @property
     def vision_sizes(self) -> VisionSizes:
         """Crops and image tokens, counted on the tensors."""
-        return VisionSizes(num_crops=self.images.shape[0], num_image_tokens=self.token_pattern.shape[0])
+        return VisionSizes(num_units=self.images.shape[0], num_image_tokens=self.token_pattern.shape[0])
 
 
 @functools.lru_cache(maxsize=64)

@@ -195,7 +195,7 @@ def _vision_sizes(height: int, width: int, max_crops: int, geometry: CropGeometr
     rows, cols = _select_tiling(height, width, max_crops, geometry, min_crops)
     fitted_size(height, width, geometry.crop_size, geometry.crop_size)
     fitted_size(height, width, geometry.canvas_px(rows), geometry.canvas_px(cols))
-    return VisionSizes(num_crops=1 + rows * cols, num_image_tokens=geometry.num_image_tokens(rows, cols))
+    return VisionSizes(num_units=1 + rows * cols, num_image_tokens=geometry.num_image_tokens(rows, cols))
 
 
 @functools.lru_cache(maxsize=64)

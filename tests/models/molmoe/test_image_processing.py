@@ -111,7 +111,7 @@ def test_sizes_alone_tell_the_crops_and_tokens(geometry: CropGeometry, random_si
             continue
         prepared = prepare_image(random_image(height, width), max_crops, geometry)
         assert prepared.vision_sizes == sizes
-        assert len(prepared.images) == len(prepared.image_masks) == len(prepared.image_input_idx) == sizes.num_crops
+        assert len(prepared.images) == len(prepared.image_masks) == len(prepared.image_input_idx) == sizes.num_units
         assert prepared.images.shape[1:] == (geometry.patches_per_crop, 3 * geometry.patch_size**2)
         assert prepared.image_input_idx.shape[1] == geometry.cells_per_side**2
         # Every patch token receives exactly one cell, and no other position any.
@@ -296,7 +296,7 @@ def test_image_processor_call_pads_missing_crops_with_minus_one() -> None:
     batch = processor(images)
     for row, image in enumerate(images):
         alone = processor.prepare(image)
-        num_crops = alone.vision_sizes.num_crops
+        num_crops = alone.vision_sizes.num_units
         for name in ("images", "image_masks", "image_input_idx"):
             assert torch.equal(batch[name][row, :num_crops], getattr(alone, name))
             assert (batch[name][row, num_crops:] == -1).all()

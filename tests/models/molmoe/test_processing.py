@@ -79,7 +79,7 @@ def test_sequences_and_batches_match_the_reference() -> None:
         batch = collate_requests([requests["img_one"], requests["img_wide"]])
         for name in ("input_ids", "image_masks", "image_input_idx"):
             assert torch.equal(batch[name], stored.get_tensor(f"img_mixed_b2/in/{name}"))
-        assert (batch["images"][0, requests["img_one"].vision_sizes.num_crops :] == -1).all()
+        assert (batch["images"][0, requests["img_one"].vision_sizes.num_units :] == -1).all()
 
 
 def test_prompt_is_bos_then_image_then_question(processor: MolmoEProcessor) -> None:

@@ -40,9 +40,9 @@ def test_more_crops_allowed_never_gives_fewer_crops_or_tokens(
             except ImageError:
                 continue
         assert len(fits) in (0, 15), "whether an image is refused must not depend on the tier"
-        assert [s.num_crops for s in fits] == sorted(s.num_crops for s in fits)
+        assert [s.num_units for s in fits] == sorted(s.num_units for s in fits)
         assert [s.num_image_tokens for s in fits] == sorted(s.num_image_tokens for s in fits)
-        assert all(s.num_crops <= 1 + max_crops for max_crops, s in enumerate(fits, start=1))
+        assert all(s.num_units <= 1 + max_crops for max_crops, s in enumerate(fits, start=1))
 
 
 def test_tiling_follows_the_shape_and_keeps_its_quirks() -> None:

@@ -94,7 +94,7 @@ class MolmoEAdapter(Adapter[MolmoEPrompt, PreparedRequest]):
         images = torch.cat([cast(Tensor, r.images) for r in requests]).to(self.device)
         masks = torch.cat([cast(Tensor, r.image_masks) for r in requests]).to(self.device)
         features: Tensor = self.model.model.vision_backbone(images, masks, self.tower)
-        return list(features.split([r.vision_sizes.num_crops for r in requests]))
+        return list(features.split([r.vision_sizes.num_units for r in requests]))
 
     def embed(self, request: PreparedRequest, features: Tensor) -> EmbeddedPrompt:
         """See `Adapter`."""
