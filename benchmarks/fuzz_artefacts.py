@@ -22,7 +22,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +175,11 @@ class Doors:
         return np.stack([guardrail.upper_bounds_ms(self.view.sizes, most, kind) for kind in ("e2e", "ttft")])
 
     def _estimator(self, path: Path) -> Any:
-        estimator = LatencyEstimator.load(path, model_identity=self.model.identity, knob_space=self.space)
+        estimator = LatencyEstimator.load(path, self.model.made_for)
         return self._bounds(Guardrail.load(self.run_dir / "guardrail.json", estimator))
 
     def _output_length(self, path: Path) -> Any:
-        lengths = OutputLengthModel.load(path, model_identity=self.model.identity)
+        lengths = OutputLengthModel.load(path, self.model.made_for)
         text = None if lengths.text_weight is None else self.view.sizes.num_text_tokens
         tokens = lengths.upper(self.view.question_embedding.double().numpy(), text)
         if tokens > self.model.max_new_tokens:
@@ -189,10 +189,7 @@ class Doors:
     def _controller(self, path: Path) -> None:
         controller = Controller.from_pretrained(
             path.parent,
-            model_identity=self.model.identity,
-            knob_space=self.space,
-            estimator_fingerprint=self.estimator.fingerprint,
-            d_model=self.model.d_model,
+            replace(self.estimator.made_for, d_model=self.model.d_model),
         )
         policy = ControllerPolicy(controller.eval())
         with torch.no_grad():

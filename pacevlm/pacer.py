@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypedDict
 
@@ -107,15 +107,8 @@ class Pacer:
         num_threads: int | None = None,
         drift: DriftCorrection | None = None,
     ) -> None:
-        pacing.check_model(model)
-        fingerprint = pacing.guardrail.estimator.fingerprint
-        for what, made_for, found in (
-            ("model", controller.model_identity, model.identity),
-            ("knob space", controller.knob_space, model.knob_space),
-            ("latency estimator", controller.estimator_fingerprint, fingerprint),
-        ):
-            if made_for != found:
-                raise IdentityError(f"the controller was trained for another {what}: {made_for!r}, not {found!r}")
+        pacing.made_for.check("the pacing", model.made_for)
+        controller.made_for.check("the controller", pacing.made_for)
         check_budget_kind(kind)
         self.model, self.controller, self.pacing, self.kind = model, controller, pacing, kind
         self.full_p50_ms = check_budget_ms(full_p50_ms)
@@ -195,13 +188,12 @@ class Pacer:
         if any_device and num_threads is not None:
             num_threads = min(num_threads, available_threads())
         with use_num_threads(num_threads):
-            facts = None if any_device else collect_device_facts(device, model.dtype, compiled=model.adapter.compiled)
-        estimator = LatencyEstimator.load(
-            folder / ESTIMATOR_NAME, model_identity=model.identity, knob_space=model.knob_space, device=facts
-        )
+            facts = collect_device_facts(device, model.dtype, compiled=model.adapter.compiled)
+        wanted = model.made_for if any_device else replace(model.made_for, device=facts.identity)
+        estimator = LatencyEstimator.load(folder / ESTIMATOR_NAME, wanted)
         pacing = Pacing(
             guardrail=Guardrail.load(folder / GUARDRAIL_NAME, estimator),
-            output_length=OutputLengthModel.load(folder / OUTPUT_LENGTH_NAME, model_identity=model.identity)
+            output_length=OutputLengthModel.load(folder / OUTPUT_LENGTH_NAME, wanted)
             if OUTPUT_LENGTH_NAME in values["files"]
             else None,
             max_new_tokens=model.max_new_tokens,
@@ -209,12 +201,7 @@ class Pacer:
         kind: BudgetKind = values["budget_kind"]
         _check_scale(folder, model, pacing, kind, values["full_p50_ms"])
         controller = Controller.from_pretrained(
-            folder / CONTROLLER_FOLDER,
-            model_identity=model.identity,
-            knob_space=model.knob_space,
-            estimator_fingerprint=estimator.fingerprint,
-            d_model=model.d_model,
-            device=model.device,
+            folder / CONTROLLER_FOLDER, replace(pacing.made_for, d_model=model.d_model), device=model.device
         )
         pacer = cls(
             model,

@@ -507,7 +507,7 @@ def test_parts_that_do_not_belong_together_are_refused(
     with pytest.raises(CheckpointError, match=r"estimator\.json is not the file"):
         Pacer.from_pretrained(folder)
     reseal(folder / "bundle.json", json.loads((folder / "bundle.json").read_text()))
-    with pytest.raises(IdentityError, match="calibrate anew"):
+    with pytest.raises(IdentityError, match="another latency estimator"):
         Pacer.from_pretrained(folder)
     # A guardrail of that estimator does not make the controller belong to it.
     swapped = make_pacer(tiny_elastic, tiny_elastic_dir, estimator=slower)

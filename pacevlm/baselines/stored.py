@@ -10,7 +10,8 @@ import numpy as np
 
 from pacevlm.artefact import load_artefact, save_artefact, typed
 from pacevlm.baselines.ranking import IntArray
-from pacevlm.errors import CheckpointError, DataError, IdentityError
+from pacevlm.errors import CheckpointError, DataError
+from pacevlm.identity import Identity
 from pacevlm.knobs import KnobSpace
 
 SCHEMA_VERSION = 2
@@ -33,11 +34,7 @@ def load_fitted(path: str | Path, kind: str, space: KnobSpace, content: Any) -> 
     """
     values = load_artefact(path, kind, SCHEMA_VERSION, CheckpointError)
     stored_space = typed(KnobSpace, values.pop("knob_space", None), f"the knob space of {path}", CheckpointError)
-    if stored_space != space:
-        raise IdentityError(
-            f"{path} was fitted for the knob space {stored_space.to_dict()}, not {space.to_dict()}; "
-            "use that space or fit again"
-        )
+    Identity(knob_space=stored_space).check(f"the {kind} {path}", Identity(knob_space=space))
     stored: dict[str, Any] = typed(content, values, f"the {kind} {path}", CheckpointError)
     return stored
 

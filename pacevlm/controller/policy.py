@@ -30,6 +30,7 @@ from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.controller.sampling import best_action, mask_logits
 from pacevlm.controller.stages import Stage1, Stage2
 from pacevlm.errors import CheckpointError, ConfigError, DataError, IdentityError, KnobError
+from pacevlm.identity import ANYTHING, Identity
 from pacevlm.knobs import Compute, KnobSpace, check_budget_ms
 
 MAX_EMBEDDING_SCALE = 1e6
@@ -253,18 +254,16 @@ class Controller(nn.Module):
         }
         write_checkpoint(folder, content, self.state_dict())
 
+    @property
+    def made_for(self) -> Identity:
+        """The model, knob space and estimator that it was trained for."""
+        return _made_for(self.model_identity, self.knob_space, self.estimator_fingerprint, self.d_model)
+
     @classmethod
     def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        model_identity: str,
-        knob_space: KnobSpace,
-        estimator_fingerprint: str,
-        d_model: int,
-        device: str | torch.device = "cpu",
+        cls, folder: str | os.PathLike[str], wanted: Identity = ANYTHING, *, device: str | torch.device = "cpu"
     ) -> Self:
-        """Read a controller that was trained for this very model, knob space and estimator, onto a device.
+        """Read a controller and check what it was trained for, onto a device.
 
         The global random state stays as it is.
 
@@ -273,31 +272,12 @@ class Controller(nn.Module):
             IdentityError: it was trained for another model, knob space or estimator; the message names which.
         """
         content = typed(_Stored, read_content(folder), os.path.join(folder, JSON_NAME), CheckpointError)
-        retrain = "train a controller for this one"
-        for what, stored, given, remedy in (
-            ("model", content["model_identity"], model_identity, f"load that model or {retrain}"),
-            ("model width", content["d_model"], d_model, f"load the model it was trained for or {retrain}"),
-            ("knob space", content["knob_space"].to_dict(), knob_space.to_dict(), f"use that knob space or {retrain}"),
-            (
-                "latency estimator",
-                content["estimator_fingerprint"],
-                estimator_fingerprint,
-                f"load the estimator that was saved with it (the same device and profile) or {retrain}",
-            ),
-        ):
-            if stored != given:
-                raise IdentityError(
-                    f"the controller in {os.fspath(folder)} was trained for another {what}: {stored!r}, not {given!r}; "
-                    f"{remedy}"
-                )
+        stored_for = {
+            name: content[name] for name in ("model_identity", "knob_space", "estimator_fingerprint", "d_model")
+        }
+        _made_for(**stored_for).check(f"the controller in {os.fspath(folder)}", wanted)
         with torch.random.fork_rng(devices=[]):
-            controller = cls(
-                content["config"],
-                model_identity=model_identity,
-                knob_space=knob_space,
-                estimator_fingerprint=estimator_fingerprint,
-                d_model=d_model,
-            )
+            controller = cls(content["config"], **stored_for)
         weights = read_weights(folder, content["weights_sha256"], controller.state_dict())
         controller.load_state_dict(weights)
         return controller.to(device)
@@ -316,6 +296,10 @@ class Controller(nn.Module):
                 f"{tuple(request.view.question_embedding.shape)}, but the controller was made for a model of width "
                 f"{self.d_model}; use the embeddings of that model"
             )
+
+
+def _made_for(model_identity: str, knob_space: KnobSpace, estimator_fingerprint: str, d_model: int) -> Identity:
+    return Identity(model_identity, knob_space, estimator_fingerprint, d_model=d_model)
 
 
 class ControllerPolicy:

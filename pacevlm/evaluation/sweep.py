@@ -261,7 +261,7 @@ def evaluate(
         DataError: there are no examples, two share an id, or objectives and fractions differ in number.
         IdentityError: the pacing was made for another model.
     """
-    pacing.check_model(model)
+    pacing.made_for.check("the pacing", model.made_for)
     ids = {example.example_id for example in examples}
     if len(ids) != len(examples):
         raise DataError(f"{len(examples)} examples with {len(ids)} different ids given; records tell them apart by it")

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from pacevlm.errors import ConfigError, ProfileError
-from pacevlm.knobs import KnobSpace
+from pacevlm.identity import ANYTHING, Identity
 from pacevlm.latency.conformal import check_alpha, min_num_scores
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import GroupBy, Guardrail
-from pacevlm.latency.profile import DeviceFacts, Profile, Sample, check_identity
+from pacevlm.latency.profile import Profile, Sample
 
 
 class SampleSplit(NamedTuple):
@@ -113,15 +113,13 @@ def fit_latency(
     group_by: GroupBy = "tier",
     calibration_share: float = 0.5,
     seed: int = 0,
-    model_identity: str | None = None,
-    knob_space: KnobSpace | None = None,
-    device: DeviceFacts | None = None,
+    wanted: Identity = ANYTHING,
     transfer_from: LatencyEstimator | None = None,
 ) -> LatencyFit:
     """Fit an estimator to one part of a profile, calibrate its guardrail on the other, and report on both.
 
     Args:
-        model_identity, knob_space, device: what the profile has to be of; None is not compared.
+        wanted: what the profile has to be of.
         transfer_from: an estimator of another device, thread count or dtype to carry over with few samples, instead
             of fitting all coefficients.
 
@@ -131,7 +129,7 @@ def fit_latency(
         ProfileError: the profile holds too few samples or requests, or leaves out an end of a knob.
     """
     alpha = check_alpha(alpha)
-    check_identity(profile, model_identity=model_identity, knob_space=knob_space, device=device)
+    profile.made_for.check("the profile", wanted)
     split = split_samples(profile.samples, calibration_share, seed)
     pictures = split_pictures(profile.picture_samples, seed)
     fit_part = dataclasses.replace(profile, samples=split.fit, picture_samples=pictures.fit)

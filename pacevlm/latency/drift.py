@@ -16,6 +16,7 @@ from pacevlm.artefact import MAX_MS, Text, check_keys, load_artefact, save_artef
 from pacevlm.checks import check_real, check_whole
 from pacevlm.config import config_from_dict, config_to_dict
 from pacevlm.errors import ConfigError, IdentityError, ProfileError
+from pacevlm.identity import Identity
 from pacevlm.latency.conformal import check_alpha, conformal_rank
 from pacevlm.latency.guardrail import Guardrail
 from pacevlm.types import BudgetKind, check_budget_kind
@@ -196,10 +197,7 @@ class DriftCorrection:
             raise ProfileError(
                 f"this guardrail is calibrated for {sorted(guardrail.calibrations)}, not for {kind!r} budgets"
             )
-        if guardrail.estimator.fingerprint != self.estimator_fingerprint:
-            raise IdentityError(
-                f"this {DRIFT_KIND} was learned with another latency estimator; start anew, without its file"
-            )
+        Identity(estimator=self.estimator_fingerprint).check(f"this {DRIFT_KIND}", guardrail.estimator.made_for)
         self._checked = guardrail
 
     def observe(self, bound_ms: float, measured_ms: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from pacevlm.artefact import MAX_COUNT, Text, check_keys, load_artefact, save_artefact, typed
 from pacevlm.errors import KnobError, ProfileError
+from pacevlm.identity import ANYTHING, Identity
 from pacevlm.images import TURNED
 from pacevlm.knobs import MAX_VALUE, Knobs, KnobSpace
 from pacevlm.latency.picture_fit import RANGE_TOLERANCE, PictureFit, fit_pictures, upright_kind
-from pacevlm.latency.profile import DeviceFacts, Profile, Sample, check_identity, load_knob_space
+from pacevlm.latency.profile import DeviceFacts, Profile, Sample, load_knob_space
 from pacevlm.latency.stage_fit import StageFit, check_coefficients, fit_stage
 from pacevlm.latency.stage_terms import STAGE_TERMS, WORK_UNITS, measured_stages, stage_terms, terms_of
 from pacevlm.types import BudgetKind, RequestSizes, VisionSizes, check_budget_kind
@@ -195,7 +197,7 @@ class LatencyEstimator:
             IdentityError: the profile is of another model or knob space.
             ProfileError: no sample has more than one output token.
         """
-        check_identity(profile, model_identity=self.model_identity, knob_space=self.knob_space)
+        profile.made_for.check("the profile", Identity(self.model_identity, self.knob_space))
         _check_decoded(profile.all_samples)
         samples = profile.all_samples
         terms = stage_terms(samples, self.trained_top_k, self.stage2_after)
@@ -327,17 +329,12 @@ class LatencyEstimator:
         whole = self._whole_blocks * _per_top_k(per_whole_block, per_whole_expert, self._top_ks)
         return SplitMs(picture_ms, np.asarray(fixed[..., None, None] + (later + whole)))
 
-    def check_identity(
-        self,
-        *,
-        model_identity: str | None = None,
-        knob_space: KnobSpace | None = None,
-        device: DeviceFacts | None = None,
-    ) -> None:
-        """Raise IdentityError if this was fitted for another model, knob space or device; None is not compared."""
-        check_identity(self, model_identity=model_identity, knob_space=knob_space, device=device)
-
     @property
+    def made_for(self) -> Identity:
+        """The model, knob space and device whose latencies it predicts, and itself."""
+        return Identity(self.model_identity, self.knob_space, self.fingerprint, self.device.identity)
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything the predictions depend on; what was calibrated for one estimator fits no other."""
         content = self._to_dict()
@@ -353,15 +350,8 @@ class LatencyEstimator:
         save_artefact(path, "latency estimator", ESTIMATOR_SCHEMA_VERSION, self._to_dict())
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        model_identity: str | None = None,
-        knob_space: KnobSpace | None = None,
-        device: DeviceFacts | None = None,
-    ) -> LatencyEstimator:
-        """Read an estimator and check what it was made for; None is not compared.
+    def load(cls, path: str | Path, wanted: Identity = ANYTHING) -> LatencyEstimator:
+        """Read an estimator and check what it was made for.
 
         Raises:
             ProfileError: the file is missing, corrupt or of another schema version.
@@ -380,7 +370,7 @@ class LatencyEstimator:
             estimator = cls(**{**values, "knob_space": space, "device": facts, "stages": stages, "pictures": pictures})
         except (AttributeError, ProfileError, KnobError) as error:
             raise ProfileError(f"the latency estimator at {path} is corrupt: {error}; fit it anew") from error
-        estimator.check_identity(model_identity=model_identity, knob_space=knob_space, device=device)
+        estimator.made_for.check(f"the latency estimator at {path}", wanted)
         return estimator
 
     def _to_dict(self) -> dict[str, Any]:

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pacevlm.artefact import Count, Text, load_artefact, save_artefact, shown, typed
-from pacevlm.errors import ConfigError, IdentityError, ProfileError
+from pacevlm.errors import ConfigError, ProfileError
+from pacevlm.identity import Identity
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.conformal import check_alpha, conformal_quantile, min_num_scores
 from pacevlm.latency.estimator import LatencyEstimator
-from pacevlm.latency.profile import Sample, check_identity
+from pacevlm.latency.profile import Sample
 from pacevlm.types import BudgetKind, RequestSizes, check_budget_kind
 
 GUARDRAIL_SCHEMA_VERSION = 2
@@ -321,12 +322,9 @@ class Guardrail:
         values = load_artefact(path, "latency guardrail", GUARDRAIL_SCHEMA_VERSION)
         try:
             stored = typed(_Stored, values, "a guardrail")
-            check_identity(estimator, model_identity=stored["model_identity"], knob_space=stored["knob_space"])
+            made_for = Identity(stored["model_identity"], stored["knob_space"], stored["estimator_fingerprint"])
+            made_for.check(f"the guardrail at {path}", estimator.made_for)
             guardrail = cls(estimator, stored["group_by"], stored["calibrations"], stored["picture"])
         except (ConfigError, ProfileError) as error:
             raise ProfileError(f"the latency guardrail at {path} is corrupt: {error}; calibrate anew") from error
-        if stored["estimator_fingerprint"] != estimator.fingerprint:
-            raise IdentityError(
-                f"the guardrail at {path} was calibrated for an estimator with other coefficients; calibrate anew"
-            )
         return guardrail

@@ -13,7 +13,8 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
 from pacevlm.artefact import content_sha256, load_artefact, save_artefact, typed
-from pacevlm.errors import IdentityError, ProfileError
+from pacevlm.errors import ProfileError
+from pacevlm.identity import ANYTHING, Identity
 from pacevlm.latency.conformal import check_alpha, conformal_quantile, min_num_scores
 
 OUTPUT_LENGTH_SCHEMA_VERSION = 2
@@ -191,6 +192,11 @@ class OutputLengthModel:
         }
 
     @property
+    def made_for(self) -> Identity:
+        """The model whose answers it bounds."""
+        return Identity(self.model_identity, max_new_tokens=self.max_new_tokens)
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of all that the bounds depend on."""
         return content_sha256(self.to_dict())
@@ -200,8 +206,8 @@ class OutputLengthModel:
         save_artefact(path, "output length model", OUTPUT_LENGTH_SCHEMA_VERSION, self.to_dict())
 
     @classmethod
-    def load(cls, path: str | Path, *, model_identity: str | None = None) -> OutputLengthModel:
-        """Read a model; with `model_identity` None the weights it was made for are not compared.
+    def load(cls, path: str | Path, wanted: Identity = ANYTHING) -> OutputLengthModel:
+        """Read a model and check what it was made for.
 
         Raises:
             ProfileError: the file is missing, corrupt or of another schema version.
@@ -212,10 +218,7 @@ class OutputLengthModel:
             model: OutputLengthModel = typed(cls, values, "an output length model")
         except ProfileError as error:
             raise ProfileError(f"the output length model at {path} is corrupt: {error}; fit it anew") from error
-        if model_identity is not None and model.model_identity != model_identity:
-            raise IdentityError(
-                f"this output length model was made for model {model.model_identity!r}, not {model_identity!r}"
-            )
+        model.made_for.check(f"the output length model at {path}", wanted)
         return model
 
 

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from pacevlm.artefact import MAX_COUNT, MAX_MS, Text, check_keys, load_artefact, save_artefact, typed
 from pacevlm.devices import ACCELERATORS, resolve_device
-from pacevlm.errors import IdentityError, ProfileError
+from pacevlm.errors import ProfileError
+from pacevlm.identity import Identity
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.types import StageTimes
 
@@ -289,6 +290,11 @@ class Profile:
             raise ProfileError(f"samples have knobs outside the profile's knob space: {', '.join(outside[:5])}")
 
     @property
+    def made_for(self) -> Identity:
+        """The model, knob space and device that were measured."""
+        return Identity(self.model_identity, self.knob_space, device=self.device.identity)
+
+    @property
     def all_samples(self) -> tuple[Sample, ...]:
         """Those of the data set, then those of self-made pictures."""
         return self.samples + self.picture_samples
@@ -325,49 +331,6 @@ class _Measured(TypedDict):
     device: DeviceFacts
     samples: tuple[Sample, ...]
     picture_samples: tuple[Sample, ...]
-
-
-class HasIdentity(Protocol):
-    """Anything that was made for one model, knob space and device."""
-
-    @property
-    def model_identity(self) -> str:
-        """Names the exact weights."""
-
-    @property
-    def knob_space(self) -> KnobSpace:
-        """The configurations that it covers."""
-
-    @property
-    def device(self) -> DeviceFacts:
-        """The device that it was measured on."""
-
-
-def check_identity(
-    artefact: HasIdentity,
-    *,
-    model_identity: str | None = None,
-    knob_space: KnobSpace | None = None,
-    device: DeviceFacts | None = None,
-) -> None:
-    """Refuse an artefact that was made for something else; what is None is not compared.
-
-    Devices agree when their type, name, thread count and dtype do, and compiled loops are there or are not; library
-    versions may differ.
-
-    Raises:
-        IdentityError: the model, the knob space or the device differs.
-    """
-    name = type(artefact).__name__
-    if model_identity is not None and artefact.model_identity != model_identity:
-        raise IdentityError(f"this {name} was made for model {artefact.model_identity!r}, not {model_identity!r}")
-    if knob_space is not None and artefact.knob_space != knob_space:
-        raise IdentityError(f"this {name} was made for {artefact.knob_space}, not {knob_space}")
-    if device is not None and artefact.device.identity != device.identity:
-        raise IdentityError(
-            f"this {name} was made on {artefact.device.identity} (type, name, threads, dtype, loops), "
-            f"not {device.identity}; profile this device"
-        )
 
 
 def load_knob_space(values: Any) -> KnobSpace:

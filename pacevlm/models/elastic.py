@@ -16,6 +16,7 @@ from pacevlm.checks import whole_number
 from pacevlm.devices import keep_memory, resolve_device
 from pacevlm.errors import CheckpointError, ConfigError, KnobError, QuestionError
 from pacevlm.files import read_json, sha256_file, write_json_atomic
+from pacevlm.identity import Identity
 from pacevlm.images import ImageSource, Picture, PictureConfig, open_picture
 from pacevlm.knobs import KnobSpace
 from pacevlm.models.adapter import Adapter, Prompt
@@ -90,6 +91,11 @@ class ElasticModel:
         # CUDA has graphs.
         static = StaticDecode(adapter, order, stage2_after) if adapter.device.type == "cuda" else None
         self.decoder = ElasticDecoder(adapter, order, stage2_after, static)
+
+    @property
+    def made_for(self) -> Identity:
+        """What an artefact has to be made for to be used with this model."""
+        return Identity(self.identity, self.knob_space, max_new_tokens=self.max_new_tokens, d_model=self.d_model)
 
     @property
     def d_model(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -139,18 +140,14 @@ class RunContext:
         with use_num_threads(self.config.profile.num_threads):
             facts = collect_device_facts(self.model.device, self.model.dtype, compiled=self.model.adapter.compiled)
         with saying_how_to_go_on():
-            return LatencyEstimator.load(
-                self.run_dir / ESTIMATOR_NAME,
-                model_identity=self.model.identity,
-                knob_space=self.model.knob_space,
-                device=facts,
-            )
+            wanted = dataclasses.replace(self.model.made_for, device=facts.identity)
+            return LatencyEstimator.load(self.run_dir / ESTIMATOR_NAME, wanted)
 
     def pacing(self, guardrail_name: str = GUARDRAIL_NAME) -> Pacing:
         """Guardrail and output lengths as the run directory holds them."""
         estimator = self.estimator
         with saying_how_to_go_on():
-            lengths = OutputLengthModel.load(self.run_dir / OUTPUT_LENGTH_NAME, model_identity=self.model.identity)
+            lengths = OutputLengthModel.load(self.run_dir / OUTPUT_LENGTH_NAME, self.model.made_for)
             guardrail = Guardrail.load(self.run_dir / guardrail_name, estimator)
         return Pacing(guardrail, lengths, self.model.max_new_tokens)
 
@@ -158,14 +155,8 @@ class RunContext:
         """The trained controller."""
         estimator = self.estimator
         with saying_how_to_go_on():
-            return Controller.from_pretrained(
-                self.run_dir / CONTROLLER_NAME,
-                model_identity=self.model.identity,
-                knob_space=self.model.knob_space,
-                estimator_fingerprint=estimator.fingerprint,
-                d_model=self.model.d_model,
-                device=self.model.device,
-            )
+            wanted = dataclasses.replace(estimator.made_for, d_model=self.model.d_model)
+            return Controller.from_pretrained(self.run_dir / CONTROLLER_NAME, wanted, device=self.model.device)
 
     @property
     def full_p50_ms(self) -> float:

@@ -18,13 +18,14 @@ from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPo
 from pacevlm.evaluation.learnable import evaluation_warnings, sweep_warnings, training_warnings
 from pacevlm.evaluation.summary import RunFacts
 from pacevlm.evaluation.sweep import evaluate, exhaustive_sweep, fit_baselines, summarise_answers
+from pacevlm.identity import Identity
 from pacevlm.latency.calibrate import coverage, fit_latency, full_p50_ms
 from pacevlm.latency.conformal import min_num_scores
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
 from pacevlm.latency.measuring import use_num_threads, without_garbage_collection
 from pacevlm.latency.output_length import OutputLengthModel
-from pacevlm.latency.profile import DeviceFacts, Profile, Sample, check_identity, collect_device_facts
+from pacevlm.latency.profile import Profile, Sample, collect_device_facts
 from pacevlm.latency.profile_summary import summarise_profile
 from pacevlm.latency.profiler import ProfilerSettings, sample_of
 from pacevlm.pacer import Pacer
@@ -69,9 +70,7 @@ def profile_step(run: RunContext) -> dict[str, Any]:
         _measure_profile(run, num_transferred(config.alpha), 1)
     else:
         profile = Profile.load(config.source)
-        check_identity(
-            profile, model_identity=run.model.identity, knob_space=run.model.knob_space, device=_device_facts(run)
-        )
+        profile.made_for.check(f"the profile {config.source}", _wanted(run))
         profile.save(run.run_dir / PROFILE_NAME)
     return fit_profile(run)
 
@@ -90,9 +89,7 @@ def fit_profile(run: RunContext) -> dict[str, Any]:
         seed=config.seed,
         trained_top_k=model.trained_top_k,
         stage2_after=model.stage2_after,
-        model_identity=model.identity,
-        knob_space=model.knob_space,
-        device=_device_facts(run),
+        wanted=_wanted(run),
         **settings,
     )
     fit.estimator.save(run.run_dir / ESTIMATOR_NAME)
@@ -112,9 +109,11 @@ def fit_profile(run: RunContext) -> dict[str, Any]:
     }
 
 
-def _device_facts(run: RunContext) -> DeviceFacts:
+def _wanted(run: RunContext) -> Identity:
+    """What a profile has to be made for to be this run's."""
     with use_num_threads(run.config.profile.num_threads):
-        return collect_device_facts(run.model.device, run.model.dtype, compiled=run.model.adapter.compiled)
+        facts = collect_device_facts(run.model.device, run.model.dtype, compiled=run.model.adapter.compiled)
+    return dataclasses.replace(run.model.made_for, device=facts.identity)
 
 
 def _fit_source(run: RunContext) -> LatencyEstimator:
@@ -122,7 +121,7 @@ def _fit_source(run: RunContext) -> LatencyEstimator:
     model, path = run.model, run.config.profile.source
     assert path is not None
     source = Profile.load(path)
-    check_identity(source, model_identity=model.identity, knob_space=model.knob_space)
+    source.made_for.check(f"the profile {path}", model.made_for)
     return LatencyEstimator.fit(source, trained_top_k=model.trained_top_k, stage2_after=model.stage2_after)
 
 

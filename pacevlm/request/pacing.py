@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from pacevlm.controller.policy_interface import PolicyInput
-from pacevlm.errors import IdentityError
+from pacevlm.identity import Identity
 from pacevlm.latency.guardrail import Guardrail, feasible_knobs
 from pacevlm.latency.output_length import OutputLengthModel
-from pacevlm.models.elastic import ElasticModel
 from pacevlm.types import BudgetKind, Objective, RequestView
 
 Array = NDArray[np.float64]
@@ -38,18 +37,13 @@ class Pacing:
     max_new_tokens: int
 
     def __post_init__(self) -> None:
-        if self.output_length is None:
-            return
-        if self.output_length.model_identity != self.guardrail.estimator.model_identity:
-            raise IdentityError(
-                f"output lengths were fitted for model {self.output_length.model_identity!r}, latencies for "
-                f"{self.guardrail.estimator.model_identity!r}; fit both for one model"
-            )
-        if self.output_length.max_new_tokens != self.max_new_tokens:
-            raise IdentityError(
-                f"output lengths were fitted for at most {self.output_length.max_new_tokens} new tokens, but the model "
-                f"generates up to {self.max_new_tokens}; fit them anew"
-            )
+        if self.output_length is not None:
+            self.output_length.made_for.check("the output length model", self.made_for)
+
+    @property
+    def made_for(self) -> Identity:
+        """The model, knob space and device that it paces, and the estimator of its bounds."""
+        return replace(self.guardrail.estimator.made_for, max_new_tokens=self.max_new_tokens)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -59,15 +53,6 @@ class Pacing:
             "output_length": None if self.output_length is None else self.output_length.fingerprint,
             "max_new_tokens": self.max_new_tokens,
         }
-
-    def check_model(self, model: ElasticModel) -> None:
-        """Raise IdentityError unless everything was made for this model and knob space."""
-        self.guardrail.estimator.check_identity(model_identity=model.identity, knob_space=model.knob_space)
-        if self.max_new_tokens != model.max_new_tokens:
-            raise IdentityError(
-                f"output lengths are bounded by {self.max_new_tokens} new tokens, but the model generates up to "
-                f"{model.max_new_tokens}"
-            )
 
     def output_tokens_upper(self, views: Sequence[RequestView]) -> NDArray[np.int64]:
         """Bounds on the output tokens of requests that have only been looked at, `(requests,)`."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pacevlm.data.metrics import Metric, load_metric
-from pacevlm.errors import IdentityError, MemoryLimitError
+from pacevlm.errors import MemoryLimitError
+from pacevlm.identity import Identity
 from pacevlm.knobs import Knobs
 from pacevlm.latency.measuring import use_num_threads
 from pacevlm.models.decoder import Prefix
@@ -91,8 +92,8 @@ class RolloutEngine:
         max_tokens: int | None = None,
         max_prefix_bytes: int | None = None,
     ) -> None:
-        if store is not None and store.model_identity != model.identity:
-            raise IdentityError(f"the outcome store is of model {store.model_identity!r}, not of {model.identity!r}")
+        if store is not None:
+            Identity(store.model_identity).check("the outcome store", model.made_for)
         self.model, self.metric = model, metric or load_metric("exact_match")
         self.store = OutcomeStore(model.identity) if store is None else store
         self.limits = BatchLimits.for_model(

@@ -7,8 +7,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
-from pacevlm.errors import DataError, IdentityError, KnobError
+from pacevlm.errors import DataError, KnobError
 from pacevlm.files import append_jsonl, read_jsonl
+from pacevlm.identity import Identity
 from pacevlm.knobs import Knobs
 
 KIND, SCHEMA_VERSION = "pacevlm outcomes", 1
@@ -90,10 +91,7 @@ class OutcomeStore:
         head, store._has_header = records[0], True
         if head.get("kind") != KIND or head.get("schema_version") != SCHEMA_VERSION:
             raise DataError(f"{path} does not begin as an outcome store of this version of pacevlm does; remove it")
-        if head.get("model_identity") != model_identity:
-            raise IdentityError(
-                f"{path} holds outcomes of model {head.get('model_identity')!r}, not of {model_identity!r}; remove it"
-            )
+        Identity(str(head.get("model_identity"))).check(f"the outcome store {path}", Identity(model_identity))
         known: dict[Any, Knobs] = {}
         for number, record in enumerate(records[1:], start=2):
             try:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pacevlm.controller.policy import Controller
-from pacevlm.errors import CheckpointError, ConfigError, DataError, IdentityError, PacevlmError
+from pacevlm.errors import CheckpointError, ConfigError, DataError, PacevlmError
+from pacevlm.identity import Identity
 from pacevlm.knobs import Knobs, check_budget_ms
-from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.profile import collect_device_facts
 from pacevlm.request.pacing import Pacing
 from pacevlm.training.checkpoint import load_checkpoint, remove_leftovers, save_checkpoint
@@ -95,7 +95,8 @@ class Trainer:
         measure: Measure | None = None,
     ) -> None:
         estimator = pacing.guardrail.estimator
-        _check_parts(controller, engine, estimator)
+        Identity(engine.store.model_identity).check("the outcome store", pacing.made_for)
+        controller.made_for.check("the controller", pacing.made_for)
         self.controller, self.engine, self.config = controller, engine, config
         self.pacing, self.estimator = pacing, estimator
         self.dataset, self.measure = dataset, measure
@@ -361,18 +362,3 @@ class Trainer:
             measured_ms = times.covered_ms(config.budget_kind)
             errors.append(abs(predicted.covered_ms(config.budget_kind) - measured_ms) / measured_ms)
         return {"latency/ape_p50": float(np.median(errors))}
-
-
-def _check_parts(controller: Controller, engine: Rollouts, estimator: LatencyEstimator) -> None:
-    """Refuse parts that were made for different models, knob spaces or estimators."""
-    for what, first, one, second, other in (
-        ("model", "rollout engine", engine.store.model_identity, "estimator", estimator.model_identity),
-        ("model", "controller", controller.model_identity, "estimator", estimator.model_identity),
-        ("estimator", "controller", controller.estimator_fingerprint, "guardrail", estimator.fingerprint),
-        ("knob space", "controller", controller.knob_space, "estimator", estimator.knob_space),
-    ):
-        if one != other:
-            raise IdentityError(
-                f"the {first} and the {second} were made for different {what}s: {one!r} and {other!r}; "
-                "make all parts for the same one"
-            )

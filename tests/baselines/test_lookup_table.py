@@ -78,7 +78,7 @@ def test_files_of_another_space_or_form_are_refused(
 ) -> None:
     path = tmp_path / "table.json"
     fitted.save(path)
-    with pytest.raises(IdentityError, match="fitted for the knob space"):
+    with pytest.raises(IdentityError, match="another knob space"):
         LookupTable.load(path, KnobSpace())
     content = json.loads(path.read_text())
     for broken in (

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pacevlm.errors import ConfigError, IdentityError, KnobError, ProfileError
+from pacevlm.identity import Identity
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.profile import Sample
@@ -194,14 +195,14 @@ def test_foreign_estimators_are_refused(tmp_path: Path, space: KnobSpace, random
     path = tmp_path / "estimator.json"
     estimator.save(path)
     facts = estimator.device
-    LatencyEstimator.load(path, model_identity="weights-a", knob_space=space, device=facts)
+    LatencyEstimator.load(path, Identity("weights-a", space, device=facts.identity))
     for wrong in (
-        {"model_identity": "weights-b"},
-        {"knob_space": KnobSpace(num_blocks=(14, 15, 16))},
-        {"device": dataclasses.replace(facts, dtype="bfloat16")},
+        Identity("weights-b"),
+        Identity(knob_space=KnobSpace(num_blocks=(14, 15, 16))),
+        Identity(device=dataclasses.replace(facts, dtype="bfloat16").identity),
     ):
         with pytest.raises(IdentityError):
-            LatencyEstimator.load(path, **wrong)
+            LatencyEstimator.load(path, wrong)
 
 
 def test_damaged_estimators_are_refused(tmp_path: Path, random_estimator: Any, reseal: Any) -> None:

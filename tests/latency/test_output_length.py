@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pacevlm.errors import ConfigError, IdentityError, ProfileError
+from pacevlm.identity import Identity
 from pacevlm.latency.output_length import OutputLengthModel, _quantile_regression
 
 MAX_NEW_TOKENS = 32
@@ -128,12 +129,12 @@ def test_round_trip(tmp_path: Path, reseal: Callable[[Path, Any], None]) -> None
     model = fit(rng, 300)
     path = tmp_path / "length.json"
     model.save(path)
-    loaded = OutputLengthModel.load(path, model_identity="weights-a")
+    loaded = OutputLengthModel.load(path, Identity("weights-a"))
     assert loaded == model
     embeddings, text, _ = questions(rng, 100)
     np.testing.assert_array_equal(loaded.upper_many(embeddings, text), model.upper_many(embeddings, text))
     with pytest.raises(IdentityError, match="weights-b"):
-        OutputLengthModel.load(path, model_identity="weights-b")
+        OutputLengthModel.load(path, Identity("weights-b"))
     for change in (
         {"weights": []},
         {"weights": ["x"]},

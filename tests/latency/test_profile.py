@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from pacevlm.errors import ConfigError, IdentityError, ProfileError
+from pacevlm.identity import ANYTHING, Identity
 from pacevlm.knobs import Knobs, KnobSpace
-from pacevlm.latency.profile import DeviceFacts, NoiseFloor, Profile, Sample, check_identity, collect_device_facts
+from pacevlm.latency.profile import DeviceFacts, NoiseFloor, Profile, Sample, collect_device_facts
 from pacevlm.types import StageTimes
 
 STAGES = StageTimes(0.5, 0.5, 0.5, 3.0, 2.0, 4.0, (1.0, 1.1), 12.7)
@@ -154,21 +155,22 @@ def test_device_facts_name_the_cuda_device() -> None:
 
 def test_identity(make_profile: Any, device_facts: DeviceFacts, space: KnobSpace) -> None:
     profile = make_profile((SAMPLE,))
-    check_identity(profile)
+    profile.made_for.check("it", ANYTHING)
     later = dataclasses.replace(device_facts, torch_version="1", load_average=None)
-    check_identity(profile, model_identity="weights-a", knob_space=space, device=later)
+    profile.made_for.check("it", Identity("weights-a", space, device=later.identity))
     with pytest.raises(IdentityError, match="weights-b"):
-        check_identity(profile, model_identity="weights-b")
+        profile.made_for.check("it", Identity("weights-b"))
     with pytest.raises(IdentityError):
-        check_identity(profile, knob_space=KnobSpace(top_ks=(4, 8)))
+        profile.made_for.check("it", Identity(knob_space=KnobSpace(top_ks=(4, 8))))
     for change in ({"num_threads": 2}, {"dtype": "float16"}, {"device_name": "other"}, {"device_type": "cuda"}):
+        other = Identity(device=dataclasses.replace(device_facts, **change).identity)
         with pytest.raises(IdentityError, match="profile this device"):
-            check_identity(profile, device=dataclasses.replace(device_facts, **change))
+            profile.made_for.check("it", other)
 
 
 def test_compiled_loops_count_where_they_run(device_facts: DeviceFacts) -> None:
-    for change, differs in (({}, True), ({"dtype": "bfloat16"}, False), ({"device_type": "cuda"}, False)):
-        without = dataclasses.replace(device_facts, numba_version=None, **change)
-        one, other = (dataclasses.replace(without, numba_version=version).identity for version in ("1", "2"))
-        assert one == other
-        assert (one != without.identity) == differs
+    without = dataclasses.replace(device_facts, numba_version=None)
+    one, other = (dataclasses.replace(without, numba_version=version).identity for version in ("1", "2"))
+    assert one == other != without.identity
+    assert collect_device_facts("cpu", "float32").numba_version is None
+    assert collect_device_facts("cpu", "float32", compiled=True).numba_version is not None

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from pacevlm.errors import ConfigError, IdentityError, ProfileError
+from pacevlm.identity import Identity
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.calibrate import coverage, fit_latency, full_p50_ms, split_pictures, split_samples
 from pacevlm.latency.measuring import use_num_threads
@@ -435,9 +436,9 @@ def test_the_report_is_of_requests_that_the_fit_did_not_see(make_device: Callabl
 def test_a_profile_of_something_else_is_refused(make_device: Callable[..., Any], space: KnobSpace) -> None:
     result = profile(FakeModel(make_device()), one_window(num_requests=10, num_samples=150), space)
     faster = dataclasses.replace(result.device, num_threads=8)
-    for wrong in ({"model_identity": "weights-b"}, {"knob_space": SMALL}, {"device": faster}):
+    for wrong in (Identity("weights-b"), Identity(knob_space=SMALL), Identity(device=faster.identity)):
         with pytest.raises(IdentityError):
-            fit_latency(result, trained_top_k=8, alpha=0.1, **wrong)  # type: ignore[arg-type]
+            fit_latency(result, trained_top_k=8, alpha=0.1, wanted=wrong)
 
 
 def test_coverage_is_left_out_where_halves_are_too_small(make_device: Callable[..., Any], space: KnobSpace) -> None:

@@ -339,7 +339,7 @@ def test_other_models_artefacts_are_refused(tiny_elastic: ElasticModel) -> None:
     with pytest.raises(IdentityError, match="another"):
         make_pacing(tiny_elastic, lengths)
     shorter = OutputLengthModel(tiny_elastic.identity, (0.0,) * tiny_elastic.d_model, None, 1.0, 0, 2, 0.1)
-    with pytest.raises(IdentityError, match="at most 2 new tokens"):
+    with pytest.raises(IdentityError, match="another limit of answer tokens: 2, not 6"):
         make_pacing(tiny_elastic, shorter)
 
 

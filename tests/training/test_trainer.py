@@ -438,8 +438,8 @@ def test_parts_of_different_models_are_refused(synthetic: ModuleType, tmp_path: 
     other_estimator = dataclasses.replace(trainer.estimator, trained_top_k=7)
     other_guardrail = dataclasses.replace(trainer.pacing.guardrail, estimator=other_estimator)
     for parts, named in (
-        ({"engine": other_engine}, "different models"),
-        ({"pacing": dataclasses.replace(trainer.pacing, guardrail=other_guardrail)}, "different estimators"),
+        ({"engine": other_engine}, "another model"),
+        ({"pacing": dataclasses.replace(trainer.pacing, guardrail=other_guardrail)}, "another latency estimator"),
     ):
         with pytest.raises(IdentityError, match=named):
             synthetic.make_trainer(tmp_path, parts=parts)
