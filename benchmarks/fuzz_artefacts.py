@@ -36,8 +36,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pacevlm.artefact import content_sha256
+from pacevlm.baselines.fixed import FixedPolicy
 from pacevlm.baselines.lookup_table import LookupTable
-from pacevlm.baselines.static import StaticPolicy
 from pacevlm.console import describe_step
 from pacevlm.controller.policy import Controller, ControllerPolicy
 from pacevlm.data.jsonl import JsonlDataset
@@ -52,7 +52,7 @@ from pacevlm.latency.guardrail import Guardrail
 from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.latency.profile import Profile, collect_device_facts
 from pacevlm.models.elastic import ElasticModel, read_elastic_settings
-from pacevlm.pacer import BUNDLE_NAME, Pacer
+from pacevlm.pacer import BUNDLE_FILE, Pacer
 from pacevlm.pipeline import load_elastic_model, run_pipeline
 from pacevlm.pipeline.outputs import read_shown
 from pacevlm.pipeline.run_config import load_run_config
@@ -149,7 +149,7 @@ class Doors:
             "controller/controller.json": self._controller,
             "controller/controller.safetensors": self._controller,
             "lookup_table.json": lambda path: self._choose(LookupTable.load(path, self.space)),
-            "static.json": lambda path: self._choose(StaticPolicy.load(path, self.space)),
+            "fixed.json": lambda path: self._choose(FixedPolicy.load(path, self.space)),
             "steps.json": self._steps,
             "results.json": self._results,
             "shown.json": lambda path: read_shown(path) and None,
@@ -233,7 +233,7 @@ class Doors:
         self._choose(pacer.policy)
         return np.stack(
             [
-                pacer.pacing.upper_bounds_ms(self.view),
+                pacer.pacing.upper_bounds_ms([self.view], pacer.kind)[0],
                 np.full(self.space.shape, pacer.full_p50_ms),
             ]
         )
@@ -269,8 +269,8 @@ def refresh(run_dir: Path, name: str) -> None:
         values = json.loads(description.read_text())
         values["weights_sha256"] = sha256_file(run_dir / name)
         description.write_text(with_fresh_digest(json.dumps(values)))
-    if name.startswith("bundle/") and not name.endswith(BUNDLE_NAME):
-        bundle = run_dir / "bundle" / BUNDLE_NAME
+    if name.startswith("bundle/") and not name.endswith(BUNDLE_FILE):
+        bundle = run_dir / "bundle" / BUNDLE_FILE
         values = json.loads(bundle.read_text())
         values["files"] = {file: sha256_file(run_dir / "bundle" / file) for file in values["files"]}
         values["sha256"] = content_sha256(values)
@@ -346,7 +346,7 @@ def _touched(run_dir: Path, name: str) -> list[Path]:
     if name.endswith("controller.safetensors"):
         names.add(name.replace("safetensors", "json"))
     if name.startswith("bundle/"):
-        names.add(f"bundle/{BUNDLE_NAME}")
+        names.add(f"bundle/{BUNDLE_FILE}")
     return [run_dir / each for each in names]
 
 

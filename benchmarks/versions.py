@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Whether another version of the code is as fast as this one: requests, fresh rollouts and sweeps, in turns.
+"""Whether another version of the code is as fast as this one: requests, rollouts and latency tokens, in turns.
 
 Give the folder of another checkout, for example one that `git worktree add ../before COMMIT` makes. Each version runs
 in a process of its own that keeps its model; they take turns at every single piece of work, and have to give the same
@@ -10,6 +10,7 @@ RESULTS/versions-DEVICE.json.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -36,7 +37,15 @@ from pacevlm.rollout.engine import RolloutEngine
 HERE = Path(__file__).resolve().parents[1]
 # Examples of one piece of rollouts, and of one piece of a sweep.
 NUM_FRESH, NUM_SWEEP = 12, 2
-KINDS = {"request": "requests", "fresh": "fresh rollouts", "sweep": "exhaustive sweep"}
+# Examples whose paced requests are compared.
+NUM_PACED = 100
+KINDS = {
+    "request": "requests",
+    "paced": "requests with guardrail and controller",
+    "fresh": "fresh rollouts",
+    "sweep": "exhaustive sweep",
+    "tokens": "latency tokens, forwards and backwards",
+}
 
 
 class Worker:
@@ -69,10 +78,13 @@ def work(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.num_threads)
     model = ElasticModel.from_pretrained(arguments.model)
     try:
+        from pacevlm.request.profiling import profiling_run
         from pacevlm.request.run import run_forced as forced
     except ImportError:  # versions in which a request was a method of the model
         forced = ElasticModel.run_static  # type: ignore[attr-defined]
+        from pacevlm.rollout.profiling import profiling_run
     space, data = model.knob_space, DigitVQA("val", 100_000)
+    paced = profiling_run(model, [(data[i].image, data[i].question) for i in range(NUM_PACED)])
     for line in sys.stdin:
         asked = json.loads(line)
         if asked["kind"] == "hello":
@@ -84,6 +96,18 @@ def work(arguments: argparse.Namespace) -> None:
             image = example.image
             started = time.perf_counter()
             answers.append(forced(model, image, example.question, knobs).answer)
+        elif asked["kind"] == "paced":
+            started = time.perf_counter()
+            answers.append(paced(asked["number"], Knobs.parse(asked["knobs"]), None).answer)
+        elif asked["kind"] == "tokens":
+            examples = [data[asked["number"] * 8 + i] for i in range(8)]
+            engine, tiers = RolloutEngine(model), [tier for tier in space.tiers for _ in range(4)]
+            tokens = torch.randn(8 * len(tiers), model.d_model, generator=torch.Generator().manual_seed(0))
+            rows = [(example, tier) for example in examples for tier in tiers]
+            engine.latency_token_outputs(*zip(*rows, strict=True), tokens)  # the prompts' own work
+            started = time.perf_counter()
+            outputs = engine.latency_token_outputs(*zip(*rows, strict=True), tokens.requires_grad_())
+            outputs.square().sum().backward()
         else:
             count = NUM_FRESH if asked["kind"] == "fresh" else NUM_SWEEP
             examples = [data[asked["number"] * count + i] for i in range(count)]
@@ -104,10 +128,11 @@ def compare(workers: Sequence[Worker], arguments: argparse.Namespace, progress: 
     space, rng = model.knob_space, np.random.default_rng(arguments.seed)
     pieces: list[dict[str, Any]] = []
     for number in range(arguments.num_requests):
-        pieces += [{"kind": "request", "number": number, "knobs": str(k)} for k in (space.full, space.cheapest)]
-    for kind in ("fresh", "sweep"):
+        for kind, knobs in itertools.product(("request", "paced"), (space.full, space.cheapest)):
+            pieces.append({"kind": kind, "number": number % NUM_PACED, "knobs": str(knobs)})
+    for kind in ("fresh", "sweep", "tokens"):
         pieces += [{"kind": kind, "number": number} for number in range(arguments.num_batches)]
-    warm = [pieces[0], pieces[1], {"kind": "fresh", "number": 900}, {"kind": "sweep", "number": 900}]
+    warm = [*pieces[:4], *({"kind": kind, "number": 900} for kind in ("fresh", "sweep", "tokens"))]
     for piece in warm * 2:
         for worker in workers:
             worker.ask(piece)

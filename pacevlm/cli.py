@@ -280,7 +280,7 @@ def importance(arguments: Sequence[str]) -> None:
     from pacevlm.pipeline.lock import one_writer
     from pacevlm.request.run import run_forced
 
-    model_config = ModelConfig(path=config.path, dtype=config.dtype, device=config.device, block_policy="prefix")
+    model_config = ModelConfig(path=config.path, dtype=config.dtype, device=config.device, block_order="early_exit")
     model = load_elastic_model(model_config, config.picture)
     number = config.num_examples
     data = load_splits(

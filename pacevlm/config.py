@@ -53,7 +53,8 @@ class ModelConfig:
         num_blocks: numbers of transformer blocks to choose from; the same.
         vision_budgets: what every tier means to the family (MolmoE: most image crops); what elastic.json or the family
             says if None.
-        block_policy: which blocks are left out: the least important ones as measured, or plainly the last ones.
+        block_order: which blocks are left out first: the least important ones as measured, or plainly the last ones
+            (early exit).
         stage2_after: blocks that always run before stage 2 decides.
         max_new_tokens: most generated tokens per answer; what elastic.json says if None.
         dtype: number type of the weights in memory.
@@ -68,7 +69,7 @@ class ModelConfig:
     top_ks: tuple[int, ...] | None = None
     num_blocks: tuple[int, ...] | None = None
     vision_budgets: tuple[int, ...] | None = None
-    block_policy: Literal["importance", "prefix"] = "importance"
+    block_order: Literal["importance", "early_exit"] = "importance"
     stage2_after: int = 1
     max_new_tokens: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -255,7 +256,10 @@ class ControllerSettings:
         num_frequencies: sines, and as many cosines, of a budget.
         feasible_fractions: whether stage 1 reads how much of each tier the guardrail admits.
         thumbnail: whether stage 1 looks at the image, squeezed to 16x16.
-        pairwise: whether stage 2 scores pairs besides top_k and num_blocks on their own.
+        pairwise: whether stage 2 scores every (top_k, num_blocks) besides each on its own.
+
+    Raises:
+        ConfigError: a value has the wrong type or is outside its range.
     """
 
     hidden_dim: int = 64
@@ -267,6 +271,9 @@ class ControllerSettings:
     def __post_init__(self) -> None:
         check_whole(self, 1, MAX_HIDDEN_DIM, "hidden_dim")
         check_whole(self, 1, MAX_FREQUENCIES, "num_frequencies")
+        for name in ("feasible_fractions", "thumbnail", "pairwise"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,10 @@ from pacevlm.request.pacing import Pacing
 from pacevlm.request.run import run_request
 from pacevlm.types import Answer, BudgetKind, Objective, RequestSizes, check_budget_kind
 
-BUNDLE_NAME = "bundle.json"
+BUNDLE_FILE = "bundle.json"
 BUNDLE_FOLDER = "bundle"
 KIND = "bundle"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 ESTIMATOR_NAME, GUARDRAIL_NAME, OUTPUT_LENGTH_NAME = "estimator.json", "guardrail.json", "output_length.json"
 CONTROLLER_FOLDER = "controller"
 # Files that every bundle lists; a model without bounds on its answers has no OUTPUT_LENGTH_NAME.
@@ -173,7 +173,7 @@ class Pacer:
             device=device,
             dtype=DTYPES[settings["dtype"]],
             stage2_after=settings["stage2_after"],
-            policy=settings["block_policy"],
+            block_order=settings["block_order"],
             vision_budgets=settings["vision_budgets"],
             max_new_tokens=settings["max_new_tokens"],
             picture_config=values["picture"],
@@ -246,7 +246,7 @@ class Pacer:
                 "identity": model.identity,
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "stage2_after": model.stage2_after,
-                "block_policy": model.order.source,
+                "block_order": model.order.source,
                 "vision_budgets": model.vision_budgets,
                 "max_new_tokens": model.max_new_tokens,
             },
@@ -258,7 +258,7 @@ class Pacer:
             "files": {name: sha256_file(folder / name) for name in listed},
         }
         # Last, so that a bundle that can be opened is whole: until then it lists what the files were before.
-        save_artefact(folder / BUNDLE_NAME, KIND, SCHEMA_VERSION, content, CheckpointError)
+        save_artefact(folder / BUNDLE_FILE, KIND, SCHEMA_VERSION, content, CheckpointError)
 
     def answer(
         self, image: ImageSource, question: str, budget_ms: float = 80.0, policy: Policy | None = None
@@ -356,10 +356,10 @@ class Pacer:
 
 def _bundle_folder(path: str | os.PathLike[str]) -> Path:
     for folder in (Path(path), Path(path) / BUNDLE_FOLDER):
-        if (folder / BUNDLE_NAME).is_file():
+        if (folder / BUNDLE_FILE).is_file():
             return folder
     raise CheckpointError(
-        f"there is no {BUNDLE_NAME} in {os.fspath(path)} or its folder {BUNDLE_FOLDER!r}; give a directory that "
+        f"there is no {BUNDLE_FILE} in {os.fspath(path)} or its folder {BUNDLE_FOLDER!r}; give a directory that "
         "save_pretrained wrote, or that of a finished run"
     )
 
@@ -370,7 +370,7 @@ class _Model(TypedDict):
     identity: Text
     dtype: Literal["float32", "bfloat16", "float16"]
     stage2_after: Annotated[int, Range(1, 10_000)]
-    block_policy: Literal["importance", "prefix"]
+    block_order: Literal["importance", "early_exit"]
     vision_budgets: VisionBudgets
     max_new_tokens: NewTokens
 
@@ -389,7 +389,7 @@ class _Bundle(TypedDict):
 
 def _read_bundle(folder: Path) -> dict[str, Any]:
     """The values of a bundle, whose files are whole; raises CheckpointError."""
-    path = folder / BUNDLE_NAME
+    path = folder / BUNDLE_FILE
     values: dict[str, Any] = load_artefact(path, KIND, SCHEMA_VERSION, CheckpointError)
     values = typed(_Bundle, values, str(path), CheckpointError)
     listed = set(values["files"])

@@ -187,7 +187,7 @@ def law_model_anywhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.
                 pytest.skip(f"the embedded model is not in {EMBEDDED_DIR}; train it with scripts/train_embedded")
             measured = "removal" in read_elastic_settings(EMBEDDED_DIR)
             return ElasticModel.from_pretrained(
-                "embedded", policy="importance" if measured else "prefix", device=device
+                "embedded", block_order="importance" if measured else "early_exit", device=device
             )
         if name in ("toy", "dense"):
             return ElasticModel.from_pretrained(save_toy(tmp_path_factory.mktemp(name), name), device=device)

@@ -154,8 +154,8 @@ def test_knob_settings_of_a_model_are_checked_before_it_is_loaded() -> None:
     for wrong in ({"top_ks": (4, 3)}, {"tiers": ()}, {"num_blocks": (0,)}):
         with pytest.raises(KnobError):
             ModelConfig(**wrong)  # type: ignore[arg-type]
-    for crops in ((), (0, 1), (1.5,), (10**9,)):
+    for budgets in ((), (0, 1), (1.5,), (10**10,)):
         with pytest.raises(ConfigError, match="vision_budgets"):
-            ModelConfig(vision_budgets=crops)  # type: ignore[arg-type]
+            ModelConfig(vision_budgets=budgets)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="one number for each of the tiers"):
         ModelConfig(tiers=("low", "high"), vision_budgets=(1, 2, 3))

@@ -439,11 +439,14 @@ def test_arguments_cannot_command_the_terminal_or_forge_a_line(
 
 def test_what_models_and_data_sets_say_cannot_either(capsys: pytest.CaptureFixture[str]) -> None:
     from pacevlm.knobs import Knobs
-    from pacevlm.pacer import Answer
-    from pacevlm.types import StageTimes
+    from pacevlm.types import Answer, RequestSizes, StageTimes, VisionSizes
 
     times = StageTimes(0.0, 1.0, 0.0, 0.0, 0.0, 0.0, (), 1.0)
-    answer = Answer(HOSTILE, Knobs(HOSTILE, 2, 3), 5.0, True, True, 1.0, float("inf"), float("nan"), times, 1)
+    vision = VisionSizes(1, 20)
+    sizes, knobs = RequestSizes((vision,), 12, 900, HOSTILE), Knobs(HOSTILE, 2, 3)
+    answer = Answer(
+        HOSTILE, (7,), knobs, sizes, vision, times, feasible=False, predicted_ms=1.0, why_infeasible=HOSTILE
+    )
     print_answer(answer)
     with RichReporter() as reporter:
         reporter.started(HOSTILE)
@@ -460,7 +463,7 @@ def test_what_models_and_data_sets_say_cannot_either(capsys: pytest.CaptureFixtu
     assert line.isascii()
     assert len(line.splitlines()) == 1
     values = json.loads(line, parse_constant=pytest.fail)
-    assert (values["answer"], values["upper_bound_ms"], values["measured_ms"]) == (HOSTILE, None, None)
+    assert (values["answer"], values["upper_bound_ms"], values["budget_ms"]) == (HOSTILE, None, None)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
@@ -636,6 +639,7 @@ def sampled(text: str) -> tuple[str, str, list[str]]:
 
 def test_a_sample_is_answered_right_by_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from pacevlm.models.elastic import ElasticModel
+    from pacevlm.request.run import run_forced
 
     path = tmp_path / "scene.png"
     assert run("sample", path) == 0
@@ -643,7 +647,7 @@ def test_a_sample_is_answered_right_by_the_embedded_model(tmp_path: Path, capsys
     assert question == "Which digit is red?"
     model = ElasticModel.from_pretrained()
     for knobs in (model.knob_space.full, model.knob_space.cheapest):
-        assert model.run_static(path, question, knobs).answer == reference
+        assert run_forced(model, path, question, knobs).answer == reference
 
 
 @pytest.mark.parametrize("name", ["scene.png", "it's [a] $b.PNG", "-x.png", "new/é.png"])

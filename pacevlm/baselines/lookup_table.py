@@ -1,4 +1,4 @@
-"""The lookup table: the best static knobs for each budget, chosen on training data; the baseline to beat."""
+"""The lookup table: the best fixed knobs for each budget, chosen on training data; the baseline to beat."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class LookupTable(OneChoicePolicy):
                 NaN gives the strongest baseline.
             feasible: bool `(budgets, examples, configurations)`.
             num_errors: standard errors that a promotion must gain. 0 is best on the training examples, never below
-                `StaticPolicy` there, but follows noise where they are few; None keeps the ranking by mean.
+                `FixedPolicy` there, but follows noise where they are few; None keeps the ranking by mean.
 
         Raises:
             DataError: see `check_table`.

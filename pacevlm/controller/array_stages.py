@@ -52,7 +52,7 @@ class ArrayStage1:
 
 
 class ArrayStage2:
-    """`Stage2.forward` of one request: the latency token's output to pair logits."""
+    """`Stage2.forward` of one request: the latency token's output to logits."""
 
     def __init__(self, stage: Stage2) -> None:
         self._output = _linear_of_norm(stage.output_norm, stage.output)
@@ -67,7 +67,7 @@ class ArrayStage2:
         self._shape = stage.top_k_head.out_features, stage.num_blocks_head.out_features
 
     def __call__(self, latency_token_output: Array, budget_features: Array, tier_index: int) -> Array:
-        """Pair logits `(top_ks, num_blocks)` of an output `(d_model,)` and budget features `(num_features,)`."""
+        """Logits `(top_ks, num_blocks)` of an output `(d_model,)` and budget features `(num_features,)`."""
         combined = self._output(latency_token_output)
         combined += self._budget_weight @ budget_features + self._tier_bias[tier_index]
         return self._logits(_run(self._hidden, combined)).reshape(self._shape)

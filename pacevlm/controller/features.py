@@ -54,7 +54,7 @@ def size_features(request: PolicyInput) -> list[float]:
 
 
 def feasible_fractions(request: PolicyInput) -> list[float]:
-    """Fraction of each tier's (top_k, num_blocks) pairs that the guardrail admits, `(tiers,)` numbers from 0 to 1."""
+    """Fraction of each tier's choices of stage 2 that the guardrail admits, `(tiers,)` numbers from 0 to 1."""
     return [np.count_nonzero(tier) / tier.size for tier in request.feasible]
 
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pacevlm.artefact import Range, Sha256, Text, typed
-from pacevlm.checks import check_real, check_whole
-from pacevlm.config import MAX_FREQUENCIES, MAX_HIDDEN_DIM
+from pacevlm.checks import check_real
+from pacevlm.config import ControllerSettings
 from pacevlm.controller.array_stages import ArrayStage1, ArrayStage2, ArrayToken
 from pacevlm.controller.budget import BudgetEncoder
 from pacevlm.controller.checkpoint import JSON_NAME, read_content, read_weights, write_checkpoint
@@ -37,18 +37,13 @@ MAX_EMBEDDING_SCALE = 1e6
 """Largest root mean square of token embeddings, far beyond any model's."""
 
 
-@dataclass(frozen=True)
-class ControllerConfig:
-    """Settings of a controller.
+@dataclass(frozen=True, kw_only=True)
+class ControllerConfig(ControllerSettings):
+    """The settings of a controller, and what they count in.
 
     Attributes:
         reference_ms: the budget that counts as 1, for example the median latency of the full configuration.
         embedding_scale: root mean square of the elements of the model's token embeddings.
-        hidden_dim: width of all hidden layers.
-        num_frequencies: sines, and as many cosines, of a budget.
-        feasible_fractions: whether stage 1 reads how much of each tier the guardrail admits.
-        thumbnail: whether stage 1 looks at the image, squeezed to 16x16.
-        pairwise: whether stage 2 scores pairs besides top_k and num_blocks on their own.
 
     Raises:
         ConfigError: a value has the wrong type or is outside its range.
@@ -57,20 +52,11 @@ class ControllerConfig:
 
     reference_ms: float
     embedding_scale: float
-    hidden_dim: int = 64
-    num_frequencies: int = 8
-    feasible_fractions: bool = True
-    thumbnail: bool = False
-    pairwise: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "reference_ms", check_budget_ms(self.reference_ms))
         check_real(self, 0, MAX_EMBEDDING_SCALE, "embedding_scale", above=True)
-        check_whole(self, 1, MAX_HIDDEN_DIM, "hidden_dim")
-        check_whole(self, 1, MAX_FREQUENCIES, "num_frequencies")
-        for name in ("feasible_fractions", "thumbnail", "pairwise"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, ready for JSON."""
@@ -208,7 +194,7 @@ class Controller(nn.Module):
         latency_token_outputs: Tensor,
         budgets_ms: Sequence[float],
         tier_indices: Sequence[int] | Tensor,
-        pair_mask: Tensor | None = None,
+        compute_mask: Tensor | None = None,
     ) -> Tensor:
         """Logits `(batch, top_ks, num_blocks)`; flattened, they follow `KnobSpace.compute`.
 
@@ -216,7 +202,7 @@ class Controller(nn.Module):
             latency_token_outputs: the latency token behind the first block, `(batch, d_model)`, any float type.
             budgets_ms: one budget per row.
             tier_indices: the tier that stage 1 chose for each row, whole numbers `(batch,)`.
-            pair_mask: boolean `(batch, top_ks, num_blocks)`; the logits of pairs that it rules out become -inf.
+            compute_mask: boolean `(batch, top_ks, num_blocks)`; the logits of choices that it rules out become -inf.
 
         Raises:
             BudgetError: a budget is not a positive, finite number.
@@ -237,7 +223,7 @@ class Controller(nn.Module):
         logits: Tensor = self.stage2(
             latency_token_outputs.to(budget_features), budget_features, tiers.to(budget_features.device)
         )
-        return logits if pair_mask is None else mask_logits(logits, pair_mask)
+        return logits if compute_mask is None else mask_logits(logits, compute_mask)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `controller.json` and `controller.safetensors`, with what this controller was trained for.

@@ -13,7 +13,7 @@ from pacevlm.errors import DataError, KnobError
 
 
 def tier_masks(masks: Tensor) -> Tensor:
-    """Tiers in which some pair is admitted: `(batch, tiers, top_ks, num_blocks)` gives `(batch, tiers)`, boolean."""
+    """Tiers in which anything is admitted: `(batch, tiers, top_ks, num_blocks)` gives `(batch, tiers)`, boolean."""
     return masks.flatten(-2).any(dim=-1)
 
 

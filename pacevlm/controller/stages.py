@@ -52,7 +52,7 @@ class Stage1(nn.Module):
 
 
 class Stage2(nn.Module):
-    """Scores the (top_k, num_blocks) pairs of a request, after the first block.
+    """Scores what stage 2 may choose for a request, every (top_k, num_blocks), after the first block.
 
     A logit is the sum of one head over top_k and one over num_blocks, plus a term of the pair itself: two heads alone
     cannot say that one knob should be high only where the other is low, which is what a joint mask often asks for.
@@ -88,7 +88,7 @@ class Stage2(nn.Module):
         self.pair_head = _head(hidden_dim, num_top_ks * num_num_blocks) if pairwise else None
 
     def forward(self, latency_token_outputs: Tensor, budget_features: Tensor, tier_indices: Tensor) -> Tensor:
-        """Pair logits `(batch, top_ks, num_blocks)`.
+        """Logits `(batch, top_ks, num_blocks)`.
 
         Args:
             latency_token_outputs: the latency token behind the first block, `(batch, d_model)`.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 COLOURS = {
     "controller": "#0072B2",
     "lookup_table": "#D55E00",
-    "static": "#009E73",
+    "fixed": "#009E73",
     "full": "#222222",
     "cheapest": "#E69F00",
     "random": "#CC79A7",
@@ -30,7 +30,7 @@ COLOURS = {
 OTHER_COLOURS = ("#56B4E9", "#B8A800")
 # Policies whose knobs do not depend on the budget: one point, not a line.
 POINTS = {"full": "*", "cheapest": "s"}
-MARKERS = {"controller": "o", "lookup_table": "D", "static": "^", "random": "v", "oracle": "x"}
+MARKERS = {"controller": "o", "lookup_table": "D", "fixed": "^", "random": "v", "oracle": "x"}
 STYLE: Any = {
     "svg.hashsalt": "pacevlm",
     "font.size": 10,

@@ -33,7 +33,7 @@ RESULTS_SCHEMA_VERSION = 1
 # Shares, and ratios of differences of shares.
 _Finite = Annotated[float, Range(-1e9, 1e9)]
 
-POLICY_ORDER = ("controller", "lookup_table", "static", "full", "cheapest", "random", "oracle")
+POLICY_ORDER = ("controller", "lookup_table", "fixed", "full", "cheapest", "random", "oracle")
 
 
 @dataclass(frozen=True)

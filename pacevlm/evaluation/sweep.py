@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from pacevlm.baselines.cheapest import CheapestPolicy
+from pacevlm.baselines.fixed import FixedPolicy
 from pacevlm.baselines.full import FullPolicy
 from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.baselines.oracle import OraclePolicy
 from pacevlm.baselines.random_feasible import RandomFeasiblePolicy
-from pacevlm.baselines.static import StaticPolicy
 from pacevlm.config import EvaluateConfig
 from pacevlm.controller.policy_interface import Policy, PolicyInput
 from pacevlm.data.metrics import Metric
@@ -121,7 +121,7 @@ def choose_all(
     Args:
         requests: one list per budget, one request per example.
         kept: choices that were made already; new ones are appended.
-        progress: called with (pairs of policy and budget done, pairs to do).
+        progress: called with (policies at a budget done, to do).
     """
     cells = list(itertools.product(policies, range(len(requests))))
     chosen: dict[tuple[str, int], list[Knobs]] = {(policy.name, b): [] for policy, b in cells}
@@ -163,7 +163,7 @@ def fit_baselines(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Policy]:
-    """Every policy that needs no controller: lookup table and static knobs, fitted on training examples, and the rest.
+    """Every policy that needs no controller: lookup table and fixed knobs, fitted on training examples, and the rest.
 
     Args:
         examples: of the training split; each runs with every configuration unless that is remembered.
@@ -181,7 +181,7 @@ def fit_baselines(
     asked_for = [table_ms.index(budget_ms) for budget_ms in budgets_ms]
     return [
         LookupTable.fit(space, table_ms, accuracy, feasible),
-        StaticPolicy.fit(space, budgets_ms, accuracy, feasible[asked_for]),
+        FixedPolicy.fit(space, budgets_ms, accuracy, feasible[asked_for]),
         FullPolicy(space),
         CheapestPolicy(space),
         RandomFeasiblePolicy(space, seed),

@@ -15,7 +15,7 @@ class BlockOrder:
     Attributes:
         num_blocks: blocks of the checkpoint.
         removal: blocks from the first to be dropped to the last; block 0 is never among them.
-        source: how the order came about: `importance` (measured) or `prefix` (the last blocks go first).
+        source: how the order came about: `importance` (measured) or `early_exit` (the last blocks go first).
 
     Raises:
         KnobError: a block is named twice, lies outside the model, or is block 0.
@@ -33,9 +33,9 @@ class BlockOrder:
             )
 
     @classmethod
-    def prefix(cls, num_blocks: int, fixed_blocks: Collection[int] = ()) -> BlockOrder:
+    def early_exit(cls, num_blocks: int, fixed_blocks: Collection[int] = ()) -> BlockOrder:
         """Plain early exit: the last blocks go first, but for fixed ones."""
-        return cls(num_blocks, tuple(b for b in range(num_blocks - 1, 0, -1) if b not in fixed_blocks), "prefix")
+        return cls(num_blocks, tuple(b for b in range(num_blocks - 1, 0, -1) if b not in fixed_blocks), "early_exit")
 
     def kept(self, num_blocks: int) -> tuple[int, ...]:
         """Blocks that run, ascending; raises KnobError if the order is too short for so few blocks."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pacevlm.models.adapter import Adapter, EmbeddedPrompt, Rope, RowDecode
 from pacevlm.models.block_order import BlockOrder
+from pacevlm.models.graph_decode import GraphDecode
 from pacevlm.models.prefix_tree import PrefixTree
-from pacevlm.models.static_decode import StaticDecode
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ElasticDecoder:
         adapter: the model.
         order: which blocks each num_blocks keeps.
         stage2_after: blocks that always run, at the trained top_k, before stage 2 decides.
-        static: decode steps of single rows, with fixed shapes; None runs them in the loop like any others.
+        graph: decode steps of single rows, with fixed shapes; None runs them in the loop like any others.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class ElasticDecoder:
         adapter: Adapter[Any, Any],
         order: BlockOrder,
         stage2_after: int = 1,
-        static: StaticDecode | None = None,
+        graph: GraphDecode | None = None,
     ) -> None:
-        self.adapter, self.order, self.stage2_after, self.static = adapter, order, stage2_after, static
+        self.adapter, self.order, self.stage2_after, self.graph = adapter, order, stage2_after, graph
 
     def prefix(self, prompts: Sequence[EmbeddedPrompt]) -> list[Prefix]:
         """Run the first `stage2_after` blocks on prompts."""
@@ -205,7 +205,7 @@ class Generation:
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
         self.prefixes, self.adds = prefixes, any(prefix.prompt.added for prefix in prefixes)
         one_row = len(prefixes) == 1
-        self.static = decoder.static if one_row else None
+        self.graph = decoder.graph if one_row else None
         device = prefixes[0].hidden.device
         lengths = [p.num_tokens for p in prefixes]
         self.same_length = len(set(lengths)) == 1
@@ -213,9 +213,9 @@ class Generation:
         self.lengths = torch.tensor(lengths, device=device)
         self.next_positions = torch.tensor([prefix.next_position for prefix in prefixes], device=device)
         most = self.padded_length + max_new_tokens
-        self.row_decode = decoder.row_decode(most) if one_row and self.static is None else None
+        self.row_decode = decoder.row_decode(most) if one_row and self.graph is None else None
         # Steps of a single row have a cache of their own.
-        self.capacity = most if self.static is None and self.row_decode is None else self.padded_length
+        self.capacity = most if self.graph is None and self.row_decode is None else self.padded_length
         self.num_blocks = list(num_blocks)
         self.top_k = torch.tensor(list(top_k), device=device)
         self.only_top_k = top_k[0] if len(set(top_k)) == 1 else None
@@ -317,14 +317,14 @@ class Generation:
             keys, values = F.pad(keys, room), F.pad(values, room)
         return _BlockCache(rows, keys, values)
 
-    def _decode_static(self, static: StaticDecode) -> Tensor:
+    def _decode_graph(self, graph: GraphDecode) -> Tensor:
         if self.num_steps == 1:
             for block, cache in self.caches.items():
-                static.load(block, cache.keys, cache.values)
+                graph.load(block, cache.keys, cache.values)
         assert self.only_top_k is not None
         step, most = self.num_steps - 1, self.padded_length + self.max_new_tokens
         place, position = self.padded_length + step, self.prefixes[0].next_position + step
-        return static.step(self.last, place, position, self.only_top_k, self.num_blocks[0], most)
+        return graph.step(self.last, place, position, self.only_top_k, self.num_blocks[0], most)
 
     def _decode_row(self, row: RowDecode) -> Tensor:
         assert self.only_top_k is not None
@@ -334,8 +334,8 @@ class Generation:
         return self.adapter.logits(row.run(x, self.padded_length + self.num_steps - 1, top_k_of))
 
     def _decode(self) -> Tensor:
-        if self.static is not None:
-            return self._decode_static(self.static)
+        if self.graph is not None:
+            return self._decode_graph(self.graph)
         if self.row_decode is not None:
             return self._decode_row(self.row_decode)
         x = self.adapter.embed_tokens(self.last)[:, None]

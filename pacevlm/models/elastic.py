@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,8 +22,8 @@ from pacevlm.models.adapter import Adapter, Prompt
 from pacevlm.models.block_order import BlockOrder
 from pacevlm.models.decoder import ElasticDecoder
 from pacevlm.models.embedded import EMBEDDED_DIR
+from pacevlm.models.graph_decode import GraphDecode
 from pacevlm.models.registry import load_adapter
-from pacevlm.models.static_decode import StaticDecode
 from pacevlm.types import RequestSizes, RequestView, VisionSizes
 
 ELASTIC_FILE = "elastic.json"
@@ -89,8 +88,8 @@ class ElasticModel:
         self.max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
         # A GPU waits for each small kernel of a decode step to be launched, unless a graph launches them together; only
         # CUDA has graphs.
-        static = StaticDecode(adapter, order, stage2_after) if adapter.device.type == "cuda" else None
-        self.decoder = ElasticDecoder(adapter, order, stage2_after, static)
+        graph = GraphDecode(adapter, order, stage2_after) if adapter.device.type == "cuda" else None
+        self.decoder = ElasticDecoder(adapter, order, stage2_after, graph)
 
     @property
     def made_for(self) -> Identity:
@@ -126,7 +125,7 @@ class ElasticModel:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         stage2_after: int = 1,
-        policy: str = "importance",
+        block_order: str = "importance",
         vision_budgets: Mapping[str, int] | Sequence[int] | None = None,
         max_new_tokens: int | None = None,
         picture_config: PictureConfig | None = None,
@@ -140,7 +139,7 @@ class ElasticModel:
             device: where to put the weights; see `resolve_device`.
             dtype: of the weights in memory.
             stage2_after: blocks before stage 2 decides.
-            policy: `importance` (the measured order) or `prefix` (plain early exit).
+            block_order: `importance` (the measured order) or `early_exit` (the last blocks go first).
             vision_budgets: of tiers by name, or one per tier; others are what `elastic.json` or the family says.
             max_new_tokens: most generated tokens per answer.
             picture_config: how pictures are read.
@@ -148,7 +147,7 @@ class ElasticModel:
         Raises:
             CheckpointError: the directory or a file in it is missing, truncated, corrupt or of another model.
             KnobError: the model cannot run the knob space.
-            ConfigError: no such device, an unknown policy, or a limit that is not a whole number of at least 1.
+            ConfigError: no such device, an unknown block order, or a limit that is not a whole number of at least 1.
         """
         device = resolve_device(device)
         keep_memory()
@@ -158,8 +157,8 @@ class ElasticModel:
                 f"there is no model directory {str(path)!r}; give a directory with config.json and safetensors files, "
                 "or 'embedded'"
             )
-        if policy not in ("importance", "prefix"):
-            raise ConfigError(f"block policy {policy!r} is unknown; use 'importance' or 'prefix'")
+        if block_order not in ("importance", "early_exit"):
+            raise ConfigError(f"block_order {block_order!r} is unknown; use 'importance' or 'early_exit'")
         settings = read_elastic_settings(folder)
         adapter = load_adapter(folder, device, dtype)
         budgets = dict(settings.get("vision_budgets", adapter.default_vision_budgets))
@@ -173,11 +172,12 @@ class ElasticModel:
                 vision_budgets = dict(zip(space.tiers, vision_budgets, strict=True))
             # Those of tiers outside the knob space count in the model's identity too.
             budgets |= vision_budgets
-        order = BlockOrder.prefix(adapter.num_blocks, adapter.fixed_blocks)
-        if policy == "importance" and min(space.num_blocks) < adapter.num_blocks:
+        order = BlockOrder.early_exit(adapter.num_blocks, adapter.fixed_blocks)
+        if block_order == "importance" and min(space.num_blocks) < adapter.num_blocks:
             if "removal" not in settings:
                 raise CheckpointError(
-                    f"{folder} has no measured block order; run `pacevlm importance` on it, or choose policy='prefix'"
+                    f"{folder} has no measured block order; run `pacevlm importance` on it, or choose "
+                    "block_order='early_exit'"
                 )
             try:
                 order = BlockOrder(adapter.num_blocks, tuple(settings["removal"]))
@@ -246,10 +246,10 @@ class ElasticModel:
 
     def capture_decode(self) -> None:
         """Capture the CUDA graphs of all knobs and lengths, so that no request waits for one; nothing on a CPU."""
-        static = self.decoder.static
-        if static is not None:
-            pairs = list(itertools.product(self.knob_space.top_ks, self.knob_space.num_blocks))
-            static.capture_all(pairs, static.max_positions)
+        graph = self.decoder.graph
+        if graph is not None:
+            computes = [self.knob_space.compute(action) for action in range(self.knob_space.num_stage2)]
+            graph.capture_all(computes, graph.max_positions)
 
     def synchronise(self) -> None:
         """Wait until the device has finished what it was given."""

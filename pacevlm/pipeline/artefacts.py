@@ -20,8 +20,8 @@ OUTCOMES_NAME = "outcomes.jsonl"
 PROFILE_NAME, ESTIMATOR_NAME, OUTPUT_LENGTH_NAME = "profile.json", "estimator.json", "output_length.json"
 # The guardrail as profiled, which training uses, and as calibrated again on what the controller picks.
 PROFILE_GUARDRAIL_NAME, GUARDRAIL_NAME = "guardrail_profile.json", "guardrail.json"
-CONTROLLER_NAME, BUNDLE_NAME = "controller", "bundle"
-LOOKUP_NAME, STATIC_NAME = "lookup_table.json", "static.json"
+CONTROLLER_NAME, BUNDLE_FOLDER = "controller", "bundle"
+LOOKUP_NAME, FIXED_NAME = "lookup_table.json", "fixed.json"
 # What an unfinished step has measured so far; it goes once the step is finished.
 PARTIAL_NAMES = {
     "profile": (f"{PROFILE_NAME}.partial.jsonl",),
@@ -43,7 +43,7 @@ def source_files(config: RunConfig, step: str) -> tuple[str, ...]:
         "lookup": (),
         "train": (f"{train}/{CHECKPOINT_NAME}", f"{train}/{METRICS_NAME}"),
         "calibrate": (GUARDRAIL_NAME,),
-        "evaluate": (RECORDS_NAME, RESULTS_NAME, SHOWN_NAME, LOOKUP_NAME, STATIC_NAME),
+        "evaluate": (RECORDS_NAME, RESULTS_NAME, SHOWN_NAME, LOOKUP_NAME, FIXED_NAME),
     }[step]
 
 
@@ -53,7 +53,7 @@ def made_files(config: RunConfig, step: str) -> tuple[str, ...]:
         "profile": (ESTIMATOR_NAME, PROFILE_GUARDRAIL_NAME, OUTPUT_LENGTH_NAME),
         "lookup": (OUTCOMES_NAME,),
         "train": (f"{config.train.run_dir.name}/{RUN_NAME}", *_CONTROLLER_FILES),
-        "calibrate": tuple(f"{BUNDLE_NAME}/{name}" for name in _BUNDLE_FILES),
+        "calibrate": tuple(f"{BUNDLE_FOLDER}/{name}" for name in _BUNDLE_FILES),
         "evaluate": DRAWN_NAMES,
     }[step]
 
@@ -116,7 +116,12 @@ def remove_artefacts(config: RunConfig) -> None:
     for name in _file_names(config):
         remove_file(run_dir / name)
     remove_leftovers(config)
-    for folder in (run_dir / BUNDLE_NAME / CONTROLLER_NAME, run_dir / BUNDLE_NAME, run_dir / CONTROLLER_NAME, train):
+    for folder in (
+        run_dir / BUNDLE_FOLDER / CONTROLLER_NAME,
+        run_dir / BUNDLE_FOLDER,
+        run_dir / CONTROLLER_NAME,
+        train,
+    ):
         with suppress(OSError):  # it is not there, or holds something that is not the run's
             folder.rmdir()
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pacevlm.baselines.fixed import FixedPolicy
 from pacevlm.baselines.lookup_table import LookupTable
-from pacevlm.baselines.static import StaticPolicy
 from pacevlm.config import config_from_dict, config_to_dict
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
 from pacevlm.evaluation.learnable import evaluation_warnings, sweep_warnings, training_warnings
@@ -31,16 +31,16 @@ from pacevlm.latency.profiler import ProfilerSettings, sample_of
 from pacevlm.pacer import Pacer
 from pacevlm.partial import PartialFile
 from pacevlm.pipeline.artefacts import (
-    BUNDLE_NAME,
+    BUNDLE_FOLDER,
     CONTROLLER_NAME,
     ESTIMATOR_NAME,
+    FIXED_NAME,
     GUARDRAIL_NAME,
     LOOKUP_NAME,
     OUTPUT_LENGTH_NAME,
     PARTIAL_NAMES,
     PROFILE_GUARDRAIL_NAME,
     PROFILE_NAME,
-    STATIC_NAME,
     remove_training,
 )
 from pacevlm.pipeline.context import RunContext, saying_how_to_go_on
@@ -327,7 +327,7 @@ def write_bundle(run: RunContext) -> None:
         model_path=run.config.model.path,
         num_threads=run.config.profile.num_threads,
     )
-    pacer.save_pretrained(run.run_dir / BUNDLE_NAME)
+    pacer.save_pretrained(run.run_dir / BUNDLE_FOLDER)
 
 
 def recalibrate(guardrail: Guardrail, samples: Sequence[Sample], alpha: float) -> Guardrail:
@@ -363,8 +363,8 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
     for policy in baselines:
         if isinstance(policy, LookupTable):
             policy.save(run.run_dir / LOOKUP_NAME)
-        elif isinstance(policy, StaticPolicy):
-            policy.save(run.run_dir / STATIC_NAME)
+        elif isinstance(policy, FixedPolicy):
+            policy.save(run.run_dir / FIXED_NAME)
     examples = list(run.splits.test)
     evaluation = evaluate(
         model,

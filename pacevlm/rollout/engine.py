@@ -1,4 +1,4 @@
-"""The rollout engine: many (example, knobs) pairs run for real, with all work that they share done once."""
+"""The rollout engine: many examples with knobs run for real, with all work that they share done once."""
 
 from __future__ import annotations
 
@@ -148,10 +148,10 @@ class RolloutEngine:
         return torch.cat(outputs)[torch.tensor(order, device=tokens.device).argsort()]
 
     def run(self, jobs: Sequence[tuple[Example, Knobs]], progress: Progress | None = None) -> list[Outcome]:
-        """Outcomes of (example, knobs) pairs, in order.
+        """Outcomes of examples with knobs, in order.
 
         Args:
-            jobs: pairs; repeated and stored ones cost nothing.
+            jobs: (example, knobs); repeated and stored ones cost nothing.
             progress: called with (rollouts done, rollouts to do) after every batch.
 
         Raises:

@@ -1,7 +1,7 @@
 """Group-relative policy optimisation over two-stage knob decisions, as pure functions of tensors.
 
-Shapes: `batch` counts groups, that is (example, budget) pairs; `group` counts the rollouts of each; `tiers` are the
-actions of stage 1 and `pairs` the (top_k, num_blocks) actions of stage 2, in the order of `KnobSpace.pair`.
+Shapes: `batch` counts groups, that is contexts (example, budget); `group` counts the rollouts of each; `tiers` are the
+actions of stage 1 and `computes` those of stage 2, in the order of `KnobSpace.compute`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def masked_log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def pair_logits(top_k_logits: Tensor, num_blocks_logits: Tensor, pairwise: Tensor | None = None) -> Tensor:
-    """Logits of stage 2 over all (top_k, num_blocks) pairs: the sum of the two heads and an optional pairwise term.
+    """Logits of stage 2 over all (top_k, num_blocks) computes: the sum of the two heads and an optional pairwise term.
 
     Args:
         top_k_logits: `(..., top_ks)`.
@@ -71,20 +71,20 @@ def sample_actions(log_probs: Tensor, generator: torch.Generator | None = None) 
     return (log_probs + gumbel).argmax(dim=-1)
 
 
-def joint_log_prob(log_pi1: Tensor, tier: Tensor, log_pi2: Tensor, pair: Tensor) -> Tensor:
-    """Log-probability of sampled configurations: log π₁(tier) + log π₂(pair | tier).
+def joint_log_prob(log_pi1: Tensor, tier: Tensor, log_pi2: Tensor, compute: Tensor) -> Tensor:
+    """Log-probability of sampled configurations: log π₁(tier) + log π₂(compute | tier).
 
     Args:
         log_pi1: `(..., tiers)`.
         tier: sampled tier indices `(...)`.
-        log_pi2: `(..., pairs)`, of the sampled tier.
-        pair: sampled stage-2 indices `(...)`.
+        log_pi2: `(..., computes)`, of the sampled tier.
+        compute: sampled stage-2 indices `(...)`.
 
     Returns:
         `(...)`.
     """
     first = log_pi1.gather(-1, tier.unsqueeze(-1)).squeeze(-1)
-    return first + log_pi2.gather(-1, pair.unsqueeze(-1)).squeeze(-1)
+    return first + log_pi2.gather(-1, compute.unsqueeze(-1)).squeeze(-1)
 
 
 def entropy(log_probs: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def sampled_entropy(log_pi1: Tensor, log_pi2: Tensor, tier_ratio: Tensor | None 
 
     Args:
         log_pi1: `(batch, tiers)`.
-        log_pi2: `(batch, group, pairs)`, each rollout's own sampled tier.
+        log_pi2: `(batch, group, computes)`, each rollout's own sampled tier.
         tier_ratio: `(batch, group)`, π₁(tier) now over π₁(tier) when the rollout was sampled; None counts as 1, which
             keeps the value unbiased on the first pass.
 

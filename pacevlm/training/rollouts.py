@@ -1,6 +1,6 @@
-"""One step's rollouts: which (example, budget) pairs, which knobs the policy samples for them, and what came of it.
+"""One step's rollouts: which contexts (example, budget), which knobs the policy samples for them, and what came of it.
 
-Shapes: `batch` counts (example, budget) pairs, `group` the rollouts of each, `visits` the distinct (pair, tier)
+Shapes: `batch` counts contexts, `group` the rollouts of each, `visits` the distinct (context, tier)
 combinations that were sampled: the latency token is computed once for each.
 """
 
@@ -74,7 +74,7 @@ def stream(seed: int, name: int, index: int) -> np.random.Generator:
     return np.random.default_rng([seed, name, index])
 
 
-# Pairs ---------------------------------------------------------------------------------------------------------------
+# Contexts -------------------------------------------------------------------------------------------------------------
 
 
 def draw_examples(num_examples: int, config: TrainConfig, step: int) -> list[int]:
@@ -104,14 +104,14 @@ def draw_budgets_ms(reference_ms: float, config: TrainConfig, step: int) -> NDAr
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs:
-    """A step's (example, budget) pairs as the policy sees them.
+class Contexts:
+    """A step's contexts, that is examples with budgets, as the policy sees them.
 
     Attributes:
-        examples: one per pair; pairs of one example repeat it.
-        requests: one per pair.
-        budgets_ms: one per pair.
-        mask: knobs that may be sampled, boolean `(batch, tiers, pairs of stage 2)`, on the CPU.
+        examples: one per context; those of one example repeat it.
+        requests: one per context.
+        budgets_ms: one per context.
+        mask: knobs that may be sampled, boolean `(batch, tiers, computes)`, on the CPU.
         any_feasible: whether anything fits the budget, boolean `(batch,)`.
     """
 
@@ -122,19 +122,19 @@ class Pairs:
     any_feasible: Tensor
 
 
-def build_pairs(
+def build_contexts(
     examples: Sequence[Example],
     budgets_ms: NDArray[np.float64],
     engine: Rollouts,
     pacing: Pacing,
     config: TrainConfig,
     step: int = 0,
-) -> Pairs:
+) -> Contexts:
     """Look at every example once and ask the guardrail for the mask of each of its budgets.
 
     Args:
         budgets_ms: `(examples, budgets_per_example)`.
-        step: decides how much tighter each pair's bounds are, if the settings say so.
+        step: decides how much tighter each context's bounds are, if the settings say so.
 
     Raises:
         ProfileError: the artefacts do not fit each other or the model.
@@ -152,7 +152,7 @@ def build_pairs(
         masked=config.mask,
     )
     mask = torch.from_numpy(np.array([request.feasible for request in requests])).flatten(2)
-    return Pairs(examples, requests, budgets, mask, torch.tensor([request.any_feasible for request in requests]))
+    return Contexts(examples, requests, budgets, mask, torch.tensor([request.any_feasible for request in requests]))
 
 
 # The policy ----------------------------------------------------------------------------------------------------------
@@ -160,15 +160,15 @@ def build_pairs(
 
 @dataclass(frozen=True, eq=False)
 class Visits:
-    """The distinct (pair, tier) combinations among a step's rollouts.
+    """The distinct (context, tier) combinations among a step's rollouts.
 
     Attributes:
-        pair: index of the (example, budget) pair, `(visits,)`.
+        context: index of the context, `(visits,)`.
         tier: tier index, `(visits,)`.
         of_rollout: which visit a rollout belongs to, `(batch, group)`.
     """
 
-    pair: Tensor
+    context: Tensor
     tier: Tensor
     of_rollout: Tensor
 
@@ -180,22 +180,23 @@ class Visits:
         return cls(visited // num_tiers, visited % num_tiers, of_rollout)
 
 
-def tier_log_probs(controller: Controller, features: Tensor, pairs: Pairs) -> Tensor:
+def tier_log_probs(controller: Controller, features: Tensor, contexts: Contexts) -> Tensor:
     """Tiers' log-probabilities under the stored masks, `(batch, tiers)`, on the CPU."""
-    return masked_log_softmax(controller.stage1_logits(features).cpu(), pairs.mask.any(dim=-1))
+    return masked_log_softmax(controller.stage1_logits(features).cpu(), contexts.mask.any(dim=-1))
 
 
-def pair_log_probs(controller: Controller, engine: Rollouts, pairs: Pairs, visits: Visits) -> Tensor:
-    """Log-probabilities of the pairs of each rollout's own tier, `(batch, group, pairs of stage 2)`, on the CPU."""
-    visited_pairs, visited_tiers = visits.pair.tolist(), visits.tier.tolist()
-    tokens = controller.budget_tokens(pairs.budgets_ms)
+def compute_log_probs(controller: Controller, engine: Rollouts, contexts: Contexts, visits: Visits) -> Tensor:
+    """Log-probabilities of stage 2's choices at each rollout's own tier, `(batch, group, computes)`, on the CPU."""
+    visited_contexts, visited_tiers = visits.context.tolist(), visits.tier.tolist()
+    tokens = controller.budget_tokens(contexts.budgets_ms)
     outputs = engine.latency_token_outputs(
-        [pairs.examples[pair] for pair in visited_pairs],
+        [contexts.examples[context] for context in visited_contexts],
         [controller.knob_space.tiers[tier] for tier in visited_tiers],
-        tokens.index_select(0, visits.pair.to(tokens.device)),
+        tokens.index_select(0, visits.context.to(tokens.device)),
     )
-    logits = controller.stage2_logits(outputs, [pairs.budgets_ms[pair] for pair in visited_pairs], visits.tier)
-    log_probs = masked_log_softmax(logits.flatten(1).cpu(), pairs.mask[visits.pair, visits.tier])
+    budgets_ms = [contexts.budgets_ms[context] for context in visited_contexts]
+    logits = controller.stage2_logits(outputs, budgets_ms, visits.tier)
+    log_probs = masked_log_softmax(logits.flatten(1).cpu(), contexts.mask[visits.context, visits.tier])
     # index_select: the gradient of plain indexing adds up in an order that depends on the threads.
     return log_probs.index_select(0, visits.of_rollout.flatten()).view(*visits.of_rollout.shape, -1)
 
@@ -203,12 +204,12 @@ def pair_log_probs(controller: Controller, engine: Rollouts, pairs: Pairs, visit
 class Actions(NamedTuple):
     """Sampled actions of a step.
 
-    `tier` and `pair` are indices `(batch, group)`, `tier_log_prob` is log π₁ of the sampled tiers `(batch, group)`
+    `tier` and `compute` are indices `(batch, group)`, `tier_log_prob` is log π₁ of the sampled tiers `(batch, group)`
     and `log_prob` that of both stages, when they were sampled.
     """
 
     tier: Tensor
-    pair: Tensor
+    compute: Tensor
     visits: Visits
     tier_log_prob: Tensor
     log_prob: Tensor
@@ -216,18 +217,18 @@ class Actions(NamedTuple):
 
 @torch.no_grad()
 def sample_knobs(
-    controller: Controller, engine: Rollouts, pairs: Pairs, features: Tensor, config: TrainConfig, step: int
+    controller: Controller, engine: Rollouts, contexts: Contexts, features: Tensor, config: TrainConfig, step: int
 ) -> Actions:
-    """Sample a group of configurations for every pair; masked ones are never drawn."""
+    """Sample a group of configurations for every context; masked ones are never drawn."""
     generator = torch.Generator().manual_seed(int(stream(config.seed, _ACTIONS, step).integers(2**63)))
     group = config.grpo.group_size
-    log_pi1 = tier_log_probs(controller, features, pairs).unsqueeze(1).expand(-1, group, -1)
+    log_pi1 = tier_log_probs(controller, features, contexts).unsqueeze(1).expand(-1, group, -1)
     tier = sample_actions(log_pi1, generator)
     visits = Visits.of(tier, log_pi1.shape[-1])
-    log_pi2 = pair_log_probs(controller, engine, pairs, visits)
-    pair = sample_actions(log_pi2, generator)
+    log_pi2 = compute_log_probs(controller, engine, contexts, visits)
+    compute = sample_actions(log_pi2, generator)
     tier_log_prob = log_pi1.gather(-1, tier.unsqueeze(-1)).squeeze(-1)
-    return Actions(tier, pair, visits, tier_log_prob, joint_log_prob(log_pi1, tier, log_pi2, pair))
+    return Actions(tier, compute, visits, tier_log_prob, joint_log_prob(log_pi1, tier, log_pi2, compute))
 
 
 # Outcomes ------------------------------------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ class Results(NamedTuple):
 def run_knobs(
     engine: Rollouts,
     estimator: LatencyEstimator,
-    pairs: Pairs,
+    contexts: Contexts,
     knob_indices: Tensor,
     kind: BudgetKind,
     progress: RolloutProgress | None = None,
@@ -270,7 +271,7 @@ def run_knobs(
     jobs: list[tuple[Example, Knobs]] = []
     sizes = []
     of_rollout = []
-    for example, request, indices in zip(pairs.examples, pairs.requests, knob_indices.tolist(), strict=True):
+    for example, request, indices in zip(contexts.examples, contexts.requests, knob_indices.tolist(), strict=True):
         for index in indices:
             key = (example.example_id, index)
             if key not in job_of:
@@ -301,11 +302,13 @@ def knob_shares(knob_indices: Tensor, space: KnobSpace) -> Iterator[tuple[str, f
             yield f"knobs/{name}/{value}", share
 
 
-def draw_measured(pairs: Pairs, knob_indices: Tensor, space: KnobSpace, config: TrainConfig, step: int) -> list[int]:
+def draw_measured(
+    contexts: Contexts, knob_indices: Tensor, space: KnobSpace, config: TrainConfig, step: int
+) -> list[int]:
     """Flat positions of the rollouts whose latency is to be measured, each of another (example, knobs)."""
     order = stream(config.seed, _MEASURED, step).permutation(knob_indices.numel())
     chosen: dict[tuple[str, int], int] = {}
     flat, group = knob_indices.flatten().tolist(), knob_indices.shape[1]
     for position in order.tolist():
-        chosen.setdefault((pairs.examples[position // group].example_id, flat[position]), position)
+        chosen.setdefault((contexts.examples[position // group].example_id, flat[position]), position)
     return list(chosen.values())[: config.num_measured]

@@ -27,7 +27,7 @@ _WATCHING = frozenset(
 
 
 MAX_BATCH, MAX_ROLLOUTS = 65536, 1 << 22
-"""Most pairs, or rollouts of a pair, in a step, and most rollouts of all pairs; their tensors must fit in memory."""
+"""Most contexts, or rollouts of one, in a step, and most rollouts of all; their tensors must fit in memory."""
 MAX_WEIGHT = 1e9
 """Largest weight, gain or penalty, far beyond what makes a difference."""
 
@@ -131,7 +131,7 @@ class TrainConfig:
     Attributes:
         run_dir: folder that holds everything the run leaves behind.
         steps: batches of rollouts.
-        batch_size: (example, budget) pairs per step.
+        batch_size: contexts (example, budget) per step.
         budgets_per_example: budgets that each drawn example gets in a step; they share its vision features.
         epochs_per_batch: updates of the controller per batch of rollouts.
         lr: learning rate of Adam.
@@ -207,7 +207,7 @@ class TrainConfig:
             )
         if self.batch_size % self.budgets_per_example:
             raise ConfigError(
-                f"batch_size {self.batch_size} counts (example, budget) pairs; make it a multiple of "
+                f"batch_size {self.batch_size} counts contexts (example, budget); make it a multiple of "
                 f"budgets_per_example {self.budgets_per_example}"
             )
         check_real(self, 0, 10, "lr", above=True)

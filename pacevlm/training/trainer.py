@@ -27,16 +27,16 @@ from pacevlm.training.metrics_log import MetricsLog
 from pacevlm.training.reward import RewardTerms, compute_reward, relative_cost
 from pacevlm.training.rollouts import (
     Actions,
-    Pairs,
+    Contexts,
     Results,
     RolloutProgress,
     Rollouts,
-    build_pairs,
+    build_contexts,
+    compute_log_probs,
     draw_budgets_ms,
     draw_examples,
     draw_measured,
     knob_shares,
-    pair_log_probs,
     run_knobs,
     sample_knobs,
     tier_log_probs,
@@ -60,7 +60,7 @@ Measure = Callable[[Example, Knobs], StageTimes]
 class Trainer:
     """Trains a controller by group-relative policy optimisation under a latency constraint.
 
-    A step draws (example, budget) pairs, samples a group of configurations for each from the controller under the
+    A step draws contexts (example, budget), samples a group of configurations for each from the controller under the
     guardrail's masks, runs the frozen model with them, and updates the controller towards what scored above the rest
     of its group. Latencies are the estimator's; violations that the masks let through are priced by a multiplier.
 
@@ -241,26 +241,26 @@ class Trainer:
         started = time.monotonic()
         examples = [self.dataset[index] for index in draw_examples(self.num_examples, config, step)]
         budgets_ms = draw_budgets_ms(self.reference_ms, config, step)
-        pairs = build_pairs(examples, budgets_ms, self.engine, self.pacing, config, step)
+        contexts = build_contexts(examples, budgets_ms, self.engine, self.pacing, config, step)
         with torch.no_grad():
-            features = self.controller.stage1_features(pairs.requests)
-        actions = sample_knobs(self.controller, self.engine, pairs, features, config, step)
-        knob_indices = actions.tier * self.controller.knob_space.num_stage2 + actions.pair
+            features = self.controller.stage1_features(contexts.requests)
+        actions = sample_knobs(self.controller, self.engine, contexts, features, config, step)
+        knob_indices = actions.tier * self.controller.knob_space.num_stage2 + actions.compute
         running = time.monotonic()
-        results = run_knobs(self.engine, self.estimator, pairs, knob_indices, config.budget_kind, on_rollouts)
+        results = run_knobs(self.engine, self.estimator, contexts, knob_indices, config.budget_kind, on_rollouts)
         run_seconds = time.monotonic() - running
         terms = compute_reward(
             results.accuracy,
             results.latency_ms,
-            torch.tensor(pairs.budgets_ms, dtype=torch.float64).unsqueeze(-1),
+            torch.tensor(contexts.budgets_ms, dtype=torch.float64).unsqueeze(-1),
             config.reward,
             knob_cost=self._knob_cost[knob_indices],
         )
         # Where nothing fits, the violation is the budget's doing, not the policy's: no price can lower it.
-        if pairs.any_feasible.any():
-            self.multiplier.update(terms.cost[pairs.any_feasible].mean().item())
-        metrics = self._update(pairs, features, actions, terms)
-        metrics |= self._rollout_metrics(pairs, knob_indices, results, terms)
+        if contexts.any_feasible.any():
+            self.multiplier.update(terms.cost[contexts.any_feasible].mean().item())
+        metrics = self._update(contexts, features, actions, terms)
+        metrics |= self._rollout_metrics(contexts, knob_indices, results, terms)
         self.step += 1
         seconds = time.monotonic() - started
         metrics |= {
@@ -269,9 +269,9 @@ class Trainer:
             "speed/distinct_frac": results.num_jobs / knob_indices.numel(),
             "speed/remembered_frac": results.num_remembered / results.num_jobs,
         }
-        return metrics | self._measured_metrics(pairs, knob_indices)
+        return metrics | self._measured_metrics(contexts, knob_indices)
 
-    def _update(self, pairs: Pairs, features: Tensor, actions: Actions, terms: RewardTerms) -> Metrics:
+    def _update(self, contexts: Contexts, features: Tensor, actions: Actions, terms: RewardTerms) -> Metrics:
         """Several clipped updates from one batch of rollouts; metrics are means over the updates."""
         config = self.config
         coef, lr = config.entropy_coef(self.step), config.learning_rate(self.step)
@@ -279,13 +279,13 @@ class Trainer:
             group["lr"] = lr
         grpo = dataclasses.replace(config.grpo, entropy_coef=coef)
         advantages, keep = group_advantages(terms.reward, grpo, costs=terms.cost, multiplier=self.multiplier.multiplier)
-        reference = self._reference_log_probs(features, pairs, actions)
+        reference = self._reference_log_probs(features, contexts, actions)
         totals: Metrics = {}
         for _ in range(config.epochs_per_batch):
-            log_pi1 = tier_log_probs(self.controller, features, pairs)
-            log_pi2 = pair_log_probs(self.controller, self.engine, pairs, actions.visits)
+            log_pi1 = tier_log_probs(self.controller, features, contexts)
+            log_pi2 = compute_log_probs(self.controller, self.engine, contexts, actions.visits)
             of_rollout = log_pi1.unsqueeze(1).expand(-1, actions.tier.shape[1], -1)
-            log_prob = joint_log_prob(of_rollout, actions.tier, log_pi2, actions.pair)
+            log_prob = joint_log_prob(of_rollout, actions.tier, log_pi2, actions.compute)
             tier_log_prob = of_rollout.gather(-1, actions.tier.unsqueeze(-1)).squeeze(-1)
             tier_ratio = (tier_log_prob - actions.tier_log_prob).exp()
             kl = None if reference is None else sampled_kl(log_pi1, log_pi2, *reference, tier_ratio)
@@ -325,22 +325,26 @@ class Trainer:
             kept.lerp_(new, 1 - decay)
 
     @torch.no_grad()
-    def _reference_log_probs(self, features: Tensor, pairs: Pairs, actions: Actions) -> tuple[Tensor, Tensor] | None:
+    def _reference_log_probs(
+        self, features: Tensor, contexts: Contexts, actions: Actions
+    ) -> tuple[Tensor, Tensor] | None:
         if self._reference is None:
             return None
-        log_pi1 = tier_log_probs(self._reference, features, pairs)
-        return log_pi1, pair_log_probs(self._reference, self.engine, pairs, actions.visits)
+        log_pi1 = tier_log_probs(self._reference, features, contexts)
+        return log_pi1, compute_log_probs(self._reference, self.engine, contexts, actions.visits)
 
     # Metrics ---------------------------------------------------------------------------------------------------------
 
-    def _rollout_metrics(self, pairs: Pairs, knob_indices: Tensor, results: Results, terms: RewardTerms) -> Metrics:
-        feasible = pairs.any_feasible
-        budgets_ms = torch.tensor(pairs.budgets_ms, dtype=torch.float64).unsqueeze(-1)
+    def _rollout_metrics(
+        self, contexts: Contexts, knob_indices: Tensor, results: Results, terms: RewardTerms
+    ) -> Metrics:
+        feasible = contexts.any_feasible
+        budgets_ms = torch.tensor(contexts.budgets_ms, dtype=torch.float64).unsqueeze(-1)
         metrics = {
             "accuracy": results.accuracy.mean().item(),
             "cost/lambda": self.multiplier.multiplier,
             "cost/budget_used": (results.latency_ms / budgets_ms).mean().item(),
-            "mask/feasible_frac": pairs.mask.double().mean().item(),
+            "mask/feasible_frac": contexts.mask.double().mean().item(),
             "mask/budget_unmet_frac": 1.0 - feasible.double().mean().item(),
         }
         if feasible.any():
@@ -348,17 +352,17 @@ class Trainer:
             metrics["cost/mean"] = terms.cost[feasible].mean().item()
         return metrics | dict(knob_shares(knob_indices, self.estimator.knob_space))
 
-    def _measured_metrics(self, pairs: Pairs, knob_indices: Tensor) -> Metrics:
+    def _measured_metrics(self, contexts: Contexts, knob_indices: Tensor) -> Metrics:
         """How far predictions lie from measurements of a few of the step's rollouts."""
         config, space = self.config, self.estimator.knob_space
         if self.measure is None or not config.measure_every_steps or self.step % config.measure_every_steps:
             return {}
         errors = []
-        for position in draw_measured(pairs, knob_indices, space, config, self.step):
-            pair, rollout = divmod(position, knob_indices.shape[1])
-            knobs = space[int(knob_indices[pair, rollout])]
-            times = self.measure(pairs.examples[pair], knobs)
-            predicted = self.estimator.predict(pairs.requests[pair].view.sizes, knobs, len(times.decode_ms) + 1)
+        for position in draw_measured(contexts, knob_indices, space, config, self.step):
+            context, rollout = divmod(position, knob_indices.shape[1])
+            knobs = space[int(knob_indices[context, rollout])]
+            times = self.measure(contexts.examples[context], knobs)
+            predicted = self.estimator.predict(contexts.requests[context].view.sizes, knobs, len(times.decode_ms) + 1)
             measured_ms = times.covered_ms(config.budget_kind)
             errors.append(abs(predicted.covered_ms(config.budget_kind) - measured_ms) / measured_ms)
         return {"latency/ape_p50": float(np.median(errors))}

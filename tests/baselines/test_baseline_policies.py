@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from pacevlm.baselines.cheapest import CheapestPolicy
+from pacevlm.baselines.fixed import FixedPolicy
 from pacevlm.baselines.full import FullPolicy
 from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.baselines.one_choice import OneChoicePolicy
 from pacevlm.baselines.oracle import OraclePolicy
 from pacevlm.baselines.random_feasible import RandomFeasiblePolicy
-from pacevlm.baselines.static import StaticPolicy
 from pacevlm.controller.policy_interface import Policy, PolicyInput
 from pacevlm.errors import DataError, KnobError
 from pacevlm.knobs import Knobs, KnobSpace
@@ -27,7 +27,7 @@ def policies(space: KnobSpace, table: dict[str, np.ndarray]) -> dict[str, OneCho
     latency_ms = {str(i): row for i, row in enumerate(table["latency_ms"])}
     made: list[OneChoicePolicy] = [
         LookupTable.fit(*fitting),
-        StaticPolicy.fit(*fitting),
+        FixedPolicy.fit(*fitting),
         CheapestPolicy(space),
         RandomFeasiblePolicy(space, seed=3),
         FullPolicy(space),
@@ -81,11 +81,11 @@ def test_oracle_is_the_ceiling_and_random_the_floor_of_guarded_policies(
         name: np.array([table["accuracy"][int(r.example_id), space.index(policy.choose(r))] for r in requests])
         for name, policy in policies.items()
     }
-    for name in ("lookup_table", "static", "random", "cheapest"):
+    for name in ("lookup_table", "fixed", "random", "cheapest"):
         assert (scores["oracle"] >= scores[name]).all()
     assert scores["oracle"].mean() > scores["lookup_table"].mean()
     # By construction differences of means of several standard errors.
-    for name in ("lookup_table", "static"):
+    for name in ("lookup_table", "fixed"):
         assert scores[name].mean() > scores["random"].mean()
     assert scores["random"].mean() > scores["cheapest"].mean()
 
@@ -97,7 +97,7 @@ def test_lookup_table_without_a_threshold_beats_static_at_every_budget_it_was_fi
     for _ in range(5):
         kept = generator.choice(400, 120, replace=False)
         fitting = (space, table["budgets_ms"], table["accuracy"][kept], table["feasible"][:, kept])
-        lookup, static = LookupTable.fit(*fitting, num_errors=0.0), StaticPolicy.fit(*fitting)
+        lookup, static = LookupTable.fit(*fitting, num_errors=0.0), FixedPolicy.fit(*fitting)
         for budget_ms in table["budgets_ms"]:
             mine = [r for r in requests if r.budget_ms == budget_ms and int(r.example_id) in kept]
             lookup_score, static_score = (

@@ -68,11 +68,11 @@ def test_an_untrained_policy_is_near_uniform_over_the_mask(
     features = controller.stage1_features(requests)
     budgets_ms = [request.budget_ms for request in requests]
     tiers = tier_masks(masks).int().argmax(dim=1)
-    pair_mask = masks[torch.arange(50), tiers]
+    compute_mask = masks[torch.arange(50), tiers]
     outputs = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
     for logits, mask in (
         (controller.stage1_logits(features, tier_masks(masks)), tier_masks(masks)),
-        (controller.stage2_logits(outputs, budgets_ms, tiers, pair_mask).flatten(1), pair_mask.flatten(1)),
+        (controller.stage2_logits(outputs, budgets_ms, tiers, compute_mask).flatten(1), compute_mask.flatten(1)),
     ):
         probabilities = logits.softmax(dim=1)
         uniform = mask / mask.sum(dim=1, keepdim=True)
@@ -285,7 +285,7 @@ def test_impossible_controller_settings_are_refused(settings: dict) -> None:
 
 
 def test_settings_survive_a_dictionary_and_strangers_do_not() -> None:
-    config = ControllerConfig(90.0, 0.5, thumbnail=True)
+    config = ControllerConfig(reference_ms=90.0, embedding_scale=0.5, thumbnail=True)
     assert ControllerConfig.from_dict(config.to_dict()) == config
     for values in ({**config.to_dict(), "depth": 3}, {"reference_ms": 90.0}, [1]):
         with pytest.raises(ConfigError, match="has the settings"):
@@ -302,10 +302,10 @@ def test_masks_and_outputs_may_be_on_any_device(
     budgets_ms = [request.budget_ms for request in requests]
 
     def logits(controller: Controller, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-        features, pair_mask = controller.stage1_features(requests), masks[torch.arange(5), tiers]
+        features, compute_mask = controller.stage1_features(requests), masks[torch.arange(5), tiers]
         tier_logits = controller.stage1_logits(features, tier_masks(masks).to(device))
         return tier_logits, controller.stage2_logits(
-            outputs.to(device), budgets_ms, tiers.to(device), pair_mask.to(device)
+            outputs.to(device), budgets_ms, tiers.to(device), compute_mask.to(device)
         )
 
     expected = logits(make_controller(opinionated=True), "cpu")

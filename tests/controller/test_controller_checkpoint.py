@@ -131,7 +131,7 @@ def test_files_of_two_controllers_are_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "static policy"}, "static policy"),
+        ({"kind": "fixed policy"}, "fixed policy"),
         ({"schema_version": 1}, "schema version 1"),
         ({"extra": 1}, "must have the keys"),
         ({"config": {"reference_ms": 90.0}}, "config must have the keys"),

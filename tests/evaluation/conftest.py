@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from pacevlm.baselines.cheapest import CheapestPolicy
+from pacevlm.baselines.fixed import FixedPolicy
 from pacevlm.baselines.full import FullPolicy
 from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.baselines.one_choice import OneChoicePolicy
 from pacevlm.baselines.oracle import OraclePolicy
 from pacevlm.baselines.random_feasible import RandomFeasiblePolicy
-from pacevlm.baselines.static import StaticPolicy
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.evaluation.records import EvaluationRecord
 from pacevlm.evaluation.summary import RunFacts, build_results
@@ -62,7 +62,7 @@ def make_records(num_examples: int, num_timed: int, seed: int = 0) -> list[Evalu
     policies: list[OneChoicePolicy] = [
         _Reader(space),
         LookupTable.fit(space, budgets_ms, train["accuracy"], masks),
-        StaticPolicy.fit(space, budgets_ms, train["accuracy"], masks),
+        FixedPolicy.fit(space, budgets_ms, train["accuracy"], masks),
         FullPolicy(space),
         CheapestPolicy(space),
         RandomFeasiblePolicy(space, seed),

@@ -37,7 +37,7 @@ def test_figures_follow_the_results(results: dict[str, Any], tmp_path: Path) -> 
 
 def test_pareto_without_measured_latency_falls_back_to_the_budget(results: dict[str, Any], tmp_path: Path) -> None:
     untimed = copy.deepcopy(results)
-    untimed["budgets"][0]["policies"]["static"]["latency_ms"] = dict.fromkeys(("mean", "p50", "p95", "p99"))
+    untimed["budgets"][0]["policies"]["fixed"]["latency_ms"] = dict.fromkeys(("mean", "p50", "p95", "p99"))
     assert plot_pareto(untimed, tmp_path / "pareto")[0].stat().st_size > 0
 
 

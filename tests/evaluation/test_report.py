@@ -111,7 +111,7 @@ def test_thumbnails_are_small(report: Path) -> None:
 def test_partial_results_still_make_a_report(results: dict[str, Any], tmp_path: Path) -> None:
     budgets = []
     for budget in results["budgets"]:
-        row = budget["policies"]["static"]
+        row = budget["policies"]["fixed"]
         bare = {
             **row,
             "vs_lookup_table": None,
@@ -119,12 +119,12 @@ def test_partial_results_still_make_a_report(results: dict[str, Any], tmp_path: 
             "violation": {"rate": None, "low": None, "high": None, "n": 0},
             "latency_ms": dict.fromkeys(row["latency_ms"]),
         }
-        budgets.append({**budget, "policies": {"static": bare}})
+        budgets.append({**budget, "policies": {"fixed": bare}})
     partial = {
         **results,
         "budgets": budgets,
         "gap_closed": None,
-        "average": {"static": None},
+        "average": {"fixed": None},
         "full": {"accuracy": None, "latency_ms": {"p50": None, "p95": None}},
         "num_timed": 0,
     }

@@ -114,7 +114,7 @@ def test_shared_resamples_give_what_the_plain_functions_give(
 def test_oracle_bounds_every_guarded_policy(results: dict[str, Any]) -> None:
     for budget in results["budgets"]:
         ceiling = budget["policies"]["oracle"]["accuracy"]["mean"]
-        for name in ("controller", "lookup_table", "static", "cheapest", "random"):
+        for name in ("controller", "lookup_table", "fixed", "cheapest", "random"):
             assert budget["policies"][name]["accuracy"]["mean"] <= ceiling
         assert set(budget["policies"]["lookup_table"]["vs_lookup_table"].values()) == {0.0}
 
@@ -125,9 +125,9 @@ def test_order_of_records_does_not_matter(records: list[EvaluationRecord], facts
 
 
 def test_what_cannot_be_given_is_none(records: list[EvaluationRecord], facts: RunFacts) -> None:
-    some = [replace(r, latency_ms=None, feasible=False) for r in records if r.policy in ("controller", "static")]
+    some = [replace(r, latency_ms=None, feasible=False) for r in records if r.policy in ("controller", "fixed")]
     results = build_results(some, facts, num_resamples=100)
-    row = results["budgets"][0]["policies"]["static"]
+    row = results["budgets"][0]["policies"]["fixed"]
     assert row["vs_lookup_table"] is results["gap_closed"] is results["full"]["accuracy"] is None
     assert row["violation_rate"] is row["latency_ms"]["p50"] is None
     assert (row["infeasible_rate"], row["violation"]["n"]) == (1.0, 0)

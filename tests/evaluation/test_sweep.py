@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from pacevlm.baselines.fixed import FixedPolicy
 from pacevlm.baselines.lookup_table import LookupTable
-from pacevlm.baselines.static import StaticPolicy
 from pacevlm.config import EvaluateConfig
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
 from pacevlm.data.metrics import load_metric
@@ -151,7 +151,7 @@ def test_the_material_is_worth_testing_with(evaluation: Evaluation) -> None:
 
 
 def test_records_are_complete(evaluation: Evaluation, test: list[Example]) -> None:
-    names = {"controller", "lookup_table", "static", "full", "cheapest", "random", "oracle"}
+    names = {"controller", "lookup_table", "fixed", "full", "cheapest", "random", "oracle"}
     keys = Counter((record.policy, record.fraction, record.example_id) for record in evaluation.records)
     assert set(keys) == {
         (name, fraction, example.example_id) for name in names for fraction in FRACTIONS for example in test
@@ -255,13 +255,13 @@ def test_baselines_are_fitted_on_training_examples_under_the_same_guardrail(
     accuracy = exhaustive_sweep(engine, train)
     feasible = feasible_table(build_requests(engine, train, objectives, pacing))
     assert isinstance(lookup, LookupTable)
-    assert isinstance(static, StaticPolicy)
+    assert isinstance(static, FixedPolicy)
     assert set(budgets_ms) < set(lookup.budgets_ms)
     assert lookup.budgets_ms[0] < 0.6 * budgets_ms[0] < 1.4 * budgets_ms[-1] < lookup.budgets_ms[-1]
     expected = LookupTable.fit(space, budgets_ms, accuracy, feasible)
     for budget_ms in budgets_ms:
         assert np.array_equal(lookup.order_for(budget_ms), expected.order_for(budget_ms))
-    assert static.knobs == StaticPolicy.fit(space, budgets_ms, accuracy, feasible).knobs
+    assert static.knobs == FixedPolicy.fit(space, budgets_ms, accuracy, feasible).knobs
 
 
 def evaluate_with(monkeypatch: pytest.MonkeyPatch, run: Any, engine: RolloutEngine, *args: Any) -> Evaluation:

@@ -7,7 +7,7 @@ import pytest
 from pacevlm.errors import KnobError
 from pacevlm.models.block_order import BlockOrder
 
-ORDERS = [BlockOrder(16, (4, 13, 10, 2)), BlockOrder(6, (5, 1, 3, 2, 4)), BlockOrder.prefix(6), BlockOrder(3, ())]
+ORDERS = [BlockOrder(16, (4, 13, 10, 2)), BlockOrder(6, (5, 1, 3, 2, 4)), BlockOrder.early_exit(6), BlockOrder(3, ())]
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
@@ -29,7 +29,7 @@ def test_blocks_go_in_the_order_of_removal() -> None:
 
 @pytest.mark.parametrize("num_blocks", range(1, 7))
 def test_prefix_order_is_early_exit(num_blocks: int) -> None:
-    assert BlockOrder.prefix(6).kept(num_blocks) == tuple(range(num_blocks))
+    assert BlockOrder.early_exit(6).kept(num_blocks) == tuple(range(num_blocks))
 
 
 @pytest.mark.parametrize("removal", [(0,), (1, 1), (6,), (-1,), (3, 0)])

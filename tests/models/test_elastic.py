@@ -314,7 +314,7 @@ def test_values_that_the_model_lacks_are_refused(tiny_elastic_dir: Path) -> None
         load(num_blocks=(6, 7))
     with pytest.raises(KnobError, match="this order knows 3 to 6"):
         load(num_blocks=(2, 6))
-    assert load(num_blocks=(1, 6), policy="prefix").order.kept(1) == (0,)
+    assert load(num_blocks=(1, 6), block_order="early_exit").order.kept(1) == (0,)
     with pytest.raises(KnobError, match="huge"):
         load(tiers=("low", "huge"))
     with pytest.raises(KnobError, match="must not fall"):
@@ -322,12 +322,12 @@ def test_values_that_the_model_lacks_are_refused(tiny_elastic_dir: Path) -> None
     with pytest.raises(KnobError, match=r"drop blocks \[2\]"):
         load(num_blocks=(4, 6), stage2_after=3)
     with pytest.raises(KnobError, match=r"3\.\.6"):
-        load(num_blocks=(2, 6), stage2_after=3, policy="prefix")
+        load(num_blocks=(2, 6), stage2_after=3, block_order="early_exit")
     for stage2_after in (0, 6):
         with pytest.raises(KnobError, match="stage2_after"):
             load(stage2_after=stage2_after)
-    with pytest.raises(ConfigError, match="policy"):
-        load(policy="best")
+    with pytest.raises(ConfigError, match="block_order"):
+        load(block_order="best")
     for limits in ({"low": 0, "high": 4}, {"low": 1, "high": 2.5}):
         with pytest.raises(ConfigError, match="vision budget"):
             load(vision_budgets=limits)
@@ -355,9 +355,11 @@ def test_settings_come_from_the_checkpoint(tiny_elastic: ElasticModel) -> None:
 def test_a_checkpoint_without_a_measured_order_says_what_to_do(checkpoint: Path) -> None:
     (checkpoint / "elastic.json").unlink()
     limits = {"low": 1, "medium": 2, "high": 4}
-    with pytest.raises(CheckpointError, match=r"importance.*prefix"):
+    with pytest.raises(CheckpointError, match=r"importance.*early_exit"):
         ElasticModel.from_pretrained(checkpoint, knob_space=TINY_SPACE, vision_budgets=limits)
-    model = ElasticModel.from_pretrained(checkpoint, knob_space=TINY_SPACE, vision_budgets=limits, policy="prefix")
+    model = ElasticModel.from_pretrained(
+        checkpoint, knob_space=TINY_SPACE, vision_budgets=limits, block_order="early_exit"
+    )
     assert model.order.kept(3) == (0, 1, 2)
 
 
@@ -379,7 +381,7 @@ def test_identity_names_weights_and_settings(
     others = {
         "dtype": load(dtype=torch.bfloat16),
         "tiers": load(vision_budgets={"low": 1, "medium": 3, "high": 4}),
-        "order": load(policy="prefix"),
+        "order": load(block_order="early_exit"),
         "stage2_after": load(stage2_after=2),
         "answer length": load(max_new_tokens=5),
         "other weights": load(save_checkpoint(tmp_path / "other", seed=2)),

@@ -40,7 +40,7 @@ from pacevlm.types import StageTimes
 
 ARTEFACTS = {
     *("config.json", "steps.json", "profile.json", "estimator.json", "guardrail_profile.json", "guardrail.json"),
-    *("output_length.json", "outcomes.jsonl", "lookup_table.json", "static.json", "results.json", "records.jsonl"),
+    *("output_length.json", "outcomes.jsonl", "lookup_table.json", "fixed.json", "results.json", "records.jsonl"),
     *("shown.json", "report.html", "pareto.png", "pareto.svg", "knobs.png", "knobs.svg", "bundle/bundle.json"),
     *("controller/controller.json", "controller/controller.safetensors", "train/checkpoint.safetensors"),
     *("train/metrics.jsonl", "train/run.json"),

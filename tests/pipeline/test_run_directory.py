@@ -43,6 +43,7 @@ from pacevlm.pipeline.run_config import load_run_config
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.training.grpo import GRPOConfig
 from pacevlm.training.train_config import TrainConfig
+from pacevlm.types import Objective
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "controller/controller.safetensors"
@@ -305,12 +306,12 @@ def test_a_resumed_evaluation_has_the_rounds_and_the_correction_of_the_one_that_
     run = RunContext(here(moved))
     space, path = run.model.knob_space, run.run_dir / "timed.partial.jsonl"
     settings = EvaluateConfig(budgets=(0.7, 1.0), num_timed=3, num_warmup=2)
-    budgets_ms = [fraction * run.full_p50_ms for fraction in settings.budgets]
+    objectives = [Objective(fraction * run.full_p50_ms) for fraction in settings.budgets]
 
     def time_all(partial_path: Path | None) -> TimedRequests:
         policies = [FullPolicy(space), CheapestPolicy(space)]
         examples = list(run.splits.test)
-        return time_requests(run.model, policies, examples, budgets_ms, run.pacing(), settings, None, partial_path)
+        return time_requests(run.model, policies, examples, objectives, run.pacing(), settings, None, partial_path)
 
     whole = time_all(path)
     assert time_all(path).runs == whole.runs

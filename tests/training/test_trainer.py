@@ -31,7 +31,7 @@ from pacevlm.errors import (
 from pacevlm.knobs import Knobs
 from pacevlm.training.checkpoint import load_checkpoint
 from pacevlm.training.metrics_log import MetricsLog
-from pacevlm.training.rollouts import build_pairs, draw_budgets_ms, draw_examples, sample_knobs
+from pacevlm.training.rollouts import build_contexts, draw_budgets_ms, draw_examples, sample_knobs
 from pacevlm.training.train_config import ConstraintConfig, GRPOConfig, TrainConfig
 from pacevlm.training.trainer import Trainer
 from pacevlm.types import Example, StageTimes
@@ -90,16 +90,16 @@ def test_masked_knobs_are_never_sampled(synthetic: ModuleType, tmp_path: Path) -
     for step in range(4):
         examples = [trainer.dataset[index] for index in draw_examples(24, config, step)]
         budgets_ms = draw_budgets_ms(trainer.reference_ms, config, step)
-        pairs = build_pairs(examples, budgets_ms, engine, trainer.pacing, config)
-        features = controller.stage1_features(pairs.requests)
-        actions = sample_knobs(controller, engine, pairs, features, config, step)
-        rows = torch.arange(len(pairs.mask)).unsqueeze(1)
-        assert pairs.mask[rows, actions.tier, actions.pair].all()
+        contexts = build_contexts(examples, budgets_ms, engine, trainer.pacing, config)
+        features = controller.stage1_features(contexts.requests)
+        actions = sample_knobs(controller, engine, contexts, features, config, step)
+        rows = torch.arange(len(contexts.mask)).unsqueeze(1)
+        assert contexts.mask[rows, actions.tier, actions.compute].all()
         assert torch.isfinite(actions.log_prob).all()
-        nothing_fits = ~pairs.any_feasible
+        nothing_fits = ~contexts.any_feasible
         assert not actions.tier[nothing_fits].any()  # only the cheapest is left
-        assert not actions.pair[nothing_fits].any()
-        allowed_shares.update(pairs.mask.double().mean(dim=(1, 2)).tolist())
+        assert not actions.compute[nothing_fits].any()
+        allowed_shares.update(contexts.mask.double().mean(dim=(1, 2)).tolist())
         unmet += int(nothing_fits.sum())
     assert len(allowed_shares) > 5
     assert unmet
@@ -109,16 +109,16 @@ def test_tightened_bounds_are_those_of_smaller_budgets(synthetic: ModuleType, tm
     trainer = synthetic.make_trainer(tmp_path)
     examples, parts = trainer.dataset[:4], (trainer.engine, trainer.pacing)
     budgets_ms = np.tile(np.linspace(40.0, 160.0, 4), (4, 1))
-    plain = build_pairs(examples, budgets_ms, *parts, trainer.config)
+    plain = build_contexts(examples, budgets_ms, *parts, trainer.config)
     config = dataclasses.replace(trainer.config, max_tightening=1.5)
-    tight = [build_pairs(examples, budgets_ms, *parts, config, step) for step in range(8)]
-    tightest = build_pairs(examples, budgets_ms / 1.5, *parts, trainer.config)
-    for pairs in tight:  # where nothing fits, the mask holds the cheapest knobs
-        assert pairs.budgets_ms == plain.budgets_ms
-        assert (pairs.mask <= plain.mask | ~pairs.any_feasible[:, None, None]).all()
-        assert (tightest.mask <= pairs.mask | ~tightest.any_feasible[:, None, None]).all()
-    assert len({pairs.mask.sum().item() for pairs in tight}) > 1
-    assert torch.equal(build_pairs(examples, budgets_ms, *parts, config, 3).mask, tight[3].mask)
+    tight = [build_contexts(examples, budgets_ms, *parts, config, step) for step in range(8)]
+    tightest = build_contexts(examples, budgets_ms / 1.5, *parts, trainer.config)
+    for contexts in tight:  # where nothing fits, the mask holds the cheapest knobs
+        assert contexts.budgets_ms == plain.budgets_ms
+        assert (contexts.mask <= plain.mask | ~contexts.any_feasible[:, None, None]).all()
+        assert (tightest.mask <= contexts.mask | ~tightest.any_feasible[:, None, None]).all()
+    assert len({contexts.mask.sum().item() for contexts in tight}) > 1
+    assert torch.equal(build_contexts(examples, budgets_ms, *parts, config, 3).mask, tight[3].mask)
 
 
 def test_the_ratio_is_1_at_the_first_update(synthetic: ModuleType, tmp_path: Path) -> None:
@@ -212,11 +212,11 @@ def test_the_policy_learns_to_answer_within_the_budget(synthetic: ModuleType, tm
     # Requests that it has not met in this combination: an even grid of budgets.
     budgets_ms = np.tile(np.linspace(0.3, 1.1, 9) * trainer.reference_ms, (12, 1))
     examples = synthetic.make_dataset(12)
-    pairs = build_pairs(examples, budgets_ms, trainer.engine, trainer.pacing, trainer.config)
+    contexts = build_contexts(examples, budgets_ms, trainer.engine, trainer.pacing, trainer.config)
     policy = ControllerPolicy(trainer.controller)
     space = trainer.controller.knob_space
     chosen, random, best = [], [], []
-    for example, request in zip(pairs.examples, pairs.requests, strict=True):
+    for example, request in zip(contexts.examples, contexts.requests, strict=True):
         tier = policy.choose_tier(request)
         output = trainer.engine.latency_token_outputs([example], [tier], policy.latency_token(request)[None])
         knobs = Knobs(tier, *policy.choose_compute(request, tier, output[0]))

@@ -19,7 +19,7 @@ what              when it runs                 why it exists                    
 `CompiledDecode`  the same, for decode steps   a step takes 2.6 to 3.1 times what       `test_compiled_block`,
                   and latency tokens of one    reading its weights takes, it was 13.5   steps of one row
                   row, if blocks are small     (with `CompiledBlock`)
-`StaticDecode`    on CUDA, for decode steps    a step is hundreds of kernels that wait  `test_static_decode`,
+`GraphDecode`     on CUDA, for decode steps    a step is hundreds of kernels that wait  `test_graph_decode`,
                   of one row: one graph for    for Python; no GPU has measured it yet   without a graph on a CPU
                   each (top_k, num_blocks)
 `PrefixTree`      any of the others, for the   rows of one prompt and one top_k share   `test_prefix_tree` and

@@ -1,4 +1,4 @@
-"""Static decode steps give what the elastic loop gives; on a GPU, graphs give what the steps give."""
+"""Graph decode steps give what the elastic loop gives; on a GPU, graphs give what the steps give."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pacevlm.errors import ConfigError
 from pacevlm.knobs import Knobs
-from pacevlm.models import static_decode
+from pacevlm.models import graph_decode
 from pacevlm.models.decoder import ElasticDecoder, Prefix
 from pacevlm.models.elastic import ElasticModel
+from pacevlm.models.graph_decode import GraphDecode
 from pacevlm.models.molmoe.experts import _run_one_token, _run_one_token_gathered
-from pacevlm.models.static_decode import StaticDecode
 from pacevlm.types import Example
 
 STEPS = 6
@@ -37,19 +37,19 @@ def generate(decoder: ElasticDecoder, prefix: Prefix, knobs: Knobs) -> tuple[lis
     return generated[0], torch.cat(logits)
 
 
-def with_static_steps(model: ElasticModel) -> ElasticDecoder:
+def with_graph_steps(model: ElasticModel) -> ElasticDecoder:
     order, after = model.decoder.order, model.stage2_after
-    return ElasticDecoder(model.adapter, order, after, StaticDecode(model.adapter, order, after))
+    return ElasticDecoder(model.adapter, order, after, GraphDecode(model.adapter, order, after))
 
 
 @torch.no_grad()
-def test_static_steps_are_the_loops_steps(
+def test_graph_steps_are_the_loops_steps(
     law_model: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Short and long prompts in turn on the same buffers: what one leaves behind must not reach another.
-    monkeypatch.setattr(static_decode, "CAPACITY_STEP", 16)
+    monkeypatch.setattr(graph_decode, "CAPACITY_STEP", 16)
     monkeypatch.setattr(law_model.adapter, "end_token_ids", frozenset({-1}))
-    space, decoder = law_model.knob_space, with_static_steps(law_model)
+    space, decoder = law_model.knob_space, with_graph_steps(law_model)
     prefixes = prefixes_of(law_model, law_examples[:3], (space.tiers[-1], space.tiers[0]))
     assert len({prefix.num_tokens for prefix in prefixes}) > 2
     for number, prefix in enumerate(prefixes):
@@ -61,7 +61,7 @@ def test_static_steps_are_the_loops_steps(
 
 
 def test_steps_run_in_any_mode(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
-    decoder, full = with_static_steps(tiny_elastic), tiny_elastic.knob_space.full
+    decoder, full = with_graph_steps(tiny_elastic), tiny_elastic.knob_space.full
     answers = []
     for mode in (torch.inference_mode(), torch.no_grad(), torch.inference_mode(), torch.no_grad()):
         with mode:
@@ -72,28 +72,28 @@ def test_steps_run_in_any_mode(tiny_elastic: ElasticModel, law_examples: list[Ex
 
 @torch.no_grad()
 def test_several_rows_run_in_the_loop(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
-    decoder, full = with_static_steps(tiny_elastic), tiny_elastic.knob_space.full
+    decoder, full = with_graph_steps(tiny_elastic), tiny_elastic.knob_space.full
     prefixes = prefixes_of(tiny_elastic, law_examples[:2], ("high",))
     arguments = (prefixes, [full.top_k] * 2, [full.num_blocks] * 2, STEPS)
     assert decoder.generate(*arguments) == tiny_elastic.decoder.generate(*arguments)
-    assert decoder.static is not None
-    assert not decoder.static._caches
+    assert decoder.graph is not None
+    assert not decoder.graph._caches
 
 
 def test_capacities_are_few_and_suffice(tiny_elastic: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static_decode, "CAPACITY_STEP", 64)
-    static = StaticDecode(tiny_elastic.adapter, tiny_elastic.order, 1, max_positions=200)
-    assert [static.capacity(count) for count in (1, 64, 65, 192, 193, 200)] == [64, 64, 128, 192, 200, 200]
+    monkeypatch.setattr(graph_decode, "CAPACITY_STEP", 64)
+    graph = GraphDecode(tiny_elastic.adapter, tiny_elastic.order, 1, max_positions=200)
+    assert [graph.capacity(count) for count in (1, 64, 65, 192, 193, 200)] == [64, 64, 128, 192, 200, 200]
     with pytest.raises(ConfigError, match="201 tokens of prompt and answer exceed the 200"):
-        static.capacity(201)
+        graph.capacity(201)
 
 
 def test_a_cpu_captures_nothing(tiny_elastic: ElasticModel) -> None:
-    assert tiny_elastic.decoder.static is None
+    assert tiny_elastic.decoder.graph is None
     tiny_elastic.capture_decode()
-    static = StaticDecode(tiny_elastic.adapter, tiny_elastic.order, 1)
-    static.capture_all([(8, 6)], 100)
-    assert static.num_graphs == 0
+    graph = GraphDecode(tiny_elastic.adapter, tiny_elastic.order, 1)
+    graph.capture_all([(8, 6)], 100)
+    assert graph.num_graphs == 0
 
 
 def test_gathered_experts_are_the_active_ones() -> None:
@@ -114,8 +114,8 @@ def test_gathered_experts_are_the_active_ones() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_graphs_give_the_loops_tokens(dtype: torch.dtype) -> None:
     model = ElasticModel.from_pretrained("embedded", device="cuda", dtype=dtype)
-    static = model.decoder.static
-    assert static is not None
+    graph = model.decoder.graph
+    assert graph is not None
     loop = ElasticDecoder(model.adapter, model.decoder.order, model.stage2_after)
     from pacevlm.data.digits import DigitVQA
 
@@ -132,7 +132,7 @@ def test_graphs_give_the_loops_tokens(dtype: torch.dtype) -> None:
             assert dtype == torch.bfloat16 or same == len(tokens)
             tolerance = 1e-4 if dtype == torch.float32 else 0.3
             torch.testing.assert_close(logits[: same + 1], expected[: same + 1], rtol=0.05, atol=tolerance)
-            assert number or static.num_graphs == 1  # captured when first used
-    before = static.num_graphs
+            assert number or graph.num_graphs == 1  # captured when first used
+    before = graph.num_graphs
     model.capture_decode()
-    assert static.num_graphs >= max(before, model.knob_space.num_stage2)
+    assert graph.num_graphs >= max(before, model.knob_space.num_stage2)

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pacevlm.baselines.fixed import FixedPolicy
 from pacevlm.baselines.ranking import rank_by_mean, served_accuracy
-from pacevlm.baselines.static import StaticPolicy
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.errors import CheckpointError, IdentityError, KnobError
 from pacevlm.knobs import Knobs, KnobSpace
@@ -15,7 +15,7 @@ Request = Callable[..., PolicyInput]
 
 
 def test_the_wanted_knobs_run_wherever_they_are_admitted(space: KnobSpace, make_request: Request) -> None:
-    policy = StaticPolicy(Knobs("high", 4, 14), space)
+    policy = FixedPolicy(Knobs("high", 4, 14), space)
     generator = np.random.default_rng(0)
     for _ in range(30):
         mask = generator.uniform(size=len(space)) < 0.5
@@ -29,7 +29,7 @@ def test_the_wanted_knobs_run_wherever_they_are_admitted(space: KnobSpace, make_
 def test_without_a_fitted_preference_the_nearest_configuration_is_the_fallback(
     space: KnobSpace, make_request: Request
 ) -> None:
-    policy = StaticPolicy(Knobs("high", 8, 16), space)
+    policy = FixedPolicy(Knobs("high", 8, 16), space)
     mask = np.ones(space.shape, dtype=bool)
     mask[1, 1, 2] = False
     assert policy.choose(make_request(mask)) == Knobs("high", 8, 14)
@@ -38,7 +38,7 @@ def test_without_a_fitted_preference_the_nearest_configuration_is_the_fallback(
 
 
 def test_fitting_finds_the_best_single_configuration(space: KnobSpace, table: dict[str, np.ndarray]) -> None:
-    policy = StaticPolicy.fit(space, table["budgets_ms"], table["accuracy"], table["feasible"])
+    policy = FixedPolicy.fit(space, table["budgets_ms"], table["accuracy"], table["feasible"])
     feasible = table["feasible"].copy()
     feasible[~feasible.any(axis=2), 0] = True
     ranking = rank_by_mean(table["accuracy"])
@@ -56,19 +56,19 @@ def test_fitting_finds_the_best_single_configuration(space: KnobSpace, table: di
 def test_saved_and_loaded_policies_are_equal(
     space: KnobSpace, table: dict[str, np.ndarray], tmp_path: Path, reseal: Callable
 ) -> None:
-    path = tmp_path / "static.json"
-    policy = StaticPolicy.fit(space, table["budgets_ms"], table["accuracy"], table["feasible"])
+    path = tmp_path / "fixed.json"
+    policy = FixedPolicy.fit(space, table["budgets_ms"], table["accuracy"], table["feasible"])
     policy.save(path)
-    loaded = StaticPolicy.load(path, space)
+    loaded = FixedPolicy.load(path, space)
     assert loaded.knobs == policy.knobs
     np.testing.assert_array_equal(loaded.order, policy.order)
     with pytest.raises(IdentityError):
-        StaticPolicy.load(path, KnobSpace())
+        FixedPolicy.load(path, KnobSpace())
     reseal(path, {**json.loads(path.read_text()), "knobs": "low/5/12"})
     with pytest.raises(CheckpointError, match="malformed"):
-        StaticPolicy.load(path, space)
+        FixedPolicy.load(path, space)
 
 
 def test_knobs_outside_the_space_are_refused(space: KnobSpace) -> None:
     with pytest.raises(KnobError, match="not in this space"):
-        StaticPolicy(Knobs("medium", 4, 12), space)
+        FixedPolicy(Knobs("medium", 4, 12), space)

@@ -23,7 +23,7 @@ from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.errors import CheckpointError, DataError, KnobError
 from pacevlm.knobs import Knobs, KnobSpace
 
-KIND = "static policy"
+KIND = "fixed policy"
 
 
 class _Stored(TypedDict):
@@ -31,7 +31,7 @@ class _Stored(TypedDict):
     order: tuple[Knobs, ...]
 
 
-class StaticPolicy(OneChoicePolicy):
+class FixedPolicy(OneChoicePolicy):
     """Wants the same knobs for every request; where the guardrail refuses them, the next of its preference order.
 
     Args:
@@ -45,7 +45,7 @@ class StaticPolicy(OneChoicePolicy):
         DataError: the preference is not a permutation of the space.
     """
 
-    name = "static"
+    name = "fixed"
 
     def __init__(self, knobs: Knobs, space: KnobSpace, preference: Sequence[int] | IntArray | None = None) -> None:
         super().__init__(space)

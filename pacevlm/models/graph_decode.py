@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pacevlm.errors import ConfigError
+from pacevlm.knobs import Compute
 from pacevlm.models.adapter import Adapter, Rope
 from pacevlm.models.block_order import BlockOrder
 
@@ -23,7 +24,7 @@ CAPACITY_STEP = 512
 NUM_WARMUP = 3
 
 
-class StaticDecode:
+class GraphDecode:
     """Decode steps of one row; on a CUDA device one graph for each (top_k, num_blocks, capacity), made when first used.
 
     On other devices the same steps run without a graph, slower than the elastic loop: there they are for tests.
@@ -94,8 +95,8 @@ class StaticDecode:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def capture_all(self, pairs: Sequence[tuple[int, int]], num_tokens: int) -> None:
-        """Capture all that requests of these (top_k, num_blocks) and at most so many tokens will use.
+    def capture_all(self, computes: Sequence[Compute], num_tokens: int) -> None:
+        """Capture all that requests with these choices of stage 2 and at most so many tokens will use.
 
         Where there are no graphs, on a CPU, this does nothing.
         """
@@ -107,7 +108,7 @@ class StaticDecode:
             _, keys, values = self.adapter.project(block, x, rope)
             self.load(block, keys, values)
         for capacity in {self.capacity(count) for count in (*range(1, num_tokens, CAPACITY_STEP), num_tokens)}:
-            for top_k, num_blocks in pairs:
+            for top_k, num_blocks in computes:
                 self._graph(top_k, num_blocks, capacity)
 
     def _graph(self, top_k: int, num_blocks: int, capacity: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
