@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import io
 import os
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
@@ -25,7 +22,8 @@ from pacevlm.config import ImportanceConfig, check_model_path
 from pacevlm.config_file import ConfigFile, read_config_file
 from pacevlm.console import RichReporter, print_answer, print_results
 from pacevlm.errors import ConfigError, PacevlmError
-from pacevlm.printing import printable, printable_lines
+from pacevlm.options import USAGE_ERROR, given_file, given_run_dir, parse_options, parse_settings
+from pacevlm.printing import printable
 from pacevlm.signals import Stopped, stopping_on_signals
 
 if TYPE_CHECKING:
@@ -39,17 +37,11 @@ DEFAULT_DIR = Path("runs/default")
 # Asks "Which digit is red?", which the embedded model answers right with all of its configurations.
 SAMPLE_INDEX, SAMPLE_BUDGET_MS = 305, "40"
 
-CONFIG_HELP = (
-    'TOML file of settings: `steps = 300` below `[train]` is --train.steps 300; names have underscores, "None" is '
-    "None. The command line wins over the file, the file over the run directory and the defaults. Relative paths in "
-    "it start from its folder."
-)
 FRESH_HELP = "start over: remove what an earlier run left in the run directory, and its settings."
 
 # Exit codes: 0 done, 1 a fault of pacevlm itself, 2 what the user gave cannot be used, 128 + n stopped by signal n, 141
 # nobody reads the output any more.
-FAULT, USAGE_ERROR, SIGNALLED, PIPE_CLOSED = 1, 2, 128, 141
-MIN_COLUMNS, MAX_COLUMNS = 20, 400
+FAULT, SIGNALLED, PIPE_CLOSED = 1, 128, 141
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -141,7 +133,7 @@ def report(arguments: Sequence[str]) -> None:
       pacevlm report --run-dir runs/quickstart
     """
     file, run_dir = _find_run(arguments, DEFAULT_DIR)
-    options = _parse_settings("report", arguments, ReportOptions(run_dir)).settings
+    options = parse_settings(report, arguments, ReportOptions(run_dir)).settings
     from pacevlm.pipeline.lock import one_writer
     from pacevlm.pipeline.outputs import draw_outputs, read_outputs
     from pacevlm.pipeline.run_config import load_run_config
@@ -191,7 +183,7 @@ def sample(arguments: Sequence[str]) -> None:
       pacevlm sample
       pacevlm sample pictures/seven.png --index 7
     """
-    options = _parse("sample", SampleOptions, arguments)
+    options = parse_options(sample, SampleOptions, arguments)
     from pacevlm.data.digits import DigitVQA
     from pacevlm.files import write_new
 
@@ -240,7 +232,7 @@ def answer(arguments: Sequence[str]) -> None:
       pacevlm answer kitchen.png "What colour is the kettle?" --budget-ms 40 --run-dir runs/mine --json
       pacevlm answer kitchen.png "Is it on?" --budget-ms 80 --drift-state runs/mine/drift.json
     """
-    options = _parse("answer", AnswerOptions, arguments)
+    options = parse_options(answer, AnswerOptions, arguments)
     from pacevlm.images import open_picture
     from pacevlm.knobs import check_budget_ms
 
@@ -268,8 +260,8 @@ def importance(arguments: Sequence[str]) -> None:
     Examples:
       pacevlm importance --path ./MolmoE-1B --dataset questions.jsonl --num-examples 500
     """
-    file = _given_file(arguments, lambda path: read_config_file(path, (("path",), ("dataset",))))
-    config = _parse_settings("importance", arguments, ImportanceConfig(), file).settings
+    file = given_file(arguments, lambda path: read_config_file(path, (("path",), ("dataset",))))
+    config = parse_settings(importance, arguments, ImportanceConfig(), file).settings
     check_model_path(config.path)
     from pacevlm.config import DataConfig, ModelConfig
     from pacevlm.data.splits import load_splits
@@ -412,20 +404,6 @@ def _forgiving_streams() -> Iterator[None]:
                     stream.reconfigure(errors=handling)
 
 
-@contextmanager
-def _usual_width() -> Iterator[None]:
-    """Lay the help out in a width that people have: with columns that hold no word, or thousands, it takes minutes."""
-    given = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = str(min(max(shutil.get_terminal_size().columns, MIN_COLUMNS), MAX_COLUMNS))
-    try:
-        yield
-    finally:
-        if given is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = given
-
-
 def _drop_output() -> None:
     """Send what is still to be written to stdout nowhere, so that Python does not complain once more at exit."""
     with suppress(OSError, ValueError):
@@ -471,37 +449,6 @@ def _version() -> str:
 
 
 # Settings ------------------------------------------------------------------------------------------------------------
-
-
-def _parse(
-    command: str,
-    kind: type[OptionsT],
-    arguments: Sequence[str],
-    *,
-    default: OptionsT | None = None,
-) -> OptionsT:
-    """Options of a command; exits with a message if they are unknown or malformed, or if help was asked for."""
-    settings: dict[str, Any] = {} if default is None else {"default": default}
-    description = inspect.cleandoc(COMMANDS[command].__doc__ or "")
-
-    def parse(words: Sequence[str]) -> OptionsT:
-        return tyro.cli(  # type: ignore[no-any-return]
-            kind, prog=f"pacevlm {command}", description=description, args=list(words), **settings
-        )
-
-    complaint = io.StringIO()
-    try:
-        with redirect_stderr(complaint), _usual_width():
-            return parse(arguments)
-    except SystemExit as stop:
-        if stop.code == USAGE_ERROR and (shown := [printable(word) for word in arguments]) != list(arguments):
-            # Said of the words as they can be shown: as given, they could begin lines of their own in the message.
-            complaint = io.StringIO()
-            with _usual_width(), redirect_stderr(complaint), redirect_stdout(io.StringIO()), suppress(SystemExit):
-                parse(shown)
-        if stop.code == USAGE_ERROR:
-            print(printable_lines(complaint.getvalue()) or "the arguments cannot be used", end="", file=sys.stderr)
-        raise
 
 
 def _run_steps(
@@ -555,58 +502,14 @@ def _read_settings(
     if (run_dir / "config.json").exists() and "--fresh" not in arguments:
         config = load_run_config(run_dir)
     fresh = ("fresh", Annotated[bool, tyro.conf.arg(help=FRESH_HELP)], dataclasses.field(default=False))
-    options = _parse_settings(command, arguments, config, file, fresh)
+    options = parse_settings(COMMANDS[command], arguments, config, file, fresh)
     return options.settings, options.fresh
-
-
-def _parse_settings(
-    command: str,
-    arguments: Sequence[str],
-    settings: object,
-    file: ConfigFile | None = None,
-    *switches: tuple[str, Any, Any],
-) -> Any:
-    """The options of a command with a settings file; `.settings` are those given, with those of the file on top."""
-    described = tyro.conf.arg(name="config", metavar="FILE", help=CONFIG_HELP)
-    # Made here, because the command line needs no settings of a run before a run is wanted.
-    options_type = dataclasses.make_dataclass(
-        "Options",
-        [
-            ("settings", Annotated[type(settings), tyro.conf.arg(name="")]),
-            ("file", Annotated[Path | None, described], dataclasses.field(default=None)),
-            *switches,
-        ],
-        frozen=True,
-    )
-    default = options_type(settings if file is None else file.on_top_of(settings))
-    return _parse(command, options_type, arguments, default=default)
 
 
 def _find_run(arguments: Sequence[str], default_dir: Path) -> tuple[ConfigFile | None, Path]:
     """The settings file on a command line, and the run directory that the command line, or else the file, names."""
     from pacevlm.pipeline.run_config import read_run_file
 
-    file = _given_file(arguments, read_run_file)
+    file = given_file(arguments, read_run_file)
     named = None if file is None else file.values.get("run_dir")
-    return file, _given_run_dir(arguments) or Path(named or default_dir)
-
-
-def _given_file(arguments: Sequence[str], read: Callable[[str], ConfigFile]) -> ConfigFile | None:
-    given = _given(arguments, "--config")
-    if len(given) > 1:
-        raise ConfigError(f"--config is given {len(given)} times; put all settings into one file")
-    return None if given in ([], [None]) else read(str(given[0]))
-
-
-def _given_run_dir(arguments: Sequence[str]) -> Path | None:
-    found = _given(arguments, "--run-dir", "--run_dir")[-1:]
-    if found in ([], [None]):
-        return None
-    check_path("run_dir", found[0])
-    return Path(str(found[0]))
-
-
-def _given(arguments: Sequence[str], *names: str) -> list[str | None]:
-    """What a command line gives for an option, read before the rest because all other defaults follow from it."""
-    words = [(argument.partition("="), following) for argument, following in zip_longest(arguments, arguments[1:])]
-    return [value if equals else following for (name, equals, value), following in words if name in names]
+    return file, given_run_dir(arguments) or Path(named or default_dir)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pacevlm import cli
+from pacevlm import cli, options
 from pacevlm.cli import COMMANDS, main
 from pacevlm.console import RichReporter, print_answer
 from pacevlm.errors import DataError
@@ -155,7 +155,7 @@ def test_starting_loads_neither_torch_nor_transformers() -> None:
     ],
 )
 def test_the_run_directory_is_read_first(arguments: list[str], expected: Path | None) -> None:
-    assert cli._given_run_dir(arguments) == expected
+    assert options.given_run_dir(arguments) == expected
 
 
 # Settings ------------------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_both_spellings_of_every_switch_are_there_at_every_start(tmp_path: Path)
 
 def test_the_last_run_directory_counts(tmp_path: Path) -> None:
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    assert cli._given_run_dir(["--run-dir", one, f"--run-dir={two}"]) == Path(two)
+    assert options.given_run_dir(["--run-dir", one, f"--run-dir={two}"]) == Path(two)
     assert read_settings("--run-dir", one, f"--run-dir={two}").run_dir == Path(two)
 
 
