@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pacevlm import pacer as pacer_module
 from pacevlm.baselines.full import FullPolicy
 from pacevlm.config import EvaluateConfig
 from pacevlm.controller.policy import Controller, ControllerConfig
-from pacevlm.errors import ImageError, QuestionError
+from pacevlm.errors import ImageError, ProfileError, QuestionError
 from pacevlm.evaluation.timed import time_requests
 from pacevlm.images import TURNED, Picture, open_picture
 from pacevlm.latency import profiler
 from pacevlm.latency.calibrate import fit_latency
-from pacevlm.latency.profiler import ProfileProgress, ProfilerSettings
+from pacevlm.latency.profiler import ProfileProgress, ProfilerSettings, profile_requests
 from pacevlm.pacer import Pacer
 from pacevlm.request import clock as clock_module
 from pacevlm.request.pacing import Pacing
-from pacevlm.request.profiling import measure_profile, questions_of_all_lengths
+from pacevlm.request.profiling import measure_profile, profiling_run, questions_of_all_lengths
 from pacevlm.request.run import run_forced
 from pacevlm.types import Example, Objective
 
@@ -239,3 +240,25 @@ def test_a_request_holds_its_pictures_size_in_the_result(tiny_elastic: ElasticMo
     sizes = result.sizes
     assert (sizes.num_pixels, sizes.picture_kind, sizes.num_bytes) == (2400, "jpeg", path.stat().st_size)
     assert result.times.read_ms > 0
+
+
+def test_the_profiler_times_what_is_served(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+    requests = [(example.image, example.question) for example in law_examples]
+    state = torch.random.get_rng_state()
+    profiled = profiling_run(tiny_elastic, requests)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    settings = ProfilerSettings(num_requests=4, num_samples=12, repeats=1, max_warmup=2, max_output_tokens=3)
+    profile = profile_requests(
+        profiled, tiny_elastic.knob_space, settings, model_identity=tiny_elastic.identity, device="cpu", dtype="float32"
+    )
+    assert len(profile.samples) == 12
+    space = tiny_elastic.knob_space
+    forced_lengths = [s.num_output_tokens for s in profile.samples if s.knobs not in (space.cheapest, space.full)]
+    assert all(length <= 3 for length in forced_lengths)
+    assert all(sample.stages.stage1_ms > 0 for sample in profile.samples)
+    # The forced knobs do not change what comes out.
+    knobs = tiny_elastic.knob_space[7]
+    forced = profiled(1, knobs, None)
+    assert forced.token_ids == run_forced(tiny_elastic, *requests[1], knobs).token_ids
+    with pytest.raises(ProfileError, match="no requests"):
+        profiling_run(tiny_elastic, [])

@@ -2,61 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from pacings import bounds_of, make_pacing, middle_objective
 
 from pacevlm.baselines.cheapest import CheapestPolicy
 from pacevlm.baselines.full import FullPolicy
 from pacevlm.baselines.random_feasible import RandomFeasiblePolicy
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
 from pacevlm.controller.policy_interface import PolicyInput
-from pacevlm.errors import BudgetError, ConfigError, IdentityError, ImageError, ProfileError, QuestionError
+from pacevlm.errors import BudgetError, ConfigError, IdentityError, ImageError, QuestionError
 from pacevlm.knobs import Compute
 from pacevlm.latency.drift import DriftCorrection
-from pacevlm.latency.estimator import LatencyEstimator
-from pacevlm.latency.guardrail import Calibration, Guardrail
-from pacevlm.latency.output_length import OutputLengthModel
-from pacevlm.latency.picture_fit import READ_TERMS, PictureFit
-from pacevlm.latency.profile import collect_device_facts
-from pacevlm.latency.profiler import ProfilerSettings, profile_requests
-from pacevlm.latency.stage_fit import StageFit
-from pacevlm.latency.stage_terms import STAGE_TERMS
-from pacevlm.request.pacing import Pacing, policy_inputs
-from pacevlm.request.profiling import profiling_run
+from pacevlm.request.pacing import Pacing
 from pacevlm.request.run import run_forced, run_request
-from pacevlm.types import Answer, Objective, RequestView
+from pacevlm.types import Answer, Objective
 
 if TYPE_CHECKING:
     from pacevlm.models.elastic import ElasticModel
     from pacevlm.types import Example
 
 ALL_FIT, NONE_FITS = Objective(1e9), Objective(1e-9)
-
-
-def make_pacing(model: ElasticModel, output_length: OutputLengthModel | None = None) -> Pacing:
-    """A guardrail with one millisecond per unit of everything."""
-    stages = {stage: StageFit((1.0,) * len(terms), 1, 0, 0.0, 0.0) for stage, terms in STAGE_TERMS.items()}
-    facts = collect_device_facts("cpu", model.dtype)
-    read = StageFit((1.0,) * len(READ_TERMS), 1, 0, 0.0, 0.0)
-    pictures = {"memory": PictureFit(read, 100_000, 0, 0), "jpeg": PictureFit(read, 100_000, 100_000, 50_000)}
-    estimator = LatencyEstimator(
-        model.identity, model.knob_space, facts, model.trained_top_k, model.stage2_after, stages, pictures, 100
-    )
-    calibration = Calibration(0.1, {}, float(np.log(1.5)), {})
-    guardrail = Guardrail(estimator, "none", {"e2e": calibration, "ttft": calibration}, calibration)
-    return Pacing(guardrail, output_length, model.max_new_tokens)
-
-
-def constant_length(model: ElasticModel, tokens: int, text_weight: float | None = None) -> OutputLengthModel:
-    weights = (0.0,) * model.d_model
-    return OutputLengthModel(model.identity, weights, text_weight, float(tokens), 0, model.max_new_tokens, 0.1)
 
 
 def make_controller(model: ElasticModel, pacing: Pacing) -> Controller:
@@ -69,16 +39,6 @@ def make_controller(model: ElasticModel, pacing: Pacing) -> Controller:
             estimator_fingerprint=pacing.guardrail.estimator.fingerprint,
             d_model=model.d_model,
         )
-
-
-def bounds_of(pacing: Pacing, view: RequestView, kind: Any = "e2e") -> np.ndarray:
-    """The bounds on one request."""
-    return pacing.upper_bounds_ms([view], kind)[0]
-
-
-def middle_objective(model: ElasticModel, example: Example, pacing: Pacing, kind: Any = "e2e") -> Objective:
-    """What some configurations keep and others do not."""
-    return Objective(float(np.median(bounds_of(pacing, model.view(example.image, example.question), kind))), kind)
 
 
 def run(
@@ -122,55 +82,6 @@ def test_the_policys_own_time_is_inside(tiny_elastic: ElasticModel, law_examples
     assert times.e2e_ms >= sum(parts) + sum(times.decode_ms) >= 3 * pause_ms
     assert policy.output is not None
     assert policy.output.shape == (tiny_elastic.d_model,)
-
-
-def test_a_policy_is_told_what_the_guardrail_says(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
-    for example in law_examples:
-        pacing = make_pacing(tiny_elastic, constant_length(tiny_elastic, 3))
-        objective = middle_objective(tiny_elastic, example, pacing)
-        view = tiny_elastic.view(example.image, example.question)
-        request = pacing.look(view, objective, example.example_id)
-        bounds_ms = pacing.guardrail.upper_bounds_ms(view.sizes, 3)
-        assert np.array_equal(request.bounds_ms, bounds_ms)
-        assert np.array_equal(request.feasible, bounds_ms <= objective.budget_ms)
-        assert request.any_feasible
-        assert not request.feasible.all()
-        assert (request.example_id, request.objective) == (example.example_id, objective)
-        assert request.view is view
-
-
-def test_longer_answers_admit_less(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
-    view = tiny_elastic.view(law_examples[1].image, law_examples[1].question)
-    short, long, unknown = (
-        make_pacing(tiny_elastic, length)
-        for length in (constant_length(tiny_elastic, 1), constant_length(tiny_elastic, 5), None)
-    )
-    assert (bounds_of(short, view) < bounds_of(long, view)).all()
-    assert (bounds_of(long, view) < bounds_of(unknown, view)).all()
-    assert unknown.output_tokens_upper([view]) == [tiny_elastic.max_new_tokens]
-    by_text = make_pacing(tiny_elastic, constant_length(tiny_elastic, 0, text_weight=0.1))
-    assert by_text.output_tokens_upper([view]) == [
-        min(int(np.ceil(0.1 * view.sizes.num_text_tokens - 1e-6)), tiny_elastic.max_new_tokens)
-    ]
-    # Time to the first token does not depend on how many follow.
-    first = [bounds_of(pacing, view, "ttft") for pacing in (short, long)]
-    assert np.array_equal(*first)
-
-
-def test_one_and_many_are_bounded_alike(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
-    pacing = make_pacing(tiny_elastic, constant_length(tiny_elastic, 0, text_weight=0.1))
-    views = [tiny_elastic.view(example.image, example.question) for example in law_examples]
-    for kind in ("e2e", "ttft"):
-        together = pacing.upper_bounds_ms(views, kind)
-        assert np.array_equal(together, [bounds_of(pacing, view, kind) for view in views])
-        objectives = [Objective(float(np.median(bounds)), kind) for bounds in together]
-        names = [example.example_id for example in law_examples]
-        for one, view, objective in zip(
-            policy_inputs(views, objectives, together, names), views, objectives, strict=True
-        ):
-            alone = pacing.look(view, objective, one.example_id)
-            assert np.array_equal(one.feasible, alone.feasible)
-            assert (one.view, one.objective, one.any_feasible) == (view, objective, alone.any_feasible)
 
 
 @pytest.mark.parametrize("name", ["controller", "random", "cheapest"])
@@ -295,18 +206,6 @@ def test_drift_learns_from_the_answers_real_length(
     assert observed[0][0] < paced.upper_bound_ms
 
 
-def test_a_larger_factor_never_admits_more(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
-    pacing = make_pacing(tiny_elastic)
-    for example in law_examples:
-        view = tiny_elastic.view(example.image, example.question)
-        for budget_ms in np.quantile(bounds_of(pacing, view), [0.1, 0.5, 0.9, 1.0]).tolist():
-            masks = []
-            for factor in (0.7, 1.0, 1.1, 1.5, 3.0, 16.0):
-                request = pacing.look(view, Objective(budget_ms / factor))
-                masks.append(request.feasible & request.any_feasible)
-            assert all((more >= less).all() for more, less in itertools.pairwise(masks))
-
-
 def test_drift_of_another_kind_or_estimator_is_refused(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
     example, pacing = law_examples[0], make_pacing(tiny_elastic)
     policy = FullPolicy(tiny_elastic.knob_space)
@@ -330,54 +229,3 @@ def test_bad_requests_are_refused(tiny_elastic: ElasticModel, law_examples: list
         run_request(tiny_elastic, policy, b"no image", "2?", Objective(10.0), pacing)
     with pytest.raises(QuestionError):
         run_request(tiny_elastic, policy, example.image, "", Objective(10.0), pacing)
-
-
-def test_other_models_artefacts_are_refused(tiny_elastic: ElasticModel) -> None:
-    lengths = OutputLengthModel(
-        "another", (0.0,) * tiny_elastic.d_model, None, 1.0, 0, tiny_elastic.max_new_tokens, 0.1
-    )
-    with pytest.raises(IdentityError, match="another"):
-        make_pacing(tiny_elastic, lengths)
-    shorter = OutputLengthModel(tiny_elastic.identity, (0.0,) * tiny_elastic.d_model, None, 1.0, 0, 2, 0.1)
-    with pytest.raises(IdentityError, match="another limit of answer tokens: 2, not 6"):
-        make_pacing(tiny_elastic, shorter)
-
-
-def test_the_profiler_times_what_is_served(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
-    requests = [(example.image, example.question) for example in law_examples]
-    state = torch.random.get_rng_state()
-    profiled = profiling_run(tiny_elastic, requests)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    settings = ProfilerSettings(num_requests=4, num_samples=12, repeats=1, max_warmup=2, max_output_tokens=3)
-    profile = profile_requests(
-        profiled, tiny_elastic.knob_space, settings, model_identity=tiny_elastic.identity, device="cpu", dtype="float32"
-    )
-    assert len(profile.samples) == 12
-    space = tiny_elastic.knob_space
-    forced_lengths = [s.num_output_tokens for s in profile.samples if s.knobs not in (space.cheapest, space.full)]
-    assert all(length <= 3 for length in forced_lengths)
-    assert all(sample.stages.stage1_ms > 0 for sample in profile.samples)
-    # The forced knobs do not change what comes out.
-    knobs = tiny_elastic.knob_space[7]
-    forced = profiled(1, knobs, None)
-    assert forced.token_ids == run_forced(tiny_elastic, *requests[1], knobs).token_ids
-    with pytest.raises(ProfileError, match="no requests"):
-        profiling_run(tiny_elastic, [])
-
-
-def test_a_pacings_identity_tells_everything_that_bounds_depend_on(tiny_elastic: ElasticModel) -> None:
-    pacing = make_pacing(tiny_elastic, constant_length(tiny_elastic, 2))
-    guardrail = pacing.guardrail
-    wider = Calibration(0.1, {}, float(np.log(1.6)), {})
-    others = [
-        replace(pacing, output_length=None),
-        replace(pacing, output_length=constant_length(tiny_elastic, 1)),
-        replace(pacing, guardrail=replace(guardrail, picture=wider)),
-        replace(pacing, guardrail=replace(guardrail, group_by="tier")),
-        replace(pacing, guardrail=replace(guardrail, calibrations={**guardrail.calibrations, "e2e": wider})),
-        replace(pacing, guardrail=replace(guardrail, estimator=replace(guardrail.estimator, max_text_tokens=101))),
-    ]
-    told = [json.dumps(each.identity, sort_keys=True) for each in (pacing, *others)]
-    assert len(set(told)) == len(told)
-    again = make_pacing(tiny_elastic, constant_length(tiny_elastic, 2))
-    assert json.dumps(again.identity, sort_keys=True) == told[0]
