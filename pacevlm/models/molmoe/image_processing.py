@@ -324,8 +324,12 @@ class MolmoEImageProcessor(BaseImageProcessor):
         """
         picture = open_picture(image)
         self.vision_sizes(picture.height, picture.width, max_crops)
+        return self.cut(picture.decode(), max_crops)
+
+    def cut(self, image: Image.Image, max_crops: int | None = None) -> PreparedImage:
+        """Prepare an RGB image that has been read already; raises as `prepare`."""
         return prepare_image(
-            picture.decode(),
+            image,
             self.max_crops if max_crops is None else max_crops,
             self.geometry,
             image_mean=self.image_mean,

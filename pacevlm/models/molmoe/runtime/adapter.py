@@ -86,7 +86,7 @@ class MolmoEAdapter(Adapter[MolmoEPrompt, PreparedRequest]):
 
     def prepare(self, image: Image.Image, prompt: MolmoEPrompt, vision_budget: int) -> PreparedRequest:
         """See `Adapter`; raises ImageError."""
-        prepared = self.processor.image_processor.prepare(image, vision_budget)
+        prepared = self.processor.image_processor.cut(image, vision_budget)
         return assemble_request(prompt.ids_before, prompt.ids_behind, prepared, self.processor.special_token_ids)
 
     def encode_vision(self, requests: Sequence[PreparedRequest]) -> list[Tensor]:
