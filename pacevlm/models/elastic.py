@@ -27,7 +27,12 @@ from pacevlm.models.registry import load_adapter
 from pacevlm.types import RequestSizes, RequestView, VisionSizes
 
 ELASTIC_FILE = "elastic.json"
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
+# What text and pictures become, under all the names that families use.
+PROCESSOR_FILES = (
+    *("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template.json", "chat_template.jinja", "generation_config.json"),
+)
 
 # More than any family counts in, pixels included, and longer answers than any model has positions for.
 VisionBudgets = dict[Text, Annotated[int, Range(1, 10**9)]]

@@ -95,7 +95,7 @@ class Pacing:
         budget = f"budget of {objective.budget_ms:g} ms"
         if waited_ms >= objective.budget_ms:
             return f"the {budget} ran out while waiting {waited_ms:.1f} ms for earlier requests"
-        waited = f" after waiting {waited_ms:.1f} ms" if waited_ms > 0.0 else ""
+        waited = f" after waiting {waited_ms:.1f} ms" if waited_ms >= 0.1 else ""
         lowest_ms = seen.bounds_ms.min() * drift_factor
         return f"the lowest bound is {lowest_ms:.1f} ms, but the budget is {objective.budget_ms:g} ms{waited}"
 
