@@ -18,7 +18,7 @@ from pacevlm.models.elastic import ElasticModel
 def run_experts_in_a_loop(
     x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, keep: Tensor | None = None
 ) -> Tensor:
-    """What `pacevlm.models.molmoe.experts.run_experts` computes, expert by expert; shapes as there."""
+    """What `pacevlm.models.experts.run_experts` computes, expert by expert; shapes as there."""
     assert keep is None
     num_experts = gate_up_proj.shape[0]
     out = torch.zeros_like(x)

@@ -263,7 +263,7 @@ def importance(arguments: Sequence[str]) -> None:
     file = given_file(arguments, lambda path: read_config_file(path, (("path",), ("dataset",))))
     config = parse_settings(importance, arguments, ImportanceConfig(), file).settings
     check_model_path(config.path)
-    from pacevlm.config import DataConfig, ModelConfig
+    from pacevlm.config import MADE_DATASETS, DataConfig, ModelConfig
     from pacevlm.data.splits import load_splits
     from pacevlm.evaluation.importance import measure_importance
     from pacevlm.evaluation.learnable import importance_warnings
@@ -279,7 +279,7 @@ def importance(arguments: Sequence[str]) -> None:
         DataConfig(config.dataset, metric=config.metric, num_train=number, num_val=number, seed=config.seed),
         config.picture,
     )
-    examples = list(data.val if config.dataset == "digits" else data.train)[:number]
+    examples = list(data.val if config.dataset in MADE_DATASETS else data.train)[:number]
     folder = EMBEDDED_DIR if config.path == "embedded" else Path(config.path)
     partial_path = folder / "elastic.json.partial.jsonl"
     with one_writer(folder, ".elastic.json.lock"), RichReporter() as reporter:

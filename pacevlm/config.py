@@ -21,7 +21,9 @@ ConfigT = TypeVar("ConfigT")
 # The names of `data.metrics.METRICS`, which a test compares: settings load without what metrics need.
 MetricName = Literal["exact_match", "vqa", "relaxed", "anls", "multiple_choice", "f1"]
 
-WITHIN_PACKAGE = ("embedded", "digits")
+MADE_DATASETS = ("digits",)
+"""The data sets inside the package, which are made and not read; those of `data.splits.MADE`, which a test compares."""
+WITHIN_PACKAGE = ("embedded", *MADE_DATASETS)
 """Words that stand for what is inside the package where a path may be given."""
 MAX_KNOB = 1024
 """Most experts or blocks that a knob may ask for; no model comes near it."""
@@ -138,9 +140,9 @@ class DataConfig:
             if given is None:
                 continue
             check_path(name, given)
-            if self.dataset == "digits":
+            if self.dataset in MADE_DATASETS:
                 raise ConfigError(
-                    f"{name} is {given!r}, but dataset is 'digits', which has a {part} split of its own; "
+                    f"{name} is {given!r}, but dataset is {self.dataset!r}, which has a {part} split of its own; "
                     f"leave {name} out, or give a file for both"
                 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
@@ -15,6 +15,8 @@ from pacevlm.data.division import divide_files
 from pacevlm.data.metrics import Metric, load_metric
 from pacevlm.types import Example
 
+# The data sets inside the package: a part's examples, given its name, how many there are, and the seed.
+MADE: dict[str, Callable[[str, int, int], Sequence[Example]]] = {"digits": DigitVQA}
 # Skipped lines that a remark lists; `Splits.skipped` holds all of them.
 NUM_LISTED = 20
 
@@ -106,7 +108,7 @@ def _identity(examples: Sequence[Example], *, with_rows: bool) -> dict[str, Any]
 def load_splits(config: DataConfig, picture_config: PictureConfig | None = None) -> Splits:
     """Open a data set and divide it.
 
-    The digits have parts of their own, made of different scans. How files are divided: see `divide_files`.
+    Data sets inside the package have parts of their own. How files are divided: see `divide_files`.
 
     Args:
         config: which data set, and how it is divided.
@@ -118,7 +120,7 @@ def load_splits(config: DataConfig, picture_config: PictureConfig | None = None)
         ImageError: a picture cannot be read; the message names file and line.
     """
     metric = load_metric(config.metric or "exact_match")
-    if config.dataset != "digits":
+    if config.dataset not in MADE:
         division = divide_files(config, picture_config)
         splits = Splits(
             division.name,
@@ -137,11 +139,12 @@ def load_splits(config: DataConfig, picture_config: PictureConfig | None = None)
         "val": range(config.num_val),
         "test": range(config.skip_test, config.skip_test + config.num_test),
     }
-    parts = {part: _Made(DigitVQA(part, indices.stop, seed=config.seed), indices) for part, indices in places.items()}
+    make = MADE[config.dataset]
+    parts = {part: _Made(make(part, indices.stop, config.seed), indices) for part, indices in places.items()}
     made_from = {
-        part: {"dataset": "digits", "seed": config.seed, "first": indices.start, "num_examples": len(indices)}
+        part: {"dataset": config.dataset, "seed": config.seed, "first": indices.start, "num_examples": len(indices)}
         for part, indices in places.items()
     }
     if metric.needs_choices:
         metric.check(parts["train"][0])
-    return Splits("digits", metric, parts["train"], parts["val"], parts["test"], made_from=made_from)
+    return Splits(config.dataset, metric, parts["train"], parts["val"], parts["test"], made_from=made_from)

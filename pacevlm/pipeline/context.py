@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pacevlm.config import MADE_DATASETS
 from pacevlm.controller.policy import Controller
 from pacevlm.data.splits import Splits, load_splits
 from pacevlm.errors import DataError, IdentityError, PacevlmError
@@ -121,7 +122,8 @@ class RunContext:
         that does says what is missing.
         """
         data = self.config.data
-        files = [name for name in (data.dataset, data.val_dataset, data.test_dataset) if name not in (None, "digits")]
+        named = (data.dataset, data.val_dataset, data.test_dataset)
+        files = [name for name in named if name is not None and name not in MADE_DATASETS]
         finished = StepLog(self.run_dir).data_settings()
         if finished and not all(os.path.isfile(str(name)) for name in files):
             return finished | ({} if data.metric is None else {"metric": data.metric})

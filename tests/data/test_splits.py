@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pacevlm.config import DataConfig
+from pacevlm.config import MADE_DATASETS, DataConfig
 from pacevlm.data.division import part_of
-from pacevlm.data.splits import Splits, load_splits
+from pacevlm.data.splits import MADE, Splits, load_splits
 from pacevlm.errors import ConfigError, DataError, ImageError
 from pacevlm.types import Example
 
@@ -75,6 +75,16 @@ def test_the_digits_identity_is_what_they_are_made_from() -> None:
     longer = load_splits(DataConfig(num_train=5, num_val=3, num_test=9, seed=2))
     assert all(one.identity[part] != other.identity[part] for part in PARTS)
     assert [one.identity[part] == longer.identity[part] for part in PARTS] == [True, True, False]
+
+
+@pytest.mark.parametrize("dataset", MADE_DATASETS)
+def test_every_data_set_inside_the_package_has_three_parts_of_its_own(dataset: str) -> None:
+    assert tuple(MADE) == MADE_DATASETS
+    splits = load_splits(DataConfig(dataset, num_train=60, num_val=30, num_test=30))
+    assert (splits.name, [len(getattr(splits, part)) for part in PARTS]) == (dataset, [60, 30, 30])
+    assert_apart(splits)
+    with pytest.raises(ConfigError, match=f"dataset is '{dataset}', which has a test split of its own"):
+        DataConfig(dataset, test_dataset="test.jsonl")
 
 
 # Dividing a file -----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPo
 from pacevlm.data.metrics import load_metric
 from pacevlm.errors import DataError, IdentityError
 from pacevlm.evaluation import timed
+from pacevlm.evaluation.summary import POLICY_ORDER
 from pacevlm.evaluation.sweep import (
     Evaluation,
     build_requests,
@@ -151,10 +152,9 @@ def test_the_material_is_worth_testing_with(evaluation: Evaluation) -> None:
 
 
 def test_records_are_complete(evaluation: Evaluation, test: list[Example]) -> None:
-    names = {"controller", "lookup_table", "fixed", "full", "cheapest", "random", "oracle"}
     keys = Counter((record.policy, record.fraction, record.example_id) for record in evaluation.records)
     assert set(keys) == {
-        (name, fraction, example.example_id) for name in names for fraction in FRACTIONS for example in test
+        (name, fraction, example.example_id) for name in POLICY_ORDER for fraction in FRACTIONS for example in test
     }
     assert set(keys.values()) == {1}
     assert {record.family for record in evaluation.records} == {"a", "b"}
@@ -204,7 +204,7 @@ def test_the_same_examples_are_timed_for_every_policy_and_budget(evaluation: Eva
         if record.latency_ms is not None:
             timed[record.policy, record.fraction].add(record.example_id)
     (examples,) = {frozenset(ids) for ids in timed.values()}
-    assert len(timed) == 7 * len(FRACTIONS)
+    assert len(timed) == len(POLICY_ORDER) * len(FRACTIONS)
     assert len(examples) == CONFIG.num_timed
     assert evaluation.num_timed_requests == len(timed) * CONFIG.num_timed
 

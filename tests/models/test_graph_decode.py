@@ -14,8 +14,8 @@ from pacevlm.knobs import Knobs
 from pacevlm.models import graph_decode
 from pacevlm.models.decoder import ElasticDecoder, Prefix
 from pacevlm.models.elastic import ElasticModel
+from pacevlm.models.experts import _run_one_token, _run_one_token_gathered
 from pacevlm.models.graph_decode import GraphDecode
-from pacevlm.models.molmoe.experts import _run_one_token, _run_one_token_gathered
 from pacevlm.types import Example
 
 STEPS = 6

@@ -22,7 +22,7 @@ from pacevlm.config import (
 from pacevlm.data.splits import load_splits
 from pacevlm.errors import ConfigError, DataError, IdentityError
 from pacevlm.evaluation.records import read_records
-from pacevlm.evaluation.summary import read_results
+from pacevlm.evaluation.summary import POLICY_ORDER, read_results
 from pacevlm.files import read_jsonl
 from pacevlm.knobs import Knobs
 from pacevlm.latency.estimator import LatencyEstimator
@@ -138,7 +138,7 @@ def test_stored_settings_are_those_of_the_run(config: RunConfig, first: Recorder
 
 def test_results_and_records_say_the_same(config: RunConfig, first: Recorder) -> None:
     results, records = read_results(config.run_dir / "results.json"), read_records(config.run_dir / "records.jsonl")
-    assert len(records) == 7 * 2 * 6
+    assert len(records) == len(POLICY_ORDER) * 2 * 6
     assert results["dataset"] == {"name": "digits", "split": "test", "n": 6}
     assert results["num_timed"] == 1
     full_ms = json.loads((config.run_dir / "steps.json").read_text())["profile"]["facts"]["full_p50_ms"]["e2e"]

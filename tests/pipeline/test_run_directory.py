@@ -30,6 +30,7 @@ from pacevlm.config import (
 from pacevlm.controller.policy_interface import Policy
 from pacevlm.data.splits import load_splits
 from pacevlm.errors import ConfigError, DataError, PacevlmError, StorageError
+from pacevlm.evaluation.summary import POLICY_ORDER
 from pacevlm.evaluation.sweep import choose_knobs
 from pacevlm.evaluation.timed import TimedRequests, time_requests
 from pacevlm.files import read_jsonl
@@ -350,7 +351,7 @@ def test_choices_are_not_made_twice(moved: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("pacevlm.evaluation.sweep.choose_knobs", counted)
     run_pipeline(config)
     assert kept.count("\n") == 1 + 2 * 5
-    assert num_chosen == 2 * (7 * 2 - 5)
+    assert num_chosen == 2 * (len(POLICY_ORDER) * 2 - 5)
     assert not list(config.run_dir.glob("*.partial.jsonl"))
     assert (config.run_dir / "records.jsonl").read_text().count("\n") == before.count("\n")
 

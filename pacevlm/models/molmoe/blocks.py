@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
+from pacevlm.models.experts import route, run_experts, spread_top_k
 from pacevlm.models.molmoe.configuration_molmoe import MolmoEConfig
-from pacevlm.models.molmoe.experts import route, run_experts, spread_top_k
 
 Rope = tuple[Tensor, Tensor]
 

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from pacevlm.errors import ConfigError, KnobError
+from pacevlm.models import experts as experts_module
+from pacevlm.models.experts import route, run_experts
 from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration, MolmoEModel, MolmoEProcessor
-from pacevlm.models.molmoe import experts as experts_module
-from pacevlm.models.molmoe.experts import route, run_experts
 from pacevlm.models.molmoe.image_processing import MolmoEImageProcessor, prepare_image
 from pacevlm.models.molmoe.processing import PreparedRequest, SpecialTokenIds, assemble_request, collate_requests
 from pacevlm.models.molmoe.tiling import CropGeometry

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pacevlm.models.experts import grouped_product, swiglu
 from pacevlm.models.molmoe.blocks import Rope
-from pacevlm.models.molmoe.experts import grouped_product, swiglu
 from pacevlm.models.molmoe.runtime import cpu_kernels
 from pacevlm.models.molmoe.runtime.cpu_kernels import as_floats
 from pacevlm.models.molmoe.runtime.cpu_loops import Floats

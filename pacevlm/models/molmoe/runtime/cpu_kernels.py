@@ -122,7 +122,7 @@ def weighted_sum(rows: Tensor, pair_token: Tensor, pair_weight: Tensor, num_toke
 def multiply_few_rows(
     rows: Tensor, ends: Tensor, weight: Floats, pair_token: Tensor, pair_weight: Tensor, num_tokens: int
 ) -> Tensor:
-    """`weighted_sum` of the products of `pacevlm.models.molmoe.experts.grouped_product`, where experts have few rows.
+    """`weighted_sum` of the products of `pacevlm.models.experts.grouped_product`, where experts have few rows.
 
     A library's product of a dozen rows takes longer to set up than to compute: for 16 experts with 16 rows of 128 by 96
     it takes twice as long as this (docs/log.md).

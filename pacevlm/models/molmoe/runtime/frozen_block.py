@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pacevlm.models.experts import route, run_experts, spread_top_k
 from pacevlm.models.molmoe.blocks import MolmoEBlock, Rope, rms_norm, rotate
-from pacevlm.models.molmoe.experts import route, run_experts, spread_top_k
 
 
 @dataclass(frozen=True, slots=True)

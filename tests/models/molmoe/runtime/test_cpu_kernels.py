@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pacevlm.models.elastic import ElasticModel
-from pacevlm.models.molmoe.experts import grouped_product, route
+from pacevlm.models.experts import grouped_product, route
 from pacevlm.models.molmoe.runtime import cpu_kernels
 from pacevlm.models.molmoe.runtime.adapter import MolmoEAdapter
 from pacevlm.types import Example
