@@ -193,7 +193,8 @@ class Doors:
         )
         policy = ControllerPolicy(controller.eval())
         with torch.no_grad():
-            assert bool(torch.isfinite(controller.budget_tokens([50.0])).all()), "the latency token is not finite"
+            tokens = controller.latency_tokens([Objective(50.0, price=5.0)])
+            assert bool(torch.isfinite(tokens).all()), "the latency token is not finite"
         self._choose(policy)
 
     def _choose(self, policy: Any) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 from torch import Tensor, nn
 
-from pacevlm.controller.budget import BudgetEncoder
+from pacevlm.controller.objective import ObjectiveEncoder
 from pacevlm.controller.stages import Stage1, Stage2
 
 Array = NDArray[np.float32]
@@ -22,15 +22,15 @@ Layer = Callable[[Array], Array]
 
 
 class ArrayToken:
-    """`BudgetEncoder.forward` of one budget: its features to the latency token."""
+    """`ObjectiveEncoder.forward` of one objective: its features to the latency token."""
 
-    def __init__(self, encoder: BudgetEncoder) -> None:
+    def __init__(self, encoder: ObjectiveEncoder) -> None:
         self._layers, self._norm = _layers(encoder.mlp), _plain_layer_norm(encoder.norm)
         self._scale = np.exp(_array(encoder.log_scale))
 
-    def __call__(self, budget_features: Array) -> Array:
+    def __call__(self, objective_features: Array) -> Array:
         """`(num_features,)` to `(d_model,)`."""
-        return self._norm(_run(self._layers, budget_features)) * self._scale
+        return self._norm(_run(self._layers, objective_features)) * self._scale
 
 
 class ArrayStage1:
@@ -57,19 +57,19 @@ class ArrayStage2:
     def __init__(self, stage: Stage2) -> None:
         self._output = _linear_of_norm(stage.output_norm, stage.output)
         weight = _array(stage.scalars.weight)
-        num_budget_features = weight.shape[1] - stage.num_tiers
+        num_objective_features = weight.shape[1] - stage.num_tiers
         # The tier is one-hot: its column is added, the others are not.
-        self._budget_weight = np.ascontiguousarray(weight[:, :num_budget_features])
-        self._tier_bias = np.ascontiguousarray(weight[:, num_budget_features:].T) + _array(stage.scalars.bias)
+        self._objective_weight = np.ascontiguousarray(weight[:, :num_objective_features])
+        self._tier_bias = np.ascontiguousarray(weight[:, num_objective_features:].T) + _array(stage.scalars.bias)
         self._hidden = _layers(stage.hidden)
         # A logit is the sum of its top_k's, its num_blocks' and its pair's, so one product gives them all.
         self._logits = _sum_of_heads(stage)
         self._shape = stage.top_k_head.out_features, stage.num_blocks_head.out_features
 
-    def __call__(self, latency_token_output: Array, budget_features: Array, tier_index: int) -> Array:
-        """Logits `(top_ks, num_blocks)` of an output `(d_model,)` and budget features `(num_features,)`."""
+    def __call__(self, latency_token_output: Array, objective_features: Array, tier_index: int) -> Array:
+        """Logits `(top_ks, num_blocks)` of an output `(d_model,)` and features of the objective `(num_features,)`."""
         combined = self._output(latency_token_output)
-        combined += self._budget_weight @ budget_features + self._tier_bias[tier_index]
+        combined += self._objective_weight @ objective_features + self._tier_bias[tier_index]
         return self._logits(_run(self._hidden, combined)).reshape(self._shape)
 
 

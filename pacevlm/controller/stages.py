@@ -16,7 +16,7 @@ class Stage1(nn.Module):
     """Scores the vision tiers of a request, before any pixel reaches the vision encoder.
 
     Args:
-        num_scalars: leading features: budget, sizes and what else is a few numbers.
+        num_scalars: leading features: objective, sizes and what else is a few numbers.
         num_thumbnail: features of the thumbnail behind them, 0 for none.
         d_model: the pooled question embedding, the last features.
         num_tiers: tiers to choose from.
@@ -59,7 +59,7 @@ class Stage2(nn.Module):
 
     Args:
         d_model: width of the latency token's output.
-        num_budget_features: features of the budget.
+        num_objective_features: features of the objective, budget and price.
         num_tiers: tiers of the knob space.
         num_top_ks: top_k values to choose from.
         num_num_blocks: num_blocks values to choose from.
@@ -70,7 +70,7 @@ class Stage2(nn.Module):
     def __init__(
         self,
         d_model: int,
-        num_budget_features: int,
+        num_objective_features: int,
         num_tiers: int,
         num_top_ks: int,
         num_num_blocks: int,
@@ -81,23 +81,23 @@ class Stage2(nn.Module):
         self.num_tiers = num_tiers
         self.output_norm = nn.LayerNorm(d_model, eps=INPUT_NORM_EPS)
         self.output = nn.Linear(d_model, hidden_dim, bias=False)
-        self.scalars = nn.Linear(num_budget_features + num_tiers, hidden_dim)
+        self.scalars = nn.Linear(num_objective_features + num_tiers, hidden_dim)
         self.hidden = nn.Sequential(nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU())
         self.top_k_head = _head(hidden_dim, num_top_ks)
         self.num_blocks_head = _head(hidden_dim, num_num_blocks)
         self.pair_head = _head(hidden_dim, num_top_ks * num_num_blocks) if pairwise else None
 
-    def forward(self, latency_token_outputs: Tensor, budget_features: Tensor, tier_indices: Tensor) -> Tensor:
+    def forward(self, latency_token_outputs: Tensor, objective_features: Tensor, tier_indices: Tensor) -> Tensor:
         """Logits `(batch, top_ks, num_blocks)`.
 
         Args:
             latency_token_outputs: the latency token behind the first block, `(batch, d_model)`.
-            budget_features: `(batch, num_budget_features)`.
+            objective_features: `(batch, num_objective_features)`.
             tier_indices: the tier that stage 1 chose, `(batch,)` whole numbers.
         """
-        tiers = nn.functional.one_hot(tier_indices, self.num_tiers).to(budget_features)
+        tiers = nn.functional.one_hot(tier_indices, self.num_tiers).to(objective_features)
         combined = self.output(self.output_norm(latency_token_outputs))
-        combined = combined + self.scalars(torch.cat([budget_features, tiers], dim=-1))
+        combined = combined + self.scalars(torch.cat([objective_features, tiers], dim=-1))
         hidden = self.hidden(combined)
         logits: Tensor = self.top_k_head(hidden)[:, :, None] + self.num_blocks_head(hidden)[:, None, :]
         if self.pair_head is not None:
