@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 import typing
@@ -578,6 +579,49 @@ def test_evaluate_and_report_print_the_table(run_dir: Path, capsys: pytest.Captu
     assert capsys.readouterr().out == table
     assert (run_dir / "pareto.png").exists()
     assert (run_dir / "report.html").exists()
+
+
+def test_headroom_is_measured_stored_and_shown_by_the_next_report(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pacevlm.evaluation.headroom_summary import headroom_sentence, read_headroom
+
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    words = ["headroom", "--run-dir", copy, "--num-examples", "10", "--num-moved", "3", "--margin", "1.2"]
+    assert run(*words) == 0
+    results = read_headroom(copy / "headroom.json")
+    sentence = headroom_sentence(results)
+    assert sentence in " ".join(capsys.readouterr().out.split())
+    assert (results["num_examples"], results["moved"]["num_examples"]) == (10, 3)
+    assert [budget["fraction"] for budget in results["budgets"]] == [0.8, 1.2]
+    assert set(results["models"]) == {"stage1", "both_stages"}
+    # Outcomes are kept, of moved pictures too, and nothing depends on what was known.
+    known = (copy / "outcomes.jsonl").read_bytes()
+    assert run(*words) == 0
+    assert read_headroom(copy / "headroom.json") == results
+    assert (copy / "outcomes.jsonl").read_bytes() == known
+    assert run("report", "--run-dir", copy) == 0
+    assert sentence[:40] in (copy / "report.html").read_text()
+
+
+def test_headroom_needs_a_profile_enough_pictures_and_its_library(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("headroom", "--run-dir", tmp_path) == 2
+    assert "settings of a run" in capsys.readouterr().err
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    assert run("headroom", "--run-dir", copy, "--num-examples", "4") == 2
+    assert "num_examples is 4; it must be a whole number from 5" in " ".join(
+        capsys.readouterr().err.replace("│", " ").split()
+    )
+    (copy / "steps.json").unlink()
+    assert run("headroom", "--run-dir", copy) == 2
+    assert "holds no finished profile; run `pacevlm profile" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert run("headroom", "--run-dir", copy) == 2
+    assert "sklearn is not installed; pip install 'pacevlm[" in capsys.readouterr().err.replace("import of ", "")
 
 
 def test_a_run_made_with_a_settings_file_goes_on_with_it(

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 from pacevlm.artefact import load_artefact, save_artefact, typed
 from pacevlm.config import config_to_dict
 from pacevlm.errors import DataError
+from pacevlm.evaluation.headroom_summary import read_headroom
 from pacevlm.evaluation.plots import plot_knobs, plot_pareto
 from pacevlm.evaluation.records import EvaluationRecord, read_records, write_records
 from pacevlm.evaluation.report import AnsweredQuestion, write_report
@@ -18,6 +19,7 @@ from pacevlm.pipeline.run_config import RunConfig
 from pacevlm.types import Example
 
 RECORDS_NAME, RESULTS_NAME, SHOWN_NAME, REPORT_NAME = "records.jsonl", "results.json", "shown.json", "report.html"
+HEADROOM_NAME = "headroom.json"
 PARETO_STEM, KNOBS_STEM = "pareto", "knobs"
 # What is drawn from the other files, and can be drawn again.
 DRAWN_NAMES = (REPORT_NAME, *(f"{stem}.{kind}" for stem in (PARETO_STEM, KNOBS_STEM) for kind in ("png", "svg")))
@@ -69,7 +71,9 @@ def draw_outputs(config: RunConfig) -> None:
         plot_knobs(results, run_dir / KNOBS_STEM)
     settings = config_to_dict(config)
     del settings["run_dir"]  # it may move
-    write_report(results, run_dir / REPORT_NAME, samples=samples, config=settings, command=command)
+    measured = run_dir / HEADROOM_NAME
+    headroom = read_headroom(measured) if measured.is_file() else None
+    write_report(results, run_dir / REPORT_NAME, samples=samples, config=settings, command=command, headroom=headroom)
 
 
 class _Shown(TypedDict):
