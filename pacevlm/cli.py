@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import tyro
 
 from pacevlm.checks import MAX_COUNT, MAX_SEED, check_path, check_whole
-from pacevlm.config import ImportanceConfig, check_model_path
+from pacevlm.config import HeadroomConfig, ImportanceConfig, check_model_path
 from pacevlm.config_file import ConfigFile, read_config_file
 from pacevlm.console import RichReporter, print_answer, print_prices, print_results
 from pacevlm.errors import ConfigError, PacevlmError
@@ -111,6 +111,39 @@ def evaluate(arguments: Sequence[str]) -> None:
     from pacevlm.pipeline import RunConfig
 
     print_results(_run_steps("evaluate", arguments, DEFAULT_DIR, RunConfig, "evaluate"))
+
+
+@dataclass(frozen=True)
+class HeadroomOptions:
+    """Which run's data to measure, and how.
+
+    Attributes:
+        run_dir: folder of the run, of which at least the profile is finished.
+        settings: how it is measured.
+    """
+
+    run_dir: Path = DEFAULT_DIR
+    settings: Annotated[HeadroomConfig, tyro.conf.arg(name="")] = field(default_factory=HeadroomConfig)
+
+
+def headroom(arguments: Sequence[str]) -> None:
+    """Say before training what a controller could gain over the lookup table, and where.
+
+    Predictors of accuracy, fitted on other pictures, are used as policies at the budgets of --evaluate.budgets; what
+    the better one gains is learnable. Only training examples are used. Writes headroom.json into the run directory;
+    the next report shows it.
+
+    Examples:
+      pacevlm headroom --run-dir runs/mine
+      pacevlm headroom --run-dir runs/mine --num-examples 2000 --num-moved 0 --margin 1.2
+    """
+    options = parse_options(headroom, HeadroomOptions, arguments)
+    from pacevlm.evaluation.headroom_summary import format_headroom
+    from pacevlm.pipeline.headroom import run_headroom
+
+    with RichReporter() as reporter:
+        results = run_headroom(options.run_dir, options.settings, reporter)
+    print("\n" + format_headroom(results), end="")
 
 
 @dataclass(frozen=True)
@@ -353,6 +386,7 @@ def importance(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "quickstart": quickstart,
     "profile": profile,
+    "headroom": headroom,
     "train": train,
     "evaluate": evaluate,
     "report": report,

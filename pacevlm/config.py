@@ -334,6 +334,38 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class HeadroomConfig:
+    """How it is measured what a controller could gain.
+
+    Attributes:
+        num_examples: training examples that run with every configuration, unless their outcomes are known; as many as
+            the lookup table is fitted on if None.
+        num_moved: how many of them also run with the picture moved by one pixel; 0 leaves that out.
+        latency_token: also measure what is learnable from the latency token's output; every example's first block runs
+            at every tier.
+        margin: bounds are this many times the predicted latency instead of the run's, as a machine with little noise
+            would have them, 1.2 for example.
+        seed: of folds, trees, resamples and the untrained latency token.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    num_examples: int | None = None
+    num_moved: int = 200
+    latency_token: bool = True
+    margin: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole(self, 5, MAX_COUNT, "num_examples", optional=True)
+        check_whole(self, 0, MAX_COUNT, "num_moved")
+        check_whole(self, 0, MAX_SEED, "seed")
+        if self.margin is not None:
+            check_real(self, 1, 100, "margin")
+
+
+@dataclass(frozen=True)
 class ImportanceConfig:
     """How the order in which blocks are given up is measured.
 

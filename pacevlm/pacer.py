@@ -286,8 +286,8 @@ class Pacer:
             points: points of accuracy that it may cost; the highest price that keeps it.
 
         Raises:
-            ConfigError: not one of the two was given, no price is so fast, or prices were not calibrated.
-            BudgetError: the mean latency is no positive, finite number.
+            ConfigError: not one of the two was given or it is no such number, no price is so fast, or prices were not
+                calibrated.
         """
         if self.prices is None:
             raise ConfigError("prices were not calibrated with this controller; train and calibrate it again")

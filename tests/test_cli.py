@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 import typing
@@ -19,6 +20,8 @@ from pacevlm import cli, options
 from pacevlm.cli import COMMANDS, main
 from pacevlm.console import RichReporter, print_answer
 from pacevlm.errors import DataError
+from pacevlm.pacer import read_prices
+from pacevlm.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -580,6 +583,49 @@ def test_evaluate_and_report_print_the_table(run_dir: Path, capsys: pytest.Captu
     assert (run_dir / "report.html").exists()
 
 
+def test_headroom_is_measured_stored_and_shown_by_the_next_report(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pacevlm.evaluation.headroom_summary import headroom_sentence, read_headroom
+
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    words = ["headroom", "--run-dir", copy, "--num-examples", "10", "--num-moved", "3", "--margin", "1.2"]
+    assert run(*words) == 0
+    results = read_headroom(copy / "headroom.json")
+    sentence = headroom_sentence(results)
+    assert sentence in " ".join(capsys.readouterr().out.split())
+    assert (results["num_examples"], results["moved"]["num_examples"]) == (10, 3)
+    assert [budget["fraction"] for budget in results["budgets"]] == [0.8, 1.2]
+    assert set(results["models"]) == {"stage1", "both_stages"}
+    # Outcomes are kept, of moved pictures too, and nothing depends on what was known.
+    known = (copy / "outcomes.jsonl").read_bytes()
+    assert run(*words) == 0
+    assert read_headroom(copy / "headroom.json") == results
+    assert (copy / "outcomes.jsonl").read_bytes() == known
+    assert run("report", "--run-dir", copy) == 0
+    assert sentence[:40] in (copy / "report.html").read_text()
+
+
+def test_headroom_needs_a_profile_enough_pictures_and_its_library(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("headroom", "--run-dir", tmp_path) == 2
+    assert "settings of a run" in capsys.readouterr().err
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    assert run("headroom", "--run-dir", copy, "--num-examples", "4") == 2
+    assert "num_examples is 4; it must be a whole number from 5" in " ".join(
+        capsys.readouterr().err.replace("│", " ").split()
+    )
+    (copy / "steps.json").unlink()
+    assert run("headroom", "--run-dir", copy) == 2
+    assert "holds no finished profile; run `pacevlm profile" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert run("headroom", "--run-dir", copy) == 2
+    assert "sklearn is not installed; pip install 'pacevlm[" in capsys.readouterr().err.replace("import of ", "")
+
+
 def test_a_run_made_with_a_settings_file_goes_on_with_it(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -610,8 +656,34 @@ def test_answer_prints_text_or_json(run_dir: Path, tmp_path: Path, capsys: pytes
     assert run(*arguments, "--budget-ms", "0.001", "--json") == 0
     values = json.loads(capsys.readouterr().out)
     assert (values["feasible"], values["budget_met"], values["knobs"]) == (False, False, "low/2/3")
+    default = values["price"]
     assert values["measured_ms"] > 0
     assert values["drift_factor"] == 1.0
+    assert run(*arguments, "--budget-ms", "1e6", "--price", "12.5", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["price"] == 12.5
+    assert run("prices", "--run-dir", run_dir) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [float(line.split()[0]) for line in lines[1:-1]] == [0.0, *TrainConfig(run_dir, max_price=64.0).prices[1:]]
+    assert [float(line.split()[0]) for line in lines if line.endswith("default")] == [default]
+
+
+def test_prices_are_found_for_a_latency_or_a_loss(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["prices", "--run-dir", run_dir]
+    for option, place in ((("--points", "100"), -1), (("--mean-ms", "1e6"), 0)):
+        assert run(*arguments, *option) == 0
+        row = capsys.readouterr().out.splitlines()[1]
+        assert float(row.split()[0]) == read_prices(run_dir).points[place].price
+    for words, message in (
+        (("--points", "-1"), "points is -1.0"),
+        (("--points", "nan"), "points is nan"),
+        (("--mean-ms", "0"), "mean_ms is 0.0"),
+        (("--mean-ms", "1e-6"), "no price brings"),
+        (("--mean-ms", "5", "--points", "1"), "give either"),
+    ):
+        assert run(*arguments, *words) == 2
+        assert message in capsys.readouterr().err
+    assert run("prices", "--run-dir", run_dir / "train") == 2
+    assert "bundle.json" in capsys.readouterr().err
 
 
 def test_answer_remembers_drift(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -740,6 +812,9 @@ def test_a_sample_without_its_library_says_what_to_install(tmp_path: Path) -> No
         ({"image": "nothing.png"}, "nothing.png"),
         ({"question": " "}, "question"),
         ({"budget": "-3"}, "budget_ms is -3.0"),
+        ({"price": "-3"}, "price is -3.0; it must be a number from 0 to 1000"),
+        ({"price": "nan"}, "price is nan"),
+        ({"price": "dear"}, "price"),
         ({"run": "nowhere"}, "nowhere"),
     ],
 )
@@ -750,8 +825,9 @@ def test_answer_refuses_unusable_input(
 
     image = tmp_path / "image.png"
     Image.new("RGB", (40, 30)).save(image)
-    values = {"image": str(image), "question": "Which?", "budget": "50", "run": str(run_dir)} | changes
+    values = {"image": str(image), "question": "Which?", "budget": "50", "price": "0", "run": str(run_dir)} | changes
     arguments = [values["image"], values["question"], "--budget-ms", values["budget"], "--run-dir", values["run"]]
+    arguments += ["--price", values["price"]]
     assert run("answer", *arguments) == 2
     assert message in capsys.readouterr().err
 

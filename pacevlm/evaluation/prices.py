@@ -19,7 +19,7 @@ from pacevlm.artefact import MAX_MS, Count, Ms, Range, load_artefact, save_artef
 from pacevlm.checks import as_float, shown
 from pacevlm.errors import CheckpointError, ConfigError, DataError
 from pacevlm.evaluation.statistics import FloatArray, Interval, percentile_interval, resampled_means
-from pacevlm.knobs import MAX_PRICE, check_budget_ms, check_price
+from pacevlm.knobs import MAX_PRICE, check_price
 
 PRICES_KIND, PRICES_SCHEMA_VERSION = "prices", 1
 DEFAULT_COST = 0.1
@@ -139,10 +139,11 @@ class PriceTable:
         """The lowest price at which requests take at most so many milliseconds on average, on the machine as profiled.
 
         Raises:
-            BudgetError: the latency is no positive, finite number.
-            ConfigError: no price makes them so fast.
+            ConfigError: no price makes them so fast, or the latency is no positive, finite number.
         """
-        most = check_budget_ms(mean_ms)
+        most = as_float(mean_ms)
+        if most is None or most <= 0:
+            raise ConfigError(f"mean_ms is {shown(mean_ms)}; it must be a positive, finite number of milliseconds")
         for point in self.points:
             if point.latency.mean * self.full_ms <= most:
                 return point

@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from pacevlm.artefact import Ms, Share, typed
 from pacevlm.errors import DataError
+from pacevlm.evaluation.headroom_summary import (
+    headroom_sentence,
+    headroom_warnings,
+    learned_share,
+    moved_sentence,
+    text_tables,
+)
 from pacevlm.evaluation.plots import plot_front, plot_knobs, plot_pareto
 from pacevlm.evaluation.summary import describe_fronts, interval_text, milliseconds, percent, sort_policies
 from pacevlm.files import write_text_atomic
@@ -76,6 +83,7 @@ def write_report(
     samples: Sequence[AnsweredQuestion] = (),
     config: Mapping[str, Any] | None = None,
     command: str | None = None,
+    headroom: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `report.html`, a single file that loads nothing from anywhere.
 
@@ -85,6 +93,7 @@ def write_report(
         samples: answered questions to show, with thumbnails.
         config: the run's resolved configuration, ready for JSON.
         command: the command that ran.
+        headroom: as `read_headroom` gives it, if it was measured.
 
     Raises:
         DataError: the results hold no budgets.
@@ -109,7 +118,8 @@ def write_report(
     )
     text = environment.from_string(source).render(
         results=results,
-        tiles=_tiles(results),
+        tiles=_tiles(results, headroom),
+        headroom=None if headroom is None else _headroom(headroom),
         groups=[_group(budget) for budget in results["budgets"]],
         pareto=pareto,
         knobs=knobs,
@@ -122,7 +132,7 @@ def write_report(
     write_text_atomic(path, text)
 
 
-def _tiles(results: Mapping[str, Any]) -> list[dict[str, str]]:
+def _tiles(results: Mapping[str, Any], headroom: Mapping[str, Any] | None) -> list[dict[str, str]]:
     """The numbers at the top, each with a title and a note; what cannot be computed is left out."""
     tiles = []
 
@@ -136,6 +146,10 @@ def _tiles(results: Mapping[str, Any]) -> list[dict[str, str]]:
     if average:
         value = f"{percent(average['mean'], signed=True)} points"
         add("controller vs lookup table, mean over budgets", value, range_text(average, signed=True))
+    share = None if headroom is None else learned_share(headroom, results)
+    if headroom is not None and share is not None:
+        note = f"learnable: {interval_text(headroom['learnable'], signed=True)} points"
+        add("controller's gain, of what is learnable", f"{percent(share, digits=0)} %", note)
     if results["gap_closed"]:
         add(
             "gap from lookup table to oracle closed",
@@ -160,6 +174,22 @@ def _tiles(results: Mapping[str, Any]) -> list[dict[str, str]]:
         note = f"{milliseconds(latency['p50'])} ms p50, {milliseconds(latency['p95'])} ms p95"
         add("full model", f"{percent(results['full']['accuracy'])} %", note)
     return tiles
+
+
+def _headroom(headroom: Mapping[str, Any]) -> dict[str, Any]:
+    """What is shown of the headroom, all as text."""
+    sentences = [headroom_sentence(headroom)]
+    if headroom["moved"]:
+        sentences.append(moved_sentence(headroom["moved"]))
+    facts = (
+        f"{headroom['num_examples']} training examples, {headroom['num_pictures']} pictures, {headroom['guardrail']}"
+    )
+    return {
+        "sentences": sentences,
+        "warnings": headroom_warnings(headroom),
+        "tables": text_tables(headroom),
+        "facts": facts,
+    }
 
 
 def _group(budget: Mapping[str, Any]) -> dict[str, Any]:

@@ -387,15 +387,15 @@ def describe_fronts(fronts: Mapping[str, Any] | None) -> list[str]:
     """Mean latencies at equal accuracy, and what the default price gives, one line each."""
     if not fronts:
         return []
-    lines = ["mean latency at equal accuracy, the price of time chosen for it:"]
+    lines = ["mean latency at equal accuracy (the controller's as a ratio):"]
     for row in fronts["equal_accuracy"]:
         others = [
-            f"{ratio_text(row['ratio'][name])} of {name.replace('_', ' ')}'s {milliseconds(row['mean_ms'][name])}"
+            f"{name.replace('_', ' ')} {milliseconds(row['mean_ms'][name])} ms ({ratio_text(row['ratio'][name])})"
             for name in sort_policies(row["ratio"])
             if row["ratio"][name]
         ]
         own = f"controller {milliseconds(row['mean_ms'].get('controller'))} ms"
-        lines.append(f"{row['points_below']} points below full knobs: {', '.join([own, *others])}")
+        lines.append(f"{row['points_below']} points below full: {', '.join([own, *others])}")
     if fronts["default"]:
         default = fronts["default"]
         lines.append(

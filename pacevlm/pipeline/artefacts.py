@@ -11,7 +11,7 @@ from pathlib import Path
 from pacevlm.errors import ConfigError, StorageError
 from pacevlm.evaluation import sweep
 from pacevlm.pipeline.lock import LOCK_NAME
-from pacevlm.pipeline.outputs import DRAWN_NAMES, RECORDS_NAME, RESULTS_NAME, SHOWN_NAME
+from pacevlm.pipeline.outputs import DRAWN_NAMES, HEADROOM_NAME, RECORDS_NAME, RESULTS_NAME, SHOWN_NAME
 from pacevlm.pipeline.run_config import CONFIG_NAME, RunConfig, is_run_config
 from pacevlm.pipeline.step_log import STEP_LOG_NAME
 from pacevlm.training.trainer import CHECKPOINT_NAME, METRICS_NAME, RUN_NAME, TENSORBOARD_NAME
@@ -154,7 +154,7 @@ def _file_names(config: RunConfig) -> tuple[str, ...]:
         for name in (*made_files(config, step), *source_files(config, step))
     ]
     return (
-        *(STEP_LOG_NAME, *itertools.chain(*PARTIAL_NAMES.values()), *steps),
+        *(STEP_LOG_NAME, *itertools.chain(*PARTIAL_NAMES.values()), HEADROOM_NAME, *steps),
         *(f"{train}/{name}" for name in _TRAIN_FILES),
         CONFIG_NAME,
     )

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 from pacevlm.artefact import load_artefact, save_artefact, typed
 from pacevlm.config import config_to_dict
 from pacevlm.errors import DataError
+from pacevlm.evaluation.headroom_summary import read_headroom
 from pacevlm.evaluation.plots import plot_front, plot_knobs, plot_pareto
 from pacevlm.evaluation.records import EvaluationRecord, read_records, write_records
 from pacevlm.evaluation.report import AnsweredQuestion, write_report
@@ -18,6 +19,7 @@ from pacevlm.pipeline.run_config import RunConfig
 from pacevlm.types import Example
 
 RECORDS_NAME, RESULTS_NAME, SHOWN_NAME, REPORT_NAME = "records.jsonl", "results.json", "shown.json", "report.html"
+HEADROOM_NAME = "headroom.json"
 PARETO_STEM, KNOBS_STEM, FRONT_STEM = "pareto", "knobs", "front"
 # What is drawn from the other files, and can be drawn again.
 DRAWN_NAMES = (
@@ -76,7 +78,9 @@ def draw_outputs(config: RunConfig) -> None:
         plot_front(results, run_dir / FRONT_STEM)
     settings = config_to_dict(config)
     del settings["run_dir"]  # it may move
-    write_report(results, run_dir / REPORT_NAME, samples=samples, config=settings, command=command)
+    measured = run_dir / HEADROOM_NAME
+    headroom = read_headroom(measured) if measured.is_file() else None
+    write_report(results, run_dir / REPORT_NAME, samples=samples, config=settings, command=command, headroom=headroom)
 
 
 class _Shown(TypedDict):

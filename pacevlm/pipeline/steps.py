@@ -51,10 +51,11 @@ from pacevlm.pipeline.artefacts import (
     PRICES_NAME,
     PROFILE_GUARDRAIL_NAME,
     PROFILE_NAME,
+    remove_file,
     remove_training,
 )
 from pacevlm.pipeline.context import RunContext, saying_how_to_go_on
-from pacevlm.pipeline.outputs import write_outputs
+from pacevlm.pipeline.outputs import HEADROOM_NAME, write_outputs
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.request.profiling import measure_profile
 from pacevlm.request.run import run_request
@@ -72,6 +73,7 @@ NUM_TRANSFER = 25
 
 def profile_step(run: RunContext) -> dict[str, Any]:
     """Time requests, fit and calibrate the estimator, and learn how long answers get."""
+    remove_file(run.run_dir / HEADROOM_NAME)  # which is of an earlier profile
     config = run.config.profile
     if config.source is None:
         _measure_profile(run, config.num_samples, config.repeats)
@@ -206,7 +208,7 @@ def lookup_step(run: RunContext) -> dict[str, Any]:
 def train_step(run: RunContext) -> dict[str, Any]:
     """Train the controller, or go on with its training."""
     config, pacing = run.config.train_config, run.pacing(PROFILE_GUARDRAIL_NAME)
-    controller = _new_controller(run, config.seed)
+    controller = new_controller(run, config.seed)
     trainer = Trainer(
         controller,
         run.engine,
@@ -246,7 +248,8 @@ def _remove_outdated_training(trainer: Trainer) -> None:
     remove_training(folder)
 
 
-def _new_controller(run: RunContext, seed: int) -> Controller:
+def new_controller(run: RunContext, seed: int) -> Controller:
+    """An untrained controller of this run; its weights follow from the seed alone."""
     model = run.model
     example = run.splits.train[0]
     prompt = model.adapter.encode_question(example.question)

@@ -172,8 +172,8 @@ def test_terminal_shows_latency_at_equal_accuracy_and_the_default_price(results:
     row = results["fronts"]["equal_accuracy"][0]
     own, table = (f"{row['mean_ms'][name]:.1f}" for name in ("controller", "lookup_table"))
     assert (
-        f"2 points below full knobs: controller {own} ms, 0.80 [0.80, 0.80] of lookup table's {table}, "
-        f"0.67 [0.67, 0.67] of fixed's {row['mean_ms']['fixed']:.1f}" in lines
+        f"2 points below full: controller {own} ms, lookup table {table} ms (0.80 [0.80, 0.80]), "
+        f"fixed {row['mean_ms']['fixed']:.1f} ms (0.67 [0.67, 0.67])" in lines
     )
     assert any(line.startswith("default price 4: -3.0 [") for line in lines)
     assert not any("default price" in line for line in format_summary({**results, "fronts": None}).splitlines())
