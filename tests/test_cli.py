@@ -179,6 +179,8 @@ BY_NAME: dict[str, list[str]] = {
     "train.max-tightening": ["1", "1.5"],
     "train.min-budget": ["0.2"],
     "train.max-budget": ["2"],
+    "train.min-price": ["0.5"],
+    "train.max-price": ["9", "0"],
     "picture.background": ["white", "#102030"],
 }
 NEEDED = {
@@ -453,7 +455,7 @@ def test_what_models_and_data_sets_say_cannot_either(capsys: pytest.CaptureFixtu
     with RichReporter() as reporter:
         reporter.started(HOSTILE)
         reporter.warned("lookup", HOSTILE)
-        reporter.finished("calibrate", 1.0, {"num_requests": 3, "factors": {HOSTILE: 1.0}})
+        reporter.finished("calibrate", 1.0, {"num_requests": 3, "factors": {HOSTILE: 1.0}, "default_price": 2.0})
         reporter.progress(HOSTILE, 1, 2, HOSTILE)
     captured = capsys.readouterr()
     for text in (captured.out, captured.err):

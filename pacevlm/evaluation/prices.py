@@ -219,6 +219,7 @@ def summarise_fronts(
     *,
     budget_ms: float,
     default_price: float = 0.0,
+    measured_ms: Mapping[str, ArrayLike] | None = None,
     num_resamples: int = NUM_FRONT_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -230,6 +231,7 @@ def summarise_fronts(
         prices: points of accuracy per full latency, `(prices,)`.
         budget_ms: the budget of all requests.
         default_price: one of the prices; what is used where none is given.
+        measured_ms: by policy, of examples timed alone without a price and at the default one, `(2, examples)`.
         num_resamples, seed: bootstrap resamples of the examples, shared by all intervals.
     """
     columns = [np.asarray(full_accuracy, dtype=np.float64)[None]]
@@ -267,6 +269,7 @@ def summarise_fronts(
             "price": default_price,
             "change": interval(own[:, place] - own[:, 0]),
             "latency_ratio": interval(own_ms[:, place] / own_ms[:, 0]),
+            "measured": {name: _compare_times(np.asarray(ms), seed) for name, ms in (measured_ms or {}).items()},
         }
     return {
         "budget_ms": budget_ms,
@@ -281,3 +284,11 @@ def summarise_fronts(
         "equal_accuracy": [compare(points) for points in POINTS_BELOW],
         "default": default,
     }
+
+
+def _compare_times(measured_ms: FloatArray, seed: int) -> dict[str, Any]:
+    """Mean times without a price and at one, `(2, examples)`, and their ratio."""
+    means = measured_ms.mean(axis=1)
+    resamples = resampled_means(measured_ms.T, num_resamples=NUM_FRONT_RESAMPLES, seed=seed)
+    ratio = percentile_interval(float(means[1] / means[0]), resamples[:, 1] / resamples[:, 0])
+    return {"free_ms": float(means[0]), "priced_ms": float(means[1]), "ratio": ratio.to_dict(), "n": len(measured_ms.T)}

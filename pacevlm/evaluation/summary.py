@@ -116,10 +116,18 @@ class _EqualEntry(TypedDict):
     ratio: dict[Text, _IntervalEntry | None]
 
 
+class _MeasuredEntry(TypedDict):
+    free_ms: Ms
+    priced_ms: Ms
+    ratio: _IntervalEntry
+    n: Count
+
+
 class _DefaultEntry(TypedDict):
     price: _Price
     change: _IntervalEntry
     latency_ratio: _IntervalEntry
+    measured: dict[Text, _MeasuredEntry]
 
 
 class _FrontsEntry(TypedDict):
@@ -402,6 +410,11 @@ def describe_fronts(fronts: Mapping[str, Any] | None) -> list[str]:
             f"default price {default['price']:g}: {interval_text(default['change'], signed=True)} points, "
             f"{ratio_text(default['latency_ratio'])} of the mean latency without a price"
         )
+        for name, row in default["measured"].items():
+            lines.append(
+                f"measured with it: {name.replace('_', ' ')} {milliseconds(row['priced_ms'])} ms on average, without a "
+                f"price {milliseconds(row['free_ms'])} ms: {ratio_text(row['ratio'])}, {row['n']} questions"
+            )
     return lines
 
 

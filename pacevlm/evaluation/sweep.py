@@ -39,8 +39,8 @@ Progress = Callable[[str, int, int], None]
 # A lookup table is fitted at so many budgets besides those asked for, from half the lowest to 1.5 times the highest:
 # bounds that follow the machine are as good as budgets in between.
 NUM_TABLE_BUDGETS = 32
-# What an unfinished evaluation leaves: timed requests, and choices.
-PARTIAL_NAMES = ("evaluate.partial.jsonl", "choices.partial.jsonl")
+# What an unfinished evaluation leaves: timed requests, choices, and requests timed at prices.
+PARTIAL_NAMES = ("evaluate.partial.jsonl", "choices.partial.jsonl", "prices.partial.jsonl")
 # Examples that a policy chooses for at once, and whose choices are then kept.
 CHUNK = 128
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pacevlm.baselines.fixed import FixedPolicy
 from pacevlm.baselines.lookup_table import LookupTable
@@ -27,6 +28,7 @@ from pacevlm.evaluation.sweep import (
     run_prices,
     summarise_answers,
 )
+from pacevlm.evaluation.timed import time_requests
 from pacevlm.identity import Identity
 from pacevlm.latency.calibrate import coverage, fit_latency, full_p50_ms
 from pacevlm.latency.conformal import min_num_scores
@@ -454,11 +456,39 @@ def measure_fronts(run: RunContext, policies: Sequence[Policy], examples: Sequen
         for name, policy in priced.items()
     }
     full = run.engine.run([(example, run.model.knob_space.full) for example in examples])
+    default_price = PriceTable.load(run.run_dir / PRICES_NAME).default_price
     return summarise_fronts(
         fronts,
         [outcome.accuracy for outcome in full],
         prices,
         budget_ms=objective.budget_ms,
-        default_price=PriceTable.load(run.run_dir / PRICES_NAME).default_price,
+        default_price=default_price,
+        measured_ms=_time_default_price(run, policies, examples, default_price) if default_price else None,
         seed=run.config.evaluate.seed,
     )
+
+
+def _time_default_price(
+    run: RunContext, policies: Sequence[Policy], examples: Sequence[Example], price: float
+) -> dict[str, NDArray[np.float64]]:
+    """Times of controller and lookup table without a price and at one, by policy, `(2, examples)`, milliseconds."""
+    config, loose = run.config.evaluate, run.loose_objective
+    if not config.num_timed:
+        return {}
+    with use_num_threads(run.config.profile.num_threads):
+        timed = time_requests(
+            run.model,
+            [policy for policy in policies if policy.name in ("controller", "lookup_table")],
+            examples,
+            [loose, dataclasses.replace(loose, price=price)],
+            run.pacing(),
+            # Everything is warm by now.
+            dataclasses.replace(config, num_warmup=0),
+            run.count("timed requests at prices"),
+            run.run_dir / PARTIAL_NAMES["evaluate"][2],
+        )
+    drawn = sorted({place for _, _, place in timed.runs})
+    return {
+        name: np.array([[timed.runs[name, at, place].measured_ms for place in drawn] for at in range(2)])
+        for name in sorted({name for name, _, _ in timed.runs})
+    }

@@ -144,7 +144,10 @@ def make_fronts(num_examples: int = 200) -> dict[str, Any]:
         name: Front(accuracy, slower * latency_ms)
         for name, slower in (("controller", 1.0), ("lookup_table", 1.25), ("fixed", 1.5))
     }
-    return summarise_fronts(fronts, accuracy[0], (0.0, 4.0, 16.0, 64.0), budget_ms=150.0, default_price=4.0)
+    measured_ms = {"controller": [[10.0, 30.0], [8.0, 24.0]]}
+    return summarise_fronts(
+        fronts, accuracy[0], (0.0, 4.0, 16.0, 64.0), budget_ms=150.0, default_price=4.0, measured_ms=measured_ms
+    )
 
 
 @pytest.fixture(scope="session")
