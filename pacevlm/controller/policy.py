@@ -24,6 +24,8 @@ from pacevlm.controller.features import (
     num_size_features,
     size_features,
     thumbnail_features,
+    tier_costs,
+    time_costs,
 )
 from pacevlm.controller.objective import ObjectiveEncoder
 from pacevlm.controller.policy_interface import PolicyInput
@@ -165,7 +167,7 @@ class Controller(nn.Module):
         parts = [self.objective_encoder.feature_array(request.objective), np.array(sizes, dtype=np.float32)]
         if self.config.thumbnail:
             parts.append(thumbnail_features(request))
-        parts.append(request.view.question_embedding.detach().float().cpu().numpy())
+        parts += [request.view.question_embedding.detach().float().cpu().numpy(), tier_costs(request)]
         return np.concatenate(parts)
 
     def stage1_logits(self, features: Tensor, tier_mask: Tensor | None = None) -> Tensor:
@@ -193,7 +195,7 @@ class Controller(nn.Module):
     def stage2_logits(
         self,
         latency_token_outputs: Tensor,
-        objectives: Sequence[Objective],
+        requests: Sequence[PolicyInput],
         tier_indices: Sequence[int] | Tensor,
         compute_mask: Tensor | None = None,
     ) -> Tensor:
@@ -201,7 +203,7 @@ class Controller(nn.Module):
 
         Args:
             latency_token_outputs: the latency token behind the first block, `(batch, d_model)`, any float type.
-            objectives: one per row.
+            requests: one per row.
             tier_indices: the tier that stage 1 chose for each row, whole numbers `(batch,)`.
             compute_mask: boolean `(batch, top_ks, num_blocks)`; the logits of choices that it rules out become -inf.
 
@@ -209,19 +211,23 @@ class Controller(nn.Module):
             DataError: shapes do not fit.
             KnobError: a tier index is outside the knob space, or a row of the mask admits nothing.
         """
-        objective_features = self.objective_encoder.features(objectives)
+        objective_features = self.objective_encoder.features([request.objective for request in requests])
         tiers = torch.as_tensor(tier_indices, dtype=torch.long)
         expected = (len(objective_features), self.d_model)
         if latency_token_outputs.shape != expected or tiers.shape != expected[:1]:
             raise DataError(
                 f"latency token outputs have shape {tuple(latency_token_outputs.shape)} and tier indices "
-                f"{tuple(tiers.shape)}; {expected[0]} objectives need {expected} and {expected[:1]}"
+                f"{tuple(tiers.shape)}; {expected[0]} requests need {expected} and {expected[:1]}"
             )
         num_tiers = len(self.knob_space.tiers)
         if bool(((tiers < 0) | (tiers >= num_tiers)).any()):
             raise KnobError(f"tier indices {tiers.tolist()} must lie in 0..{num_tiers - 1}: {self.knob_space.tiers}")
+        costs = np.stack([time_costs(request)[i] for request, i in zip(requests, tiers.tolist(), strict=True)])
         logits: Tensor = self.stage2(
-            latency_token_outputs.to(objective_features), objective_features, tiers.to(objective_features.device)
+            latency_token_outputs.to(objective_features),
+            objective_features,
+            tiers.to(objective_features.device),
+            torch.from_numpy(costs).to(objective_features),
         )
         return logits if compute_mask is None else mask_logits(logits, compute_mask)
 
@@ -345,5 +351,6 @@ class ControllerPolicy:
                 f"{self.controller.d_model} gives ({self.controller.d_model},)"
             )
         output = latency_token_output.detach().float().cpu().numpy()
-        logits = self._stage2(output, self.controller.objective_encoder.feature_array(request.objective), tier_index)
+        features = self.controller.objective_encoder.feature_array(request.objective)
+        logits = self._stage2(output, features, tier_index, time_costs(request)[tier_index])
         return space.compute(best_action(logits.reshape(-1), mask))

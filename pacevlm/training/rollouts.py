@@ -216,14 +216,14 @@ def tier_log_probs(controller: Controller, features: Tensor, contexts: Contexts)
 def compute_log_probs(controller: Controller, engine: Rollouts, contexts: Contexts, visits: Visits) -> Tensor:
     """Log-probabilities of stage 2's choices at each rollout's own tier, `(batch, group, computes)`, on the CPU."""
     visited_contexts, visited_tiers = visits.context.tolist(), visits.tier.tolist()
-    objectives = contexts.objectives
-    tokens = controller.latency_tokens(objectives)
+    tokens = controller.latency_tokens(contexts.objectives)
     outputs = engine.latency_token_outputs(
         [contexts.examples[context] for context in visited_contexts],
         [controller.knob_space.tiers[tier] for tier in visited_tiers],
         tokens.index_select(0, visits.context.to(tokens.device)),
     )
-    logits = controller.stage2_logits(outputs, [objectives[context] for context in visited_contexts], visits.tier)
+    requests = [contexts.requests[context] for context in visited_contexts]
+    logits = controller.stage2_logits(outputs, requests, visits.tier)
     log_probs = masked_log_softmax(logits.flatten(1).cpu(), contexts.mask[visits.context, visits.tier])
     # index_select: the gradient of plain indexing adds up in an order that depends on the threads.
     return log_probs.index_select(0, visits.of_rollout.flatten()).view(*visits.of_rollout.shape, -1)

@@ -64,7 +64,7 @@ def make_request(space: KnobSpace) -> Callable[..., PolicyInput]:
         defaults = {
             "view": RequestView(**looks),
             "objective": Objective(values.pop("budget_ms", budget_ms), price=float(generator.choice(PRICES))),
-            "bounds_ms": np.zeros(space.shape),
+            "bounds_ms": np.cumsum(generator.uniform(1, 9, len(space))).reshape(space.shape),
             "feasible": random_mask(generator, space),
             "any_feasible": True,
             "example_id": f"example-{seed}",

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from pacevlm.controller.array_stages import ArrayStage1, ArrayStage2, ArrayToken
+from pacevlm.controller.features import time_costs
 from pacevlm.controller.policy import Controller
 from pacevlm.images import open_picture
 
@@ -43,8 +44,8 @@ def test_they_compute_what_the_modules_compute(controller: Controller, make_requ
             (token(objective_features), controller.latency_tokens(objective)[0]),
             (stage1(features), controller.stage1_logits(controller.stage1_features([request]))[0]),
             (
-                stage2(output, objective_features, tier),
-                controller.stage2_logits(torch.from_numpy(output)[None], objective, [tier])[0],
+                stage2(output, objective_features, tier, time_costs(request)[tier]),
+                controller.stage2_logits(torch.from_numpy(output)[None], [request], [tier])[0],
             ),
         )
         for array, tensor in pairs:

@@ -59,8 +59,8 @@ def test_a_loaded_controller_answers_the_same_to_the_bit(
             for c, d in [(controller, loaded)]
         ],
         (
-            controller.stage2_logits(outputs, objectives, [0, 1, 2, 0, 1, 2]),
-            loaded.stage2_logits(outputs, objectives, [0, 1, 2, 0, 1, 2]),
+            controller.stage2_logits(outputs, requests, [0, 1, 2, 0, 1, 2]),
+            loaded.stage2_logits(outputs, requests, [0, 1, 2, 0, 1, 2]),
         ),
     ):
         assert torch.equal(one, other)

@@ -43,7 +43,7 @@ def test_every_choice_is_admitted_and_the_best_that_is(
         torch.testing.assert_close(tier_logits[space.tiers.index(knobs.tier)], best, atol=1e-5, rtol=0)
         tier = space.tiers.index(knobs.tier)
         outputs = controller.latency_tokens([request.objective])
-        pair_logits = controller.stage2_logits(outputs, [request.objective], [tier])[0]
+        pair_logits = controller.stage2_logits(outputs, [request], [tier])[0]
         pair = pair_logits[space.top_ks.index(knobs.top_k), space.num_blocks.index(knobs.num_blocks)]
         best = pair_logits[torch.tensor(request.feasible[tier])].max()
         torch.testing.assert_close(pair, best, atol=1e-5, rtol=0)
