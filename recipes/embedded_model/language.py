@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pacevlm.data.elements import ELEMENT_FAMILIES
 from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.blocks import MolmoEBlock, rope_tables
 from recipes.embedded_model.corpus import PackedBatch
@@ -48,8 +49,9 @@ def router_flatness_loss(router_logits: Tensor) -> Tensor:
     return 1 - entropy / math.log(router_logits.shape[-1])
 
 
-# Questions that need several steps are rarer and slower to learn.
+# Questions that need several steps, or a fact, are rarer and slower to learn.
 FAMILY_WEIGHTS = {"product": 3.0, "sum": 2.5, "difference": 2.0, "right_of": 2.0, "read": 1.5}
+FAMILY_WEIGHTS |= dict.fromkeys(ELEMENT_FAMILIES, 3.0)
 
 
 def training_loss(
