@@ -184,10 +184,10 @@ def sample(arguments: Sequence[str]) -> None:
       pacevlm sample pictures/seven.png --index 7
     """
     options = parse_options(sample, SampleOptions, arguments)
-    from pacevlm.data.digits import DigitVQA
+    from pacevlm.data.digit_tasks import load_digits
     from pacevlm.files import write_new
 
-    example = DigitVQA("test", options.index + 1, options.seed)[options.index]
+    example = load_digits("test", options.index + 1, seed=options.seed)[options.index]
     content = io.BytesIO()
     example.image.save(content, "PNG")
     write_new(options.path, content.getvalue(), overwrite=options.overwrite)

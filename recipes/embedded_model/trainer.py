@@ -106,7 +106,7 @@ STAGES = (
 FURTHER_STAGES = (
     Stage(
         "tasks",
-        2000,
+        1500,
         24,
         1e-3,
         (2, 6, 12, 12),
@@ -298,6 +298,7 @@ class EmbeddedTrainer:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             averages: dict[str, float] = {}
             last_save = last_log = time.monotonic()
+            last_logged = state.step
             while state.step < stage.steps:
                 for group in optimizer.param_groups:
                     group["lr"] = self._lr(stage, state.step)
@@ -315,8 +316,8 @@ class EmbeddedTrainer:
                         averages[name] = 0.9 * averages.get(name, value) + 0.1 * value
                 now = time.monotonic()
                 if self.rank == 0 and state.step % 25 == 0:
-                    seconds = (now - last_log) / 25
-                    last_log = now
+                    seconds = (now - last_log) / (state.step - last_logged)
+                    last_log, last_logged = now, state.step
                     self._log(stage, averages, seconds)
                 if self.rank == 0 and (stop or now - last_save > self.checkpoint_seconds):
                     self._save(optimizer)
