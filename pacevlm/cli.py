@@ -288,7 +288,7 @@ def importance(arguments: Sequence[str]) -> None:
         result = measure_importance(
             model,
             examples,
-            config.min_num_blocks,
+            config.min_num_blocks or model.knob_space.num_blocks[0],
             num_candidates=config.num_candidates,
             metric=data.metric,
             progress=lambda done, total: reporter.progress("sets of blocks", done, total),

@@ -405,7 +405,7 @@ class ImportanceConfig:
         dataset: `digits` or a JSON-lines file.
         metric: scores the answers; what the data set says if None.
         num_examples: examples that every candidate set of blocks is scored on; of `digits`, from the validation split.
-        min_num_blocks: the order ends where so many blocks are left.
+        min_num_blocks: the order ends where so many blocks are left; the fewest of the model's knob space if None.
         num_candidates: blocks tried per round after the first.
         dtype: number type of the weights in memory.
         device: `cpu` or `cuda`.
@@ -420,7 +420,7 @@ class ImportanceConfig:
     dataset: str = "digits"
     metric: MetricName | None = None
     num_examples: int = 400
-    min_num_blocks: int = 8
+    min_num_blocks: int | None = None
     num_candidates: int = 6
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
@@ -431,7 +431,8 @@ class ImportanceConfig:
         check_path("path", self.path)
         check_path("dataset", self.dataset)
         check_whole(self, 1, MAX_COUNT, "num_examples")
-        check_whole(self, 1, MAX_KNOB, "min_num_blocks", "num_candidates")
+        check_whole(self, 1, MAX_KNOB, "num_candidates")
+        check_whole(self, 1, MAX_KNOB, "min_num_blocks", optional=True)
         check_whole(self, 0, MAX_SEED, "seed")
 
 

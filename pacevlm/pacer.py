@@ -419,7 +419,7 @@ def _check_scale(folder: Path, model: ElasticModel, pacing: Pacing, kind: Budget
         picture_kind=picture_kind,
         num_bytes=min(100_000, picture.max_bytes),
     )
-    bound_ms = float(pacing.guardrail.upper_bounds_ms(sizes, pacing.max_new_tokens, kind)[-1, -1, -1])
+    bound_ms = float(pacing.guardrail.upper_bounds_ms(sizes, pacing.max_new_tokens, kind).max())
     if not 1 / MAX_BOUND_RATIO <= bound_ms / full_p50_ms <= MAX_BOUND_RATIO:
         raise CheckpointError(
             f"the bundle {folder} bounds a small request of the full configuration by {bound_ms:.3g} ms, but says that "

@@ -396,10 +396,9 @@ HOSTILE = "\x1b[2J\x1b]0;t\x07no\r\npacevlm: error: forged\u202e\u2028\x9b\udcff
 def start(*arguments: str | bytes, **changes: Any) -> subprocess.CompletedProcess[bytes]:
     """One command in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **changes.pop("env", {})}
-    program = "import sys; from pacevlm.cli import main; sys.exit(main())"
     words = [argument.encode() if isinstance(argument, str) else argument for argument in arguments]
     settings: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | changes
-    command = [sys.executable.encode(), b"-c", program.encode(), *words]
+    command = [sys.executable.encode(), b"-m", b"pacevlm", *words]
     return subprocess.run(command, env=environment, timeout=60, check=False, **settings)
 
 

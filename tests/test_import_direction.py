@@ -39,8 +39,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"server"}),
     frozenset({"console", "options"}),
     frozenset({"cli"}),
+    frozenset({"__main__"}),
 )
-ENTRY_POINTS = frozenset({"server", "cli"})  # nobody imports these
+ENTRY_POINTS = frozenset({"server", "cli", "__main__"})  # nobody imports these; `python -m pacevlm` starts cli
 BESIDE = ("recipes", "benchmarks", "scripts", "examples", "tests")  # they import the package, and it none of them
 
 # Optional libraries, and the only modules that may load them as they are imported. Everywhere else the import stands
@@ -129,7 +130,7 @@ def direction_faults(module: str, imports: list[Import]) -> Iterator[str]:
         if not is_within(item.module, "pacevlm"):
             continue
         imported = part_of(item.module)
-        if imported in ENTRY_POINTS and imported != importer:
+        if imported in ENTRY_POINTS and (importer, imported) not in ((imported, imported), ("__main__", "cli")):
             yield f"{where} imports {imported}, which nobody imports"
         elif importer is None or imported == importer:
             continue  # the package itself offers the public names; a part may import itself

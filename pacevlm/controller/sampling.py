@@ -12,11 +12,6 @@ from torch import Tensor
 from pacevlm.errors import DataError, KnobError
 
 
-def tier_masks(masks: Tensor) -> Tensor:
-    """Tiers in which anything is admitted: `(batch, tiers, top_ks, num_blocks)` gives `(batch, tiers)`, boolean."""
-    return masks.flatten(-2).any(dim=-1)
-
-
 def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
     """Put -inf where the mask rules an action out; those logits get no gradient.
 

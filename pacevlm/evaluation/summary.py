@@ -355,7 +355,7 @@ def format_summary(results: Mapping[str, Any]) -> str:
     from rich.text import Text
 
     dataset = results["dataset"]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("budget")
     table.add_column("policy")
     for name in ("accuracy %", "vs lookup table", "p50 ms", "p95 ms", "late %", "infeasible %"):

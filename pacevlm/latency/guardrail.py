@@ -159,9 +159,11 @@ def feasible_knobs(bounds_ms: Array, budgets_ms: ArrayLike) -> Feasibility:
     budgets = np.asarray(budgets_ms, np.float64)
     if budgets.shape != bounds_ms.shape[:1]:
         raise ProfileError(f"{len(bounds_ms)} requests need {len(bounds_ms)} budgets, not shape {budgets.shape}")
-    mask = bounds_ms <= budgets[:, None, None, None]
-    any_feasible: NDArray[np.bool_] = np.asarray(mask.any(axis=(1, 2, 3)))
-    mask[~any_feasible, 0, 0, 0] = True
+    mask = (budgets >= bounds_ms.T).T
+    any_feasible: NDArray[np.bool_] = np.asarray(mask.any(axis=tuple(range(1, mask.ndim))))
+    cheapest = np.zeros(mask.shape[1:], bool)
+    cheapest.flat[0] = True
+    mask[~any_feasible] = cheapest
     return Feasibility(mask, any_feasible)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pacevlm.errors import ImageError
 from pacevlm.types import VisionSizes
 
 # Tables of rotary positions, whose first dimension counts rows, or is 1 where all rows have the same.
@@ -86,6 +88,9 @@ class Adapter(ABC, Generic[PromptT, PreparedT]):
     so that the caller owns caches, masks and the choice of blocks. How a smaller top_k is applied (kept weights
     renormalised or not, shared experts, groups, biases) is the family's, and so is all of attention but the mask.
 
+    What does not fit yet: attention over a sliding window, image tokens that look at each other both ways, caches that
+    layers share, and blocks with a state instead of keys and values.
+
     A tier is a *vision budget* to the family: a whole number in a unit of its own, such as crops, patches or pixels.
 
     Attributes:
@@ -93,7 +98,8 @@ class Adapter(ABC, Generic[PromptT, PreparedT]):
         num_experts: experts per block; 1 for a dense model.
         trained_top_k: experts per token that the checkpoint was trained with; 1 for a dense model.
         d_model: width of the residual stream.
-        max_positions: most tokens of prompt and answer together.
+        max_positions: most tokens of prompt and answer that requests may use; buffers and profiles grow with it, so a
+            family with a long window says less.
         end_token_ids: ids that end an answer.
         cache_bytes_per_token: bytes of one token's keys and values in one block.
         device, dtype: where the weights are, and their type.
@@ -129,12 +135,19 @@ class Adapter(ABC, Generic[PromptT, PreparedT]):
 
     @abstractmethod
     def vision_sizes(self, height: int, width: int, vision_budget: int) -> VisionSizes:
-        """What an image becomes, from its size in pixels alone; raises ImageError for one that cannot be taken."""
+        """What an image becomes, from its size in pixels alone; raises ImageError for one that cannot be taken.
+
+        No number falls as the budget grows.
+        """
 
     def max_image_tokens(self, vision_budget: int) -> int:
-        """Image tokens of the largest pictures."""
-        shapes = ((4096, 4096), (2048, 8192), (8192, 2048))
-        return max(self.vision_sizes(*shape, vision_budget).num_image_tokens for shape in shapes)
+        """Most image tokens of any picture, found by trying large ones of many shapes."""
+        found = [0]
+        for short in (16384 >> i for i in range(8)):
+            for height, width in ((short, 16384), (16384, short)):
+                with suppress(ImageError):
+                    found.append(self.vision_sizes(height, width, vision_budget).num_image_tokens)
+        return max(found)
 
     @abstractmethod
     def prepare(self, image: Image.Image, prompt: PromptT, vision_budget: int) -> PreparedT:

@@ -98,7 +98,11 @@ class ElasticDecoder:
             x = _add(x, block, prompts)
         return [
             Prefix(
-                replace(prompt, hidden=x[i, :n]),
+                replace(
+                    prompt,
+                    hidden=x[i, :n],
+                    added={b: added for b, added in prompt.added.items() if b >= self.stage2_after},
+                ),
                 tuple(k[i, :, :n] for k, _ in kept),
                 tuple(v[i, :, :n] for _, v in kept),
             )

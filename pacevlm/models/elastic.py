@@ -192,6 +192,7 @@ class ElasticModel:
         # Whatever changes what the model answers, so that nothing remembered or measured outlives it.
         facts = {
             "dtype": str(dtype),
+            "end_token_ids": sorted(adapter.end_token_ids),
             "vision_budgets": budgets,
             "max_new_tokens": new_tokens,
             "removal": list(order.removal),

@@ -67,8 +67,8 @@ class GraphDecode:
     def load(self, block: int, keys: Tensor, values: Tensor) -> None:
         """Take over the prompt's keys and values of a block, each `(1, heads, tokens, head_dim)`."""
         if block not in self._caches:
-            shape = (1, keys.shape[1], self.max_positions, keys.shape[3])
-            self._caches[block] = (keys.new_zeros(shape), values.new_zeros(shape))
+            shapes = [(1, new.shape[1], self.max_positions, new.shape[3]) for new in (keys, values)]
+            self._caches[block] = (keys.new_zeros(shapes[0]), values.new_zeros(shapes[1]))
         for cache, new in zip(self._caches[block], (keys, values), strict=True):
             cache[:, :, : new.shape[2]] = new
 

@@ -18,7 +18,10 @@ from pacevlm.models.adapter import Adapter
 Load = Callable[[Path, torch.device, torch.dtype], Adapter[Any, Any]]
 
 # Families inside the package: module and function, so that a family loads when it is asked for.
-_FAMILIES: dict[str, str | Load] = {"molmo": "pacevlm.models.molmoe.runtime.loading:load_molmoe"}
+_FAMILIES: dict[str, str | Load] = {
+    "molmo": "pacevlm.models.molmoe.runtime.loading:load_molmoe",
+    "qwen3_vl_moe": "pacevlm.models.qwen3_vl_moe.loading:load_qwen3_vl_moe",
+}
 
 
 def register_family(model_type: str, load: Load) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pacevlm.config import MADE_DATASETS
+from pacevlm.config import MADE_DATASETS, DataConfig
 from pacevlm.controller.policy import Controller
 from pacevlm.data.splits import Splits, load_splits
 from pacevlm.errors import DataError, IdentityError, PacevlmError
@@ -31,7 +31,7 @@ from pacevlm.pipeline.artefacts import (
     PROFILE_GUARDRAIL_NAME,
 )
 from pacevlm.pipeline.loading import load_elastic_model
-from pacevlm.pipeline.run_config import RunConfig
+from pacevlm.pipeline.run_config import RunConfig, load_run_config
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.request.pacing import Pacing
 from pacevlm.rollout.engine import RolloutEngine
@@ -39,6 +39,12 @@ from pacevlm.rollout.outcome_store import OutcomeStore
 
 # Training questions whose bounds say how large budgets are.
 NUM_BOUNDED = 256
+
+
+def _wherever(data: DataConfig) -> dict[str, Any]:
+    """The settings without the metric, and without the folders of files."""
+    settings = dataclasses.asdict(data) | {"metric": None}
+    return {name: os.path.basename(value) if isinstance(value, str) else value for name, value in settings.items()}
 
 
 class Reporter(Protocol):
@@ -118,14 +124,15 @@ class RunContext:
     def data_identity(self) -> dict[str, Any]:
         """What each part holds, and the metric's name, wherever the files lie.
 
-        Of files that are not here any more it is what the finished steps say: these need them no longer, and a step
-        that does says what is missing.
+        Of files that are not here any more it is what the finished steps say, unless other data are asked for: these
+        steps need them no longer, and a step that does says what is missing.
         """
         data = self.config.data
+        finished = StepLog(self.run_dir).data_settings()
         named = (data.dataset, data.val_dataset, data.test_dataset)
         files = [name for name in named if name is not None and name not in MADE_DATASETS]
-        finished = StepLog(self.run_dir).data_settings()
-        if finished and not all(os.path.isfile(str(name)) for name in files):
+        gone = not all(os.path.isfile(name) for name in files)
+        if finished and gone and _wherever(data) == _wherever(load_run_config(self.run_dir).data):
             return finished | ({} if data.metric is None else {"metric": data.metric})
         return {**self.splits.identity, "metric": self.splits.metric.name}
 

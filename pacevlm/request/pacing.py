@@ -116,8 +116,8 @@ def policy_inputs(
         tightening: what the bounds are multiplied by before they are compared with the budgets, `(requests,)`.
         masked: whether what exceeds the budget is ruled out; else everything may run.
     """
-    factors = np.broadcast_to(np.asarray(tightening, np.float64), len(views))[:, None, None, None]
-    mask, any_feasible = feasible_knobs(bounds_ms * factors, [objective.budget_ms for objective in objectives])
+    factors = np.broadcast_to(np.asarray(tightening, np.float64), len(views))
+    mask, any_feasible = feasible_knobs((bounds_ms.T * factors).T, [objective.budget_ms for objective in objectives])
     if not masked:
         mask[:] = True
     rows = zip(views, objectives, bounds_ms, mask, any_feasible.tolist(), example_ids, strict=True)

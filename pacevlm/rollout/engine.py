@@ -236,7 +236,7 @@ class RolloutEngine:
                 if len(chunk) == 1:
                     raise MemoryLimitError(
                         f"there is too little memory for a single row of {longest} prompt tokens; use a smaller model, "
-                        "another device or lower crop limits"
+                        "another device or lower vision budgets"
                     ) from error
                 self.limits = self.limits.halved(len(chunk), len(chunk) * longest)
             else:

@@ -46,23 +46,6 @@ def masked_log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     return torch.log_softmax(logits.masked_fill(~mask, -torch.inf), dim=-1)
 
 
-def pair_logits(top_k_logits: Tensor, num_blocks_logits: Tensor, pairwise: Tensor | None = None) -> Tensor:
-    """Logits of stage 2 over all (top_k, num_blocks) computes: the sum of the two heads and an optional pairwise term.
-
-    Args:
-        top_k_logits: `(..., top_ks)`.
-        num_blocks_logits: `(..., num_blocks)`.
-        pairwise: broadcastable to `(..., top_ks, num_blocks)`.
-
-    Returns:
-        `(..., top_ks * num_blocks)`, num_blocks running fastest.
-    """
-    logits = top_k_logits.unsqueeze(-1) + num_blocks_logits.unsqueeze(-2)
-    if pairwise is not None:
-        logits = logits + pairwise
-    return logits.flatten(-2)
-
-
 def sample_actions(log_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One action per row of `(..., actions)`, drawn by the Gumbel-max trick; an action at -inf is never drawn."""
     noise = torch.empty_like(log_probs).exponential_(generator=generator)

@@ -12,7 +12,6 @@ from PIL import Image
 
 from pacevlm.controller.policy import Controller, ControllerConfig
 from pacevlm.controller.policy_interface import PolicyInput
-from pacevlm.controller.sampling import tier_masks
 from pacevlm.errors import BudgetError, ConfigError, DataError, IdentityError, ImageError, KnobError
 from pacevlm.images import open_picture
 from pacevlm.knobs import KnobSpace
@@ -67,11 +66,12 @@ def test_an_untrained_policy_is_near_uniform_over_the_mask(
     masks = torch.tensor(np.stack([request.feasible for request in requests]))
     features = controller.stage1_features(requests)
     budgets_ms = [request.budget_ms for request in requests]
-    tiers = tier_masks(masks).int().argmax(dim=1)
+    tier_mask = masks.flatten(2).any(dim=2)
+    tiers = tier_mask.int().argmax(dim=1)
     compute_mask = masks[torch.arange(50), tiers]
     outputs = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
     for logits, mask in (
-        (controller.stage1_logits(features, tier_masks(masks)), tier_masks(masks)),
+        (controller.stage1_logits(features, tier_mask), tier_mask),
         (controller.stage2_logits(outputs, budgets_ms, tiers, compute_mask).flatten(1), compute_mask.flatten(1)),
     ):
         probabilities = logits.softmax(dim=1)
@@ -297,13 +297,14 @@ def test_masks_and_outputs_may_be_on_any_device(
 ) -> None:
     requests = with_images([make_request(seed) for seed in range(5)])
     masks = torch.tensor(np.stack([request.feasible for request in requests]))
-    tiers = tier_masks(masks).int().argmax(dim=1)
+    tier_mask = masks.flatten(2).any(dim=2)
+    tiers = tier_mask.int().argmax(dim=1)
     outputs = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
     budgets_ms = [request.budget_ms for request in requests]
 
     def logits(controller: Controller, device: str) -> tuple[torch.Tensor, torch.Tensor]:
         features, compute_mask = controller.stage1_features(requests), masks[torch.arange(5), tiers]
-        tier_logits = controller.stage1_logits(features, tier_masks(masks).to(device))
+        tier_logits = controller.stage1_logits(features, tier_mask.to(device))
         return tier_logits, controller.stage2_logits(
             outputs.to(device), budgets_ms, tiers.to(device), compute_mask.to(device)
         )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pacevlm.controller.sampling import best_action, mask_logits, tier_masks
+from pacevlm.controller.sampling import best_action, mask_logits
 from pacevlm.errors import DataError, KnobError
 
 HOSTILE = [0.0, 1e30, -1e30, torch.inf, -torch.inf, torch.nan]
@@ -23,12 +23,6 @@ def test_no_masked_action_whatever_the_logits(fill: float) -> None:
     random[torch.rand(masks.shape, generator=torch.Generator().manual_seed(1)) < 0.3] = fill
     for logits in (preferring_masked, random):
         assert all(mask[best_action(row, mask)] for row, mask in zip(logits.numpy(), masks.numpy(), strict=True))
-
-
-def test_a_tier_is_allowed_if_any_of_its_pairs_is() -> None:
-    masks = torch.zeros(2, 3, 2, 2, dtype=torch.bool)
-    masks[0, 1, 0, 1] = masks[1, 0, 1, 1] = masks[1, 2] = True
-    assert tier_masks(masks).tolist() == [[False, True, False], [True, False, True]]
 
 
 def test_the_best_action_is_the_first_of_equal_ones() -> None:

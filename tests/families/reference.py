@@ -8,10 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from families import tiny_qwen3_vl_moe as qwen
 from families.toy_moe import ToyAdapter, plain_pass
 from families.toy_moe import naive_experts as naive_toy_experts
 from pacevlm.models.adapter import EmbeddedPrompt
 from pacevlm.models.elastic import ElasticModel
+from pacevlm.models.qwen3_vl_moe.adapter import Qwen3VLMoeAdapter
+from pacevlm.types import Example
 
 
 class Pass(NamedTuple):
@@ -41,6 +44,8 @@ def reference_pass(
     if isinstance(adapter, ToyAdapter):
         each = [model.trained_top_k] * adapter.num_blocks if top_ks is None else top_ks
         return Pass(*plain_pass(adapter, prompt, behind, removed, each))
+    if isinstance(adapter, Qwen3VLMoeAdapter):
+        return Pass(*qwen.transformers_pass(adapter, prompt, behind, removed, top_ks))
     out = adapter.model(
         inputs_embeds=torch.cat([prompt.hidden, behind])[None],
         use_cache=False,
@@ -55,6 +60,8 @@ def naive_experts(model: ElasticModel, block: int, x: Tensor, top_k: int) -> Ten
     """One token after the other, one expert after the other; `x` is `(tokens, d_model)`."""
     if isinstance(model.adapter, ToyAdapter):
         return naive_toy_experts(model.adapter, block, x, top_k)
+    if isinstance(model.adapter, Qwen3VLMoeAdapter):
+        return qwen.naive_experts(model.adapter, block, x, top_k)
     mlp = model.adapter.model.model.transformer.blocks[block].mlp
     out = torch.zeros_like(x)
     for t, row in enumerate(x):
@@ -70,3 +77,33 @@ def weights_of(model: ElasticModel) -> list[Tensor]:
     """All weights of a model."""
     adapter = model.adapter
     return list(adapter.weights.values()) if isinstance(adapter, ToyAdapter) else list(adapter.model.parameters())
+
+
+def transformers_request(
+    model: ElasticModel, example: Example, tier: str, with_image: bool
+) -> tuple[dict[str, Tensor], EmbeddedPrompt]:
+    """What transformers' own model is given for a question, with or without its picture, and what the blocks read."""
+    adapter, budget = model.adapter, model.vision_budgets[tier]
+    if with_image:
+        prepared = adapter.prepare(example.image, adapter.encode_question(example.question), budget)
+        prompt = adapter.embed(prepared, adapter.encode_vision([prepared])[0])
+    if isinstance(adapter, Qwen3VLMoeAdapter):
+        batch = qwen.transformers_inputs(adapter, example.image if with_image else None, example.question, budget)
+        if not with_image:
+            hidden = adapter.embed_tokens(batch["input_ids"][0].to(model.device))
+            places = torch.arange(len(hidden), device=model.device)
+            prompt = EmbeddedPrompt(hidden, places[:, None].expand(-1, 3))
+    elif with_image:
+        batch = adapter.processor(images=example.image, text=example.question, max_crops=budget)
+    else:
+        batch = adapter.processor(text=example.question)
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        prompt = EmbeddedPrompt(adapter.model.model.embed(batch["input_ids"].to(model.device))[0])
+    return {name: values.to(model.device) for name, values in batch.items()}, prompt
+
+
+def pad_token_id(model: ElasticModel) -> int:
+    """The token that fills rows that ended."""
+    adapter = model.adapter
+    tokenizer = adapter.tokenizer if isinstance(adapter, Qwen3VLMoeAdapter) else adapter.processor.tokenizer
+    return tokenizer.pad_token_id

@@ -81,9 +81,12 @@ class ToyAdapter(Adapter[ToyPrompt, ToyPrepared]):
     def _grid(self, height: int, width: int, vision_budget: int) -> tuple[int, int]:
         if max(height, width) > 200 * min(height, width):
             raise ImageError(f"a picture of {height}x{width} px is too long")
-        rows = max(1, min(vision_budget, round(math.sqrt(vision_budget * height / width))))
-        rows = min(rows, -(-height // PATCH))
-        return rows, max(1, min(vision_budget // rows, -(-width // PATCH)))
+        sides = ((height, width), (width, height))
+        rows, columns = (
+            max(1, min(vision_budget, int(math.sqrt(vision_budget * side / other)), -(-side // PATCH)))
+            for side, other in sides
+        )
+        return rows, columns
 
     def vision_sizes(self, height: int, width: int, vision_budget: int) -> VisionSizes:
         rows, columns = self._grid(height, width, vision_budget)

@@ -35,7 +35,7 @@ def test_dearer_knobs_and_larger_requests_never_predict_less(
         estimator, sizes = random_estimator(rng, int(rng.integers(1, 4))), random_sizes(rng)
         num_output_tokens = int(rng.integers(1, 40))
         table = estimator.predict_all(sizes, num_output_tokens, kind)
-        for axis in range(3):
+        for axis in range(table.ndim):
             assert (np.diff(table, axis=axis) >= 0).all()  # exact: rounding must not break it either
         vision = tuple(VisionSizes(v.num_units + 1, v.num_image_tokens + 7) for v in sizes.vision)
         for larger in (
@@ -291,7 +291,7 @@ def test_few_samples_carry_an_estimator_over(make_device: Any, make_profile: Any
     assert moved.fingerprint != estimator.fingerprint
     assert error(moved, held_out) <= 1.5 * error(full_refit, held_out)
     table = moved.predict_all(RequestSizes(tuple(VisionSizes(c, 144 * c) for c in (2, 6, 12)), 20, 10_000), 5)
-    for axis in range(3):
+    for axis in range(table.ndim):
         assert (np.diff(table, axis=axis) >= 0).all()
 
 

@@ -131,7 +131,7 @@ def test_bounds_never_fall_when_a_knob_grows(space: KnobSpace, random_estimator:
         margins = {str(knobs): float(rng.normal(0, 0.5)) for knobs in space}
         guardrail = Guardrail(estimator, "knobs", {"e2e": flat_calibration(0.0, **margins)}, flat_calibration())
         bounds = guardrail.upper_bounds_ms(sizes, 5)
-        for axis in range(3):
+        for axis in range(bounds.ndim):
             assert (np.diff(bounds, axis=axis) >= 0).all()
         factors = np.array([np.exp(margins[str(knobs)]) for knobs in space]).reshape(space.shape)
         picture_ms, rest_ms = estimator.split_many_ms([sizes], [5])

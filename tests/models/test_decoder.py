@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from decoding import generate_with_logits
-from families.reference import naive_experts, reference_pass, weights_of
+from families.reference import naive_experts, pad_token_id, reference_pass, transformers_request, weights_of
 from families.toy_moe import ToyAdapter
 from torch import Tensor
 
@@ -108,25 +109,19 @@ def test_full_knobs_are_what_transformers_generates(
     space, adapter = law_model.knob_space, law_model.adapter
     full = Knobs(space.tiers[-1], law_model.trained_top_k, adapter.num_blocks)
     for example in (law_examples[1], law_examples[3]):
-        if with_image:
-            crops = law_model.vision_budgets[full.tier]
-            inputs = adapter.processor(images=example.image, text=example.question, max_crops=crops)
-            batch = {name: values.to(law_model.device) for name, values in inputs.items()}
-            prompt = prompt_of(law_model, example, full.tier)
-        else:
-            ids = adapter.processor(text=example.question)["input_ids"].to(law_model.device)
-            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            prompt = EmbeddedPrompt(adapter.model.model.embed(ids)[0])
+        batch, prompt = transformers_request(law_model, example, full.tier, with_image)
         generated, logits = generate(law_model.decoder, law_model.decoder.prefix([prompt]), [full])
         tokens, prompt_length = generated[0], batch["input_ids"].shape[1]
         fed = torch.cat([batch["input_ids"], batch["input_ids"].new_tensor([tokens[:-1]])], dim=1)
-        images = {name: batch[name] for name in batch if name.startswith("image")}
+        types = batch.get("mm_token_type_ids")
+        more = {} if types is None else {"mm_token_type_ids": F.pad(types, (0, len(tokens) - 1))}
+        images = {name: batch[name] for name in batch if name.startswith(("image", "pixel"))}
         with torch.no_grad():
-            out = adapter.model(input_ids=fed, use_cache=False, **images)
+            out = adapter.model(input_ids=fed, use_cache=False, **images, **more)
         assert_same(logits[0], out.logits[0, prompt_length - 1 :])
-        (eos,), pad = adapter.end_token_ids, adapter.processor.tokenizer.pad_token_id
+        ends, pad = sorted(adapter.end_token_ids), pad_token_id(law_model)
         whole = adapter.model.generate(
-            **batch, max_new_tokens=STEPS, do_sample=False, eos_token_id=eos, pad_token_id=pad
+            **batch, max_new_tokens=STEPS, do_sample=False, eos_token_id=ends, pad_token_id=pad
         )
         assert whole[0, prompt_length:].tolist() == tokens
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pacevlm.errors import CheckpointError, ConfigError, KnobError
+from pacevlm.errors import CheckpointError, ConfigError, ImageError, KnobError
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.models.block_order import BlockOrder
 from pacevlm.models.elastic import ElasticModel, model_fingerprint, write_elastic_settings
@@ -47,6 +47,23 @@ def test_sizes_are_known_before_encoding(law_model: ElasticModel, law_examples: 
             prepared = law_model.adapter.prepare(example.image, prompt, law_model.vision_budgets[tier])
             assert prepared.vision_sizes == sizes
             assert prepared.input_ids.shape[0] == sizes.num_image_tokens + view.sizes.num_text_tokens
+
+
+def test_a_dearer_tier_never_makes_less_of_a_picture(law_model: ElasticModel) -> None:
+    rng, adapter = np.random.default_rng(0), law_model.adapter
+    most = max(law_model.vision_budgets.values())
+    budgets = sorted({*law_model.vision_budgets.values(), *rng.integers(1, most + 1, 12).tolist()})
+    for _ in range(150):
+        height, width = (int(2000 ** rng.random()) for _ in range(2))
+        try:
+            sizes = [adapter.vision_sizes(height, width, budget) for budget in budgets]
+        except ImageError:
+            continue
+        for name in ("num_units", "num_image_tokens", "num_unit_pairs"):
+            values = [getattr(one, name) for one in sizes]
+            assert values == sorted(values), (height, width)
+        for one, budget in zip(sizes, budgets, strict=True):
+            assert one.num_image_tokens <= adapter.max_image_tokens(budget)
 
 
 def test_view_touches_no_pixel_reader_of_the_model(tiny_elastic: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,6 +246,9 @@ def test_finished_steps_need_their_data_no_longer(copied: RunConfig) -> None:
     assert (again.ran, again.remarks) == ([], [])
     with pytest.raises(ConfigError, match=r"data\.metric was 'exact_match', now 'anls'"):
         run_pipeline(dataclasses.replace(copied, data=dataclasses.replace(copied.data, metric="anls")))
+    for changes in ({"num_test": 14}, {"seed": 5}, {"test_dataset": "no.jsonl"}, {"dataset": "/no/other.jsonl"}):
+        with pytest.raises(DataError, match="there is no data set at"):
+            run_pipeline(dataclasses.replace(copied, data=dataclasses.replace(copied.data, **changes)))
     more = dataclasses.replace(copied, evaluate=dataclasses.replace(copied.evaluate, budgets=(0.9,)))
     with pytest.raises(DataError, match=r"there is no data set at .*data\.jsonl"):
         run_pipeline(more)

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pacevlm.errors import CheckpointError
+from pacevlm.models import experts as experts_module
 from pacevlm.models.molmoe import MolmoEForConditionalGeneration, blocks, modeling_molmoe
-from pacevlm.models.molmoe import experts as experts_module
 from pacevlm.models.molmoe.image_processing import prepare_image
 from pacevlm.models.molmoe.processing import SpecialTokenIds, assemble_request, collate_requests
 from pacevlm.models.molmoe.tiling import CropGeometry

@@ -7,7 +7,6 @@ from joint_policy import joint_entropy, joint_kl, two_stage_log_probs
 from torch import Tensor
 
 from pacevlm.errors import ConfigError, DataError, KnobError
-from pacevlm.knobs import KnobSpace
 from pacevlm.training.grpo import (
     GRPOConfig,
     entropy,
@@ -17,7 +16,6 @@ from pacevlm.training.grpo import (
     kl_divergence,
     leave_one_out,
     masked_log_softmax,
-    pair_logits,
     sample_actions,
     sampled_entropy,
     sampled_kl,
@@ -100,21 +98,6 @@ def test_a_row_without_actions_is_an_error():
         masked_log_softmax(torch.zeros(2, 2), mask.float())
     with pytest.raises(DataError, match="broadcast"):
         masked_log_softmax(torch.zeros(2, 3), mask)
-
-
-def test_pair_logits_follow_the_order_of_the_knob_space():
-    space = KnobSpace(top_ks=(4, 6), num_blocks=(8, 12, 16))
-    top_k = torch.tensor([[10.0, 20.0]])
-    num_blocks = torch.tensor([[1.0, 2.0, 3.0]])
-    pairwise = torch.arange(6.0).reshape(2, 3) / 10
-    logits = pair_logits(top_k, num_blocks, pairwise)
-    assert logits.shape == (1, space.num_stage2)
-    for index in range(space.num_stage2):
-        k, n = space.compute(index)
-        row, column = space.top_ks.index(k), space.num_blocks.index(n)
-        expected = top_k[0, row] + num_blocks[0, column] + pairwise[row, column]
-        torch.testing.assert_close(logits[0, index], expected)
-    torch.testing.assert_close(pair_logits(top_k, num_blocks), logits - pairwise.flatten())
 
 
 def test_masked_knobs_are_never_sampled_and_the_others_at_their_rate():
@@ -298,15 +281,15 @@ def test_first_pass_has_ratio_exactly_one_under_masks():
     batch, group = 8, 6
     mask = random_mask(batch, TIERS, PAIRS, generator)
     tier_logits = torch.randn(batch, TIERS, generator=generator, requires_grad=True)
-    heads = [torch.randn(batch, TIERS, 5, generator=generator, requires_grad=True) for _ in range(2)]
+    pair_logits = torch.randn(batch, TIERS, PAIRS, generator=generator, requires_grad=True)
 
     def log_prob(tier, pair):
-        log_pi1, log_pi2 = two_stage_log_probs(tier_logits, pair_logits(*heads), mask)
+        log_pi1, log_pi2 = two_stage_log_probs(tier_logits, pair_logits, mask)
         own = log_pi2[torch.arange(batch).unsqueeze(1), tier]
         return joint_log_prob(log_pi1.unsqueeze(1).expand(batch, group, TIERS), tier, own, pair)
 
     with torch.no_grad():
-        log_pi1, log_pi2 = two_stage_log_probs(tier_logits, pair_logits(*heads), mask)
+        log_pi1, log_pi2 = two_stage_log_probs(tier_logits, pair_logits, mask)
         tier = sample_actions(log_pi1.unsqueeze(1).expand(batch, group, TIERS), generator)
         pair = sample_actions(log_pi2[torch.arange(batch).unsqueeze(1), tier], generator)
         logp_old = log_prob(tier, pair)
@@ -319,7 +302,7 @@ def test_first_pass_has_ratio_exactly_one_under_masks():
     assert metrics["clip_ratio/region_mean"] == 0.0
     torch.testing.assert_close(loss.detach(), -advantages.mean())
     loss.backward()
-    for parameter in (tier_logits, *heads):
+    for parameter in (tier_logits, pair_logits):
         assert torch.isfinite(parameter.grad).all()
         assert (parameter.grad != 0).any()
     assert (tier_logits.grad[~mask.any(-1)] == 0).all()
