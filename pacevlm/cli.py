@@ -276,7 +276,14 @@ def importance(arguments: Sequence[str]) -> None:
     model = load_elastic_model(model_config, config.picture)
     number = config.num_examples
     data = load_splits(
-        DataConfig(config.dataset, metric=config.metric, num_train=number, num_val=number, seed=config.seed),
+        DataConfig(
+            config.dataset,
+            mixture=config.mixture,
+            metric=config.metric,
+            num_train=number,
+            num_val=number,
+            seed=config.seed,
+        ),
         config.picture,
     )
     examples = list(data.val if config.dataset in MADE_DATASETS else data.train)[:number]
@@ -295,7 +302,8 @@ def importance(arguments: Sequence[str]) -> None:
             partial_path=partial_path,
         )
         scored = "" if data.metric.name == "exact_match" else f", {data.metric.name}"
-        result.save(folder, f"{data.name}, {len(examples)} examples, seed {config.seed}{scored}")
+        asked = "" if config.mixture is None else f" {config.mixture}"
+        result.save(folder, f"{data.name}{asked}, {len(examples)} examples, seed {config.seed}{scored}")
         partial_path.unlink(missing_ok=True)
         answer = run_forced(model, examples[0].source, examples[0].question, model.knob_space.full).answer
         for sentence in importance_warnings(result.full.accuracy.mean, len(examples), examples[0], answer):

@@ -147,6 +147,17 @@ def parse_mixture(text: object = None) -> Mixture:
     return Mixture(",".join(f"{task}={repr(weight).removesuffix('.0')}" for task, weight in weights.items()), weights)
 
 
+def _check_mixture(mixture: str | None, dataset: str) -> None:
+    if mixture is None:
+        return
+    parse_mixture(mixture)
+    if dataset not in MADE_DATASETS:
+        raise ConfigError(
+            f"mixture is {mixture!r}, but dataset is {dataset!r}, a file that is asked as it is; leave mixture out, or "
+            f"give one of {', '.join(MADE_DATASETS)} as dataset"
+        )
+
+
 def _weight(text: str) -> float:
     """The number that a weight's text says, 0 if it says none."""
     return float(text) if re.fullmatch(r"\d{1,9}(\.\d{0,9})?|\.\d{1,9}", text, re.ASCII) else 0.0
@@ -188,13 +199,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_path("dataset", self.dataset)
-        if self.mixture is not None:
-            parse_mixture(self.mixture)
-            if self.dataset not in MADE_DATASETS:
-                raise ConfigError(
-                    f"mixture is {self.mixture!r}, but dataset is {self.dataset!r}, a file that is asked as it is; "
-                    f"leave mixture out, or give one of {', '.join(MADE_DATASETS)} as dataset"
-                )
+        _check_mixture(self.mixture, self.dataset)
         check_whole(self, 1, MAX_COUNT, "num_train", "num_val", "num_test")
         check_whole(self, 0, MAX_COUNT, "skip_test")
         check_whole(self, 0, MAX_SEED, "seed")
@@ -403,6 +408,7 @@ class ImportanceConfig:
     Attributes:
         path: model directory, or `embedded`; its elastic.json gets the measured order.
         dataset: `digits` or a JSON-lines file.
+        mixture: what `digits` asks, as for `--data.mixture` of a run.
         metric: scores the answers; what the data set says if None.
         num_examples: examples that every candidate set of blocks is scored on; of `digits`, from the validation split.
         min_num_blocks: the order ends where so many blocks are left; the fewest of the model's knob space if None.
@@ -418,6 +424,7 @@ class ImportanceConfig:
 
     path: str = "embedded"
     dataset: str = "digits"
+    mixture: str | None = None
     metric: MetricName | None = None
     num_examples: int = 400
     min_num_blocks: int | None = None
@@ -430,6 +437,7 @@ class ImportanceConfig:
     def __post_init__(self) -> None:
         check_path("path", self.path)
         check_path("dataset", self.dataset)
+        _check_mixture(self.mixture, self.dataset)
         check_whole(self, 1, MAX_COUNT, "num_examples")
         check_whole(self, 1, MAX_KNOB, "num_candidates")
         check_whole(self, 1, MAX_KNOB, "min_num_blocks", optional=True)

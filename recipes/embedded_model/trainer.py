@@ -19,7 +19,7 @@ from pacevlm.data.digit_tasks import TASKS
 from pacevlm.data.digits import CANVASES, SceneConfig
 from pacevlm.data.elements import ELEMENT_FAMILIES
 from pacevlm.files import append_jsonl, save_safetensors_atomic
-from pacevlm.models.elastic import write_elastic_settings
+from pacevlm.models.elastic import read_elastic_settings, write_elastic_settings
 from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.image_processing import MolmoEImageProcessor
 from pacevlm.models.molmoe.processing import MolmoEProcessor
@@ -166,7 +166,10 @@ class EmbeddedTrainer:
             )
             self.processor = MolmoEProcessor(image_processor, tokenizer, max_length=1024)
             self.vocab_size, self.first_new = len(tokenizer) - len(IMAGE_TOKENS), None
+            self._knob_lists: dict[str, Any] = {}
         else:
+            settings = read_elastic_settings(continue_from)
+            self._knob_lists = {name: settings[name] for name in ("knob_space",) if name in settings}
             start, self.processor, self.first_new = load_for_training(continue_from)
             self.vocab_size = start.config.vocab_size
         self.packer = Packer(self.processor)
@@ -355,7 +358,10 @@ class EmbeddedTrainer:
         )
 
     def export(self, folder: Path) -> None:
-        """Write model (float16), processor and tiers to a model directory, replacing what is there."""
+        """Write model (float16), processor, tiers and knob lists to a model directory, replacing what is there.
+
+        A block order has to be measured anew.
+        """
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         weights = {name: value.half() for name, value in self.state.model.state_dict().items()}
@@ -363,6 +369,8 @@ class EmbeddedTrainer:
         exported = MolmoEForConditionalGeneration(MolmoEConfig(**{**settings, "dtype": "float16"}))
         exported.save_pretrained(temporary, state_dict=weights)
         self.processor.save_pretrained(temporary)
-        write_elastic_settings(temporary, vision_budgets=EMBEDDED_MAX_CROPS, max_new_tokens=MAX_NEW_TOKENS)
+        write_elastic_settings(
+            temporary, vision_budgets=EMBEDDED_MAX_CROPS, max_new_tokens=MAX_NEW_TOKENS, **self._knob_lists
+        )
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pacevlm.config import MIXTURES, DataConfig, parse_mixture
+from pacevlm.config import MIXTURES, DataConfig, ImportanceConfig, parse_mixture
 from pacevlm.config import TASKS as TASK_NAMES
 from pacevlm.data.digit_tasks import TASKS, DigitTaskVQA, load_digits
 from pacevlm.data.digits import FAMILIES, SPLITS, DigitVQA, valid_questions
@@ -145,7 +145,11 @@ def test_answers_are_read_off_the_scene() -> None:
     ],
 )
 def test_an_unknown_mixture_is_refused_with_what_is_allowed(mixture: Any) -> None:
-    for call in (lambda: DataConfig(mixture=mixture), lambda: parse_mixture(mixture)):
+    for call in (
+        lambda: DataConfig(mixture=mixture),
+        lambda: ImportanceConfig(mixture=mixture),
+        lambda: parse_mixture(mixture),
+    ):
         with pytest.raises(ConfigError, match=r"uniform, crossed, or weights above 0.*detail, thought, overview, know"):
             call()
 
@@ -153,8 +157,9 @@ def test_an_unknown_mixture_is_refused_with_what_is_allowed(mixture: Any) -> Non
 def test_files_have_no_mixture() -> None:
     assert DataConfig("data.jsonl").mixture is None
     for mixture in MIXTURES:
-        with pytest.raises(ConfigError, match=r"dataset is 'data.jsonl'.*leave mixture out"):
-            DataConfig("data.jsonl", mixture=mixture)
+        for kind in (DataConfig, ImportanceConfig):
+            with pytest.raises(ConfigError, match=r"dataset is 'data.jsonl'.*leave mixture out"):
+                kind(dataset="data.jsonl", mixture=mixture)
 
 
 def test_a_mixture_without_tasks_and_bad_sizes_are_refused() -> None:
