@@ -55,6 +55,7 @@ class Stage:
         scale_attention, scale_experts: factors put on what every block adds to the residual stream before the stage
             begins, so that blocks and experts weigh against the embeddings and are missed when they are left out.
         balance_weight, flatness_weight: weights of the routers' two losses, averaged over blocks.
+        spread_weight: weight of the loss that spreads what is known over experts, averaged over blocks.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Stage:
     heads_weight: float = 0.2
     balance_weight: float = 0.01
     flatness_weight: float = 0.0
+    spread_weight: float = 0.0
     scale_attention: float = 1.0
     scale_experts: float = 1.0
     tasks: tuple[tuple[str, float], ...] = ()
@@ -115,6 +117,7 @@ FURTHER_STAGES = (
         final_lr=2e-5,
         heads_weight=0.0,
         flatness_weight=0.1,
+        spread_weight=0.5,
         tasks=(("knowledge", 0.4), ("thought", 0.15), ("detail", 0.1)),
     ),
 )
@@ -282,6 +285,7 @@ class EmbeddedTrainer:
             heads_weight=stage.heads_weight,
             balance_weight=stage.balance_weight,
             flatness_weight=stage.flatness_weight,
+            spread_weight=stage.spread_weight,
         )
 
     def run(self) -> MolmoEForConditionalGeneration:

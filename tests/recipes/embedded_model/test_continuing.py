@@ -21,7 +21,20 @@ from recipes.embedded_model.trainer import EASY, EmbeddedTrainer, Stage
 BEGINNING = (Stage("language", 1, 2, 1e-3, (2,), EASY, 2, warmup=1),)
 TASKS = (("knowledge", 0.4), ("thought", 0.3), ("detail", 0.2))
 FURTHER = (
-    Stage("tasks", 4, 2, 1e-3, (2, 6), EASY, 2, warmup=1, heads_weight=0.0, flatness_weight=0.1, tasks=TASKS),
+    Stage(
+        "tasks",
+        4,
+        2,
+        1e-3,
+        (2, 6),
+        EASY,
+        2,
+        warmup=1,
+        heads_weight=0.0,
+        flatness_weight=0.1,
+        spread_weight=0.5,
+        tasks=TASKS,
+    ),
     Stage("after", 2, 2, 1e-3, (2,), EASY, 2, warmup=1, heads_weight=0.0),
 )
 
