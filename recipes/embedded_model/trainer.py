@@ -104,11 +104,25 @@ STAGES = (
     ),
 )
 
-# From a finished model on: the tasks, beside as many scenes of all kinds as keep what was learned before.
+# From a finished model on: facts first, then all tasks, beside as many scenes of all kinds as keep what was learned.
 FURTHER_STAGES = (
     Stage(
+        "knowledge",
+        350,
+        24,
+        1e-3,
+        (2, 6, 12, 12),
+        FULL,
+        16,
+        final_lr=1e-3,
+        heads_weight=0.0,
+        flatness_weight=0.1,
+        spread_weight=0.5,
+        tasks=(("knowledge", 0.4), ("thought", 0.15), ("detail", 0.1)),
+    ),
+    Stage(
         "tasks",
-        1500,
+        1150,
         24,
         1e-3,
         (2, 6, 12, 12),
@@ -117,8 +131,8 @@ FURTHER_STAGES = (
         final_lr=2e-5,
         heads_weight=0.0,
         flatness_weight=0.1,
-        spread_weight=0.5,
-        tasks=(("knowledge", 0.4), ("thought", 0.15), ("detail", 0.1)),
+        spread_weight=1.5,
+        tasks=(("knowledge", 0.25), ("thought", 0.2), ("detail", 0.1)),
     ),
 )
 
