@@ -217,10 +217,10 @@ def sample(arguments: Sequence[str]) -> None:
       pacevlm sample pictures/seven.png --index 7
     """
     options = parse_options(sample, SampleOptions, arguments)
-    from pacevlm.data.digits import DigitVQA
+    from pacevlm.data.digit_tasks import load_digits
     from pacevlm.files import write_new
 
-    example = DigitVQA("test", options.index + 1, options.seed)[options.index]
+    example = load_digits("test", options.index + 1, seed=options.seed)[options.index]
     content = io.BytesIO()
     example.image.save(content, "PNG")
     write_new(options.path, content.getvalue(), overwrite=options.overwrite)
@@ -351,7 +351,14 @@ def importance(arguments: Sequence[str]) -> None:
     model = load_elastic_model(model_config, config.picture)
     number = config.num_examples
     data = load_splits(
-        DataConfig(config.dataset, metric=config.metric, num_train=number, num_val=number, seed=config.seed),
+        DataConfig(
+            config.dataset,
+            mixture=config.mixture,
+            metric=config.metric,
+            num_train=number,
+            num_val=number,
+            seed=config.seed,
+        ),
         config.picture,
     )
     examples = list(data.val if config.dataset in MADE_DATASETS else data.train)[:number]
@@ -370,7 +377,8 @@ def importance(arguments: Sequence[str]) -> None:
             partial_path=partial_path,
         )
         scored = "" if data.metric.name == "exact_match" else f", {data.metric.name}"
-        result.save(folder, f"{data.name}, {len(examples)} examples, seed {config.seed}{scored}")
+        asked = "" if config.mixture is None else f" {config.mixture}"
+        result.save(folder, f"{data.name}{asked}, {len(examples)} examples, seed {config.seed}{scored}")
         partial_path.unlink(missing_ok=True)
         answer = run_forced(model, examples[0].source, examples[0].question, model.knob_space.full).answer
         for sentence in importance_warnings(result.full.accuracy.mean, len(examples), examples[0], answer):

@@ -25,6 +25,13 @@ MADE_DATASETS = ("digits",)
 """The data sets inside the package, which are made and not read; those of `data.splits.MADE`, which a test compares."""
 WITHIN_PACKAGE = ("embedded", *MADE_DATASETS)
 """Words that stand for what is inside the package where a path may be given."""
+TASKS = ("detail", "thought", "overview", "knowledge")
+"""The tasks of `digits`; those of `data.digit_tasks.TASKS`, which a test compares."""
+MIXTURES: Mapping[str, Mapping[str, float]] = {"uniform": {}, "crossed": dict.fromkeys(TASKS, 1.0)}
+"""What `digits` is asked, by name: the weights of tasks, or all families evenly where there are none."""
+DEFAULT_MIXTURE = "uniform"
+MAX_WEIGHT = 1e6
+"""Largest weight of a task, and the inverse of the smallest."""
 MAX_KNOB = 1024
 """Most experts or blocks that a knob may ask for; no model comes near it."""
 MAX_VISION_BUDGET = 10**9
@@ -100,11 +107,70 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """How often each task is asked.
+
+    Attributes:
+        name: one of `MIXTURES`, or the weights in one spelling, such as `detail=1,thought=2`.
+        weights: of the tasks asked, all above 0, in the order of `TASKS`; none where tasks play no part.
+    """
+
+    name: str
+    weights: Mapping[str, float]
+
+
+def parse_mixture(text: object = None) -> Mixture:
+    """Read a mixture: None for the default one, a name of `MIXTURES`, or weights such as `detail=1,thought=2`.
+
+    Raises:
+        ConfigError: it is neither, names a task twice, or a weight is no number from 1e-06 to 1e+06.
+    """
+    text = DEFAULT_MIXTURE if text is None else text
+    if isinstance(text, str) and text in MIXTURES:
+        return Mixture(text, MIXTURES[text])
+    entries = [entry.partition("=") for entry in text.split(",")] if isinstance(text, str) else []
+    given = {task.strip(): _weight(weight.strip()) for task, _, weight in entries}
+    if (
+        not entries
+        or len(given) < len(entries)
+        or any(task not in TASKS for task in given)
+        or any(not 1 / MAX_WEIGHT <= weight <= MAX_WEIGHT for weight in given.values())
+    ):
+        raise ConfigError(
+            f"mixture is {shown(text)}; it must be {', '.join(MIXTURES)}, or weights above 0 of some of the tasks "
+            f"{', '.join(TASKS)}, for example 'detail=1,thought=2'"
+        )
+    weights = {task: given[task] for task in TASKS if task in given}
+    for name, named in MIXTURES.items():
+        if weights == named:
+            return Mixture(name, weights)
+    return Mixture(",".join(f"{task}={repr(weight).removesuffix('.0')}" for task, weight in weights.items()), weights)
+
+
+def _check_mixture(mixture: str | None, dataset: str) -> None:
+    if mixture is None:
+        return
+    parse_mixture(mixture)
+    if dataset not in MADE_DATASETS:
+        raise ConfigError(
+            f"mixture is {mixture!r}, but dataset is {dataset!r}, a file that is asked as it is; leave mixture out, or "
+            f"give one of {', '.join(MADE_DATASETS)} as dataset"
+        )
+
+
+def _weight(text: str) -> float:
+    """The number that a weight's text says, 0 if it says none."""
+    return float(text) if re.fullmatch(r"\d{1,9}(\.\d{0,9})?|\.\d{1,9}", text, re.ASCII) else 0.0
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which questions the controller learns from and is judged on; the three parts share no picture.
 
     Attributes:
         dataset: `digits`, the data set inside the package, or a JSON-lines file (image, question, answer per line).
+        mixture: what `digits` asks: `uniform` (the default), all kinds of questions on all kinds of scenes; `crossed`,
+            the tasks detail, thought, overview and knowledge in equal shares; or weights such as `detail=1,thought=2`.
         val_dataset: JSON-lines file of the validation examples; if None they are set aside from `dataset`.
         test_dataset: JSON-lines file of the test examples; if None they are set aside from `dataset`.
         metric: scores the answers; what the data set says if None: exact match, for `digits` and files alike.
@@ -120,6 +186,7 @@ class DataConfig:
     """
 
     dataset: str = "digits"
+    mixture: str | None = None
     val_dataset: str | None = None
     test_dataset: str | None = None
     metric: MetricName | None = None
@@ -132,6 +199,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_path("dataset", self.dataset)
+        _check_mixture(self.mixture, self.dataset)
         check_whole(self, 1, MAX_COUNT, "num_train", "num_val", "num_test")
         check_whole(self, 0, MAX_COUNT, "skip_test")
         check_whole(self, 0, MAX_SEED, "seed")
@@ -372,6 +440,7 @@ class ImportanceConfig:
     Attributes:
         path: model directory, or `embedded`; its elastic.json gets the measured order.
         dataset: `digits` or a JSON-lines file.
+        mixture: what `digits` asks, as for `--data.mixture` of a run.
         metric: scores the answers; what the data set says if None.
         num_examples: examples that every candidate set of blocks is scored on; of `digits`, from the validation split.
         min_num_blocks: the order ends where so many blocks are left; the fewest of the model's knob space if None.
@@ -387,6 +456,7 @@ class ImportanceConfig:
 
     path: str = "embedded"
     dataset: str = "digits"
+    mixture: str | None = None
     metric: MetricName | None = None
     num_examples: int = 400
     min_num_blocks: int | None = None
@@ -399,6 +469,7 @@ class ImportanceConfig:
     def __post_init__(self) -> None:
         check_path("path", self.path)
         check_path("dataset", self.dataset)
+        _check_mixture(self.mixture, self.dataset)
         check_whole(self, 1, MAX_COUNT, "num_examples")
         check_whole(self, 1, MAX_KNOB, "num_candidates")
         check_whole(self, 1, MAX_KNOB, "min_num_blocks", optional=True)

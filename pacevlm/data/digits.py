@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -198,7 +198,7 @@ def load_scans() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
 
 
 @functools.lru_cache(maxsize=1)
-def _split_scans() -> dict[str, tuple[tuple[int, ...], ...]]:
+def split_scans() -> dict[str, tuple[tuple[int, ...], ...]]:
     """For every split, the scan indices of each of the ten values: a fixed permutation, stratified by value."""
     _, values = load_scans()
     rng = np.random.default_rng(SPLIT_SEED)
@@ -213,7 +213,8 @@ def _split_scans() -> dict[str, tuple[tuple[int, ...], ...]]:
     return {split: tuple(by_value) for split, by_value in splits.items()}
 
 
-def _check_split(split: str) -> None:
+def check_split(split: str) -> None:
+    """Raise DataError unless there is such a split."""
     if split not in SPLITS:
         raise DataError(f"the digits data set has no split {split!r}; choose one of {', '.join(SPLITS)}")
 
@@ -225,12 +226,12 @@ def sample_scene(rng: np.random.Generator, split: str, config: SceneConfig = DEF
         DataError: there is no such split.
         ConfigError: digits of these ranges do not fit on any canvas.
     """
-    _check_split(split)
-    canvas, digits = _sample_layout(rng, split, config)
-    return Scene(_render(rng, canvas, digits), digits)
+    check_split(split)
+    canvas, digits = sample_layout(rng, split, config)
+    return Scene(render(rng, canvas, digits), digits)
 
 
-def _sample_layout(
+def sample_layout(
     rng: np.random.Generator, split: str, config: SceneConfig
 ) -> tuple[tuple[int, int], tuple[Digit, ...]]:
     """Draw a canvas `(width, height)` and its digits, without rendering them."""
@@ -246,7 +247,7 @@ def _sample_layout(
             colours = rng.permutation(len(COLOUR_NAMES))[:num_digits]
         else:
             colours = rng.integers(len(COLOUR_NAMES), size=num_digits)
-        by_value = _split_scans()[split]
+        by_value = split_scans()[split]
         digits = []
         for box, colour in zip(boxes, colours.tolist(), strict=True):
             value = int(rng.integers(10))
@@ -305,7 +306,7 @@ def _keep_apart(a: Box, b: Box) -> bool:
     )
 
 
-def _render(rng: np.random.Generator, canvas: tuple[int, int], digits: Sequence[Digit]) -> npt.NDArray[np.uint8]:
+def render(rng: np.random.Generator, canvas: tuple[int, int], digits: Sequence[Digit]) -> npt.NDArray[np.uint8]:
     """Paint digits on a noisy dark canvas: uint8 `(height, width, 3)`."""
     width, height = canvas
     scans, _ = load_scans()
@@ -326,10 +327,11 @@ def _render(rng: np.random.Generator, canvas: tuple[int, int], digits: Sequence[
 
 def valid_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """Every family that applies to a scene, once each, with a randomly chosen colour or digit to ask about."""
-    return _questions(scene.digits, rng)
+    return questions_about(scene.digits, rng)
 
 
-def _questions(digits: Sequence[Digit], rng: np.random.Generator) -> list[Question]:
+def questions_about(digits: Sequence[Digit], rng: np.random.Generator) -> list[Question]:
+    """The same as `valid_questions`, for digits that need not be rendered yet."""
     colour_counts = Counter(digit.colour for digit in digits)
     value_counts = Counter(digit.value for digit in digits)
     smallest = min(digit.height_px for digit in digits)
@@ -390,6 +392,22 @@ def _questions(digits: Sequence[Digit], rng: np.random.Generator) -> list[Questi
     return questions
 
 
+def scene_about(
+    rng: np.random.Generator, split: str, family: str, config: SceneConfig = DEFAULT_CONFIG
+) -> tuple[Scene, Question]:
+    """Draw scenes until one can answer a question of a family; only that one is rendered.
+
+    Raises:
+        ConfigError: no scene of these ranges answered such a question.
+    """
+    for _ in range(_MAX_DRAWS):
+        canvas, digits = sample_layout(rng, split, config)
+        for question in questions_about(digits, rng):
+            if question.family == family:
+                return Scene(render(rng, canvas, digits), digits), question
+    raise ConfigError(f"no scene of {config} answered a question of family {family!r}; widen the ranges")
+
+
 class DigitVQA(Sequence[Example]):
     """A fixed sequence of digit questions; example `i` depends on (split, seed, i, config) only, and is made on access.
 
@@ -402,13 +420,22 @@ class DigitVQA(Sequence[Example]):
     """
 
     def __init__(self, split: str, num_examples: int, seed: int = 0, config: SceneConfig = DEFAULT_CONFIG) -> None:
-        _check_split(split)
+        check_split(split)
         if num_examples < 0 or seed < 0:
             raise DataError(f"num_examples={num_examples} and seed={seed} must not be negative")
         self.split = split
         self.num_examples = num_examples
         self.seed = seed
         self.config = config
+
+    @property
+    def _name(self) -> str:
+        """What the ids of examples begin with."""
+        return "digits"
+
+    def _more_metadata(self, index: int) -> dict[str, Any]:
+        """What an example's metadata says besides its scene and family."""
+        return {}
 
     def __len__(self) -> int:
         return self.num_examples
@@ -424,13 +451,14 @@ class DigitVQA(Sequence[Example]):
             return [self[i] for i in range(*index.indices(self.num_examples))]
         scene, question = self.scene_and_question(index)
         height, width = scene.image.shape[:2]
-        metadata = {
+        metadata: dict[str, Any] = {
             "family": question.family,
             "num_digits": len(scene.digits),
             "digit_height_px": question.digit_height_px,
             "canvas": f"{width}x{height}",
+            **self._more_metadata(index),
         }
-        example_id = f"digits-{self.split}-{self.seed}-{self._position(index)}"
+        example_id = f"{self._name}-{self.split}-{self.seed}-{self._position(index)}"
         return Example(example_id, Image.fromarray(scene.image), question.text, (question.answer,), metadata)
 
     def _position(self, index: int) -> int:
@@ -441,13 +469,6 @@ class DigitVQA(Sequence[Example]):
 
     def scene_and_question(self, index: int) -> tuple[Scene, Question]:
         """The scene behind an example and its question; raises IndexError outside the data set."""
-        position = self._position(index)
-        rng = np.random.default_rng([SPLITS.index(self.split), self.seed, position])
+        rng = np.random.default_rng([SPLITS.index(self.split), self.seed, self._position(index)])
         families = self.config.possible_families
-        family = families[rng.integers(len(families))]
-        for _ in range(_MAX_DRAWS):
-            canvas, digits = _sample_layout(rng, self.split, self.config)
-            for question in _questions(digits, rng):
-                if question.family == family:
-                    return Scene(_render(rng, canvas, digits), digits), question
-        raise ConfigError(f"no scene of {self.config} answered a question of family {family!r}; widen the ranges")
+        return scene_about(rng, self.split, families[rng.integers(len(families))], self.config)

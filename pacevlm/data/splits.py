@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
 
-from pacevlm.config import DataConfig, PictureConfig
-from pacevlm.data.digits import DigitVQA
+from pacevlm.config import DataConfig, PictureConfig, parse_mixture
+from pacevlm.data.digit_tasks import load_digits
 from pacevlm.data.division import divide_files
 from pacevlm.data.metrics import Metric, load_metric
 from pacevlm.types import Example
 
-# The data sets inside the package: a part's examples, given its name, how many there are, and the seed.
-MADE: dict[str, Callable[[str, int, int], Sequence[Example]]] = {"digits": DigitVQA}
+# The data sets inside the package: a part's examples, given its name, how many there are, the mixture and the seed.
+MADE: dict[str, Callable[[str, int, str | None, int], Sequence[Example]]] = {"digits": load_digits}
 # Skipped lines that a remark lists; `Splits.skipped` holds all of them.
 NUM_LISTED = 20
 
@@ -140,10 +140,15 @@ def load_splits(config: DataConfig, picture_config: PictureConfig | None = None)
         "test": range(config.skip_test, config.skip_test + config.num_test),
     }
     make = MADE[config.dataset]
-    parts = {part: _Made(make(part, indices.stop, config.seed), indices) for part, indices in places.items()}
+    parts = {
+        part: _Made(make(part, indices.stop, config.mixture, config.seed), indices) for part, indices in places.items()
+    }
+    mixture = parse_mixture(config.mixture)
+    facts = {"dataset": config.dataset, "seed": config.seed}
+    # What was made before there were tasks is named as it was, so that its runs go on.
+    facts |= {"mixture": mixture.name} if mixture.weights else {}
     made_from = {
-        part: {"dataset": config.dataset, "seed": config.seed, "first": indices.start, "num_examples": len(indices)}
-        for part, indices in places.items()
+        part: {**facts, "first": indices.start, "num_examples": len(indices)} for part, indices in places.items()
     }
     if metric.needs_choices:
         metric.check(parts["train"][0])

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pacevlm.data.digits import COLOUR_NAMES, Question, Scene, SceneConfig, sample_scene, valid_questions
+from pacevlm.data.elements import element_questions, sample_number
 from pacevlm.models.molmoe.image_processing import PreparedImage, prepare_image
 from pacevlm.models.molmoe.processing import PROMPT_PREFIX, PROMPT_SUFFIX, MolmoEProcessor
 from pacevlm.models.molmoe.tiling import CropGeometry
@@ -42,13 +43,27 @@ class Sample:
     questions: list[Question]
 
 
-def draw_sample(rng: np.random.Generator, config: SceneConfig, max_crops: int, split: str = "train") -> Sample:
-    """Compose one scene, cut it for `max_crops` and ask everything that can be asked."""
-    scene: Scene = sample_scene(rng, split, config)
+def draw_sample(
+    rng: np.random.Generator, config: SceneConfig, max_crops: int, split: str = "train", as_number: bool = False
+) -> Sample:
+    """Compose one scene, cut it for `max_crops` and ask everything that can be asked.
+
+    Args:
+        rng: what is drawn from.
+        config: ranges of the scene.
+        max_crops: the tier.
+        split: whose scans are shown.
+        as_number: show an atomic number, and ask for its digits and its element.
+    """
+    scene: Scene = sample_number(rng, split, config) if as_number else sample_scene(rng, split, config)
     prepared = prepare_image(scene.image, max_crops, GEOMETRY)
     height, width = scene.image.shape[:2]
     labels = cell_labels(scene.digits, (height, width), prepared.tiling, GEOMETRY)
-    return Sample(prepared, labels, valid_questions(scene, rng))
+    questions = valid_questions(scene, rng)
+    if as_number:
+        read = [question for question in questions if question.family == "read"]
+        questions = element_questions(scene.digits) + read
+    return Sample(prepared, labels, questions)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pacevlm.evaluation.statistics import bootstrap_mean, paired_bootstrap
 from pacevlm.knobs import Knobs
@@ -33,7 +34,7 @@ def measure_knob_effects(
 
     Returns:
         `{"n", "full": {"accuracy", "by_family_and_height"}, "by_knob": {knob: [{"knobs", "accuracy", "vs_full"}]},
-        "tier_by_family": {family: {tier: accuracy}}, "tier_by_height": {bin: {tier: accuracy}}}`.
+        "tier_by_family_and_height": {tier: table}, "by_task": `cost_by_task`, where examples say their task}`.
     """
     settings = one_knob_at_a_time(engine)
     wanted = sorted({knobs for values in settings.values() for knobs in values}, key=str)
@@ -57,9 +58,53 @@ def measure_knob_effects(
         for knobs in settings["tier"]
     }
     families = tables[full.tier]
+    tasks = [str(example.metadata["task"]) for example in examples if "task" in example.metadata]
+    by_task = cost_by_task(tasks, settings, arrays) if len(tasks) == len(examples) else None
     return {
         "n": len(examples),
         "full": {"accuracy": by_knob["tier"][0]["accuracy"], "by_family_and_height": families},
         "by_knob": by_knob,
         "tier_by_family_and_height": tables,
+        **({} if by_task is None else {"by_task": by_task}),
     }
+
+
+def cost_by_task(
+    tasks: Sequence[str], settings: Mapping[str, Sequence[Knobs]], accuracy: Mapping[Knobs, NDArray[np.float64]]
+) -> dict[str, Any]:
+    """What each knob costs each task, at every value with the others full.
+
+    Args:
+        tasks: the task of each example.
+        settings: for each knob its configurations, the full one first.
+        accuracy: of each configuration, one number an example.
+
+    Returns:
+        `{task: {"n", "full", "cost": {knob: {knobs: paired difference from full knobs}}}}`, with 95 % intervals.
+    """
+    names = np.array(tasks)
+    table: dict[str, Any] = {}
+    for task in dict.fromkeys(sorted(tasks)):
+        of_task = {knobs: values[names == task] for knobs, values in accuracy.items()}
+        full = settings["tier"][0]
+        cost = {
+            knob: {str(value): paired_bootstrap(of_task[value], of_task[full], seed=0) for value in values[1:]}
+            for knob, values in settings.items()
+        }
+        table[task] = {"n": int((names == task).sum()), "full": bootstrap_mean(of_task[full], seed=0), "cost": cost}
+    return table
+
+
+def format_costs(by_task: Mapping[str, Any]) -> str:
+    """Markdown of `cost_by_task`: a line per configuration, a column per task, in points with 95 % intervals."""
+    titles = [f"{task} (n = {facts['n']})" for task, facts in by_task.items()]
+    lines = [["knobs", *titles], ["---"] * (1 + len(titles))]
+    full = [facts["full"] for facts in by_task.values()]
+    lines.append(["full", *(f"{100 * a.mean:.1f} [{100 * a.low:.1f}, {100 * a.high:.1f}]" for a in full)])
+    costs = [facts["cost"] for facts in by_task.values()]
+    for knob in costs[0]:
+        for value in costs[0][knob]:
+            differences = [cost[knob][value] for cost in costs]
+            texts = [f"{100 * d.mean:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]" for d in differences]
+            lines.append([value, *texts])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -21,9 +21,9 @@ from pacevlm.data.digits import (
     Question,
     Scene,
     SceneConfig,
-    _split_scans,
     load_scans,
     sample_scene,
+    split_scans,
     valid_questions,
 )
 from pacevlm.errors import ConfigError, DataError
@@ -82,7 +82,7 @@ def expected_answer(scene: Scene, question: Question) -> tuple[str, int]:
 
 
 def split_scan_indices(split: str) -> list[int]:
-    return [index for by_value in _split_scans()[split] for index in by_value]
+    return [index for by_value in split_scans()[split] for index in by_value]
 
 
 def test_splits_partition_the_scans_and_are_stratified() -> None:

@@ -13,9 +13,11 @@ from pacevlm.models.molmoe import MolmoEForConditionalGeneration
 from recipes.embedded_model.corpus import GEOMETRY, draw_sample
 from recipes.embedded_model.labels import cell_labels
 from recipes.embedded_model.language import (
+    contributions,
     grow,
     load_balancing_loss,
     router_flatness_loss,
+    spread_loss,
     strengthen,
     training_loss,
 )
@@ -119,3 +121,29 @@ def test_a_resumed_training_is_the_same_to_the_bit(
     resumed = EmbeddedTrainer(tmp_path / "parts", STAGES).run().state_dict()
     assert set(resumed) == set(whole)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_contributions_are_what_the_experts_add() -> None:
+    torch.manual_seed(0)
+    model = MolmoEForConditionalGeneration(embedded_config(300, 1))
+    mixture = model.model.transformer.blocks[0].mlp
+    x = torch.randn(1, 9, 96)
+    each = contributions(mixture, x[0])
+    assert each.shape == (9, 8, 96)
+    torch.testing.assert_close(each.sum(1), mixture(x)[0][0])
+    for top_k in (1, 4):  # best first, as a smaller top_k keeps them
+        torch.testing.assert_close(each[:, :top_k].sum(1), mixture(x, top_k)[0][0])
+
+
+def test_spread_is_least_for_equal_shares_at_right_angles() -> None:
+    apart = torch.eye(8).repeat(3, 1, 1)
+    assert spread_loss(apart).item() == pytest.approx(0.0, abs=1e-4)
+    one_leads = torch.zeros(3, 8, 8)
+    one_leads[:, 0] = torch.randn(3, 8)
+    assert spread_loss(one_leads).item() == pytest.approx(np.log(8), abs=1e-3)
+    same = torch.ones(3, 8, 8)
+    assert spread_loss(same).item() == pytest.approx(np.log(8), abs=1e-3)
+    none = torch.zeros(3, 8, 8, requires_grad=True)
+    spread_loss(none).backward()
+    assert none.grad is not None
+    assert none.grad.isfinite().all()
