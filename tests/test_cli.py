@@ -665,7 +665,7 @@ def test_answer_prints_text_or_json(run_dir: Path, tmp_path: Path, capsys: pytes
     assert json.loads(capsys.readouterr().out)["price"] == 12.5
     assert run("prices", "--run-dir", run_dir) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [float(line.split()[0]) for line in lines[1:-1]] == [0.0, *TrainConfig(run_dir, max_price=64.0).prices[1:]]
+    assert [float(line.split()[0]) for line in lines[1:-1]] == [0.0, *TrainConfig(run_dir, max_price=128.0).prices[1:]]
     assert [float(line.split()[0]) for line in lines if line.endswith("default")] == [default]
 
 

@@ -181,9 +181,7 @@ def test_terminal_shows_latency_at_equal_accuracy_and_the_default_price(results:
         f"fixed {row['mean_ms']['fixed']:.1f} ms (0.67 [0.67, 0.67])" in lines
     )
     assert any(line.startswith("default price 4: -3.0 [") for line in lines)
-    measured = (
-        "measured with it: controller 16.0 ms on average, without a price 20.0 ms: 0.80 [0.80, 0.80], 2 questions"
-    )
+    measured = "measured with it: controller 16.0 ms on average, without a price 20.0 ms: 0.80 [0.80, 0.80]"
     assert f"{measured}, 2 questions" in lines
     assert not any("default price" in line for line in format_summary({**results, "fronts": None}).splitlines())
 
