@@ -176,6 +176,7 @@ BY_KIND: dict[Any, list[str]] = {
 }
 BY_NAME: dict[str, list[str]] = {
     "model.vision-budgets": ["1 2 3"],
+    "data.mixture": ["crossed", "detail=1,thought=0.5"],
     "train.max-tightening": ["1", "1.5"],
     "train.min-budget": ["0.2"],
     "train.max-budget": ["2"],
@@ -260,6 +261,12 @@ def test_the_same_command_means_the_same_at_every_start_and_from_a_file(
     commands += [
         [rng.choice(ways) for ways in rng.sample(list(settings.values()), rng.randint(1, 30))] for _ in range(16)
     ]
+    # Files are asked as they are: a mixture goes with the embedded questions only.
+    commands = [
+        [part for part in command if part[0] != "--data.mixture" or not any("--data.dataset" in it for it in command)]
+        for command in commands
+    ]
+    commands += [[part] for part in settings["data.mixture"]]
     for number, command in enumerate(commands):
         # Parts that bring another setting along come last, so that theirs is the value that counts.
         words = [word for part in sorted(command, key=lambda part: part[0] in needed) for word in part]
