@@ -75,7 +75,7 @@ def main() -> None:
     pacing = first.pacing(PROFILE_GUARDRAIL_NAME)
     with Progress(console=console) as progress:
         trained_on = first.splits.train[: first.config.lookup.num_examples]
-        fitted = fit_baselines(first.engine, trained_on, objectives, pacing, seed=0)
+        fitted = fit_baselines(first.engine, trained_on, objectives, pacing, full_ms=first.full_p50_ms, seed=0)
         table = next(policy for policy in fitted if isinstance(policy, LookupTable))
         requests = build_requests(first.engine, examples, objectives, pacing)
         base = answer_accuracy(table, first, examples, requests, progress)

@@ -42,6 +42,7 @@ from pacevlm.console import describe_step
 from pacevlm.controller.policy import Controller, ControllerPolicy
 from pacevlm.data.jsonl import JsonlDataset
 from pacevlm.errors import PacevlmError, QuestionError
+from pacevlm.evaluation.prices import PriceTable
 from pacevlm.evaluation.records import read_records
 from pacevlm.evaluation.report import write_report
 from pacevlm.evaluation.summary import format_summary, read_results
@@ -137,6 +138,7 @@ class Doors:
         (run_dir / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         parts = (
             *("bundle/estimator.json", "bundle/guardrail.json", "bundle/output_length.json"),
+            "bundle/prices.json",
             *("bundle/controller/controller.json", "bundle/controller/controller.safetensors", "bundle/bundle.json"),
         )
         self.doors: dict[str, Callable[[Path], Any]] = {
@@ -150,6 +152,7 @@ class Doors:
             "controller/controller.safetensors": self._controller,
             "lookup_table.json": lambda path: self._choose(LookupTable.load(path, self.space)),
             "fixed.json": lambda path: self._choose(FixedPolicy.load(path, self.space)),
+            "prices.json": lambda path: np.array([PriceTable.load(path).full_ms]),
             "steps.json": self._steps,
             "results.json": self._results,
             "shown.json": lambda path: read_shown(path) and None,
@@ -193,7 +196,8 @@ class Doors:
         )
         policy = ControllerPolicy(controller.eval())
         with torch.no_grad():
-            assert bool(torch.isfinite(controller.budget_tokens([50.0])).all()), "the latency token is not finite"
+            tokens = controller.latency_tokens([Objective(50.0, price=5.0)])
+            assert bool(torch.isfinite(tokens).all()), "the latency token is not finite"
         self._choose(policy)
 
     def _choose(self, policy: Any) -> None:

@@ -133,10 +133,10 @@ class CommandLines:
         words += ["Which number?" if self.rng.random() < 0.3 else self.value()]
         words += ["--budget-ms", "50" if good else self.value()]
         words += ["--run-dir", str(self.folder / "run") if self.rng.random() < 0.7 else self.value()]
-        return [*words, *self.rng.choice(([], ["--json"], ["--device", self.value()], ["--no-json"]))]
+        return [*words, *self.rng.choice(([], ["--json"], ["--device", self.value()], ["--price", self.value()]))]
 
     def finished(self) -> list[str]:
-        words = [self.rng.choice(("report", "evaluate", "quickstart")), "--run-dir", str(self.folder / "run")]
+        words = [self.rng.choice(("report", "evaluate", "quickstart", "prices")), "--run-dir", str(self.folder / "run")]
         return words if self.rng.random() < 0.5 else [*words, self.value()]
 
     def importance(self) -> list[str]:

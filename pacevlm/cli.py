@@ -20,7 +20,7 @@ import tyro
 from pacevlm.checks import MAX_COUNT, MAX_SEED, check_path, check_whole
 from pacevlm.config import HeadroomConfig, ImportanceConfig, check_model_path
 from pacevlm.config_file import ConfigFile, read_config_file
-from pacevlm.console import RichReporter, print_answer, print_results
+from pacevlm.console import RichReporter, print_answer, print_prices, print_results
 from pacevlm.errors import ConfigError, PacevlmError
 from pacevlm.options import USAGE_ERROR, given_file, given_run_dir, parse_options, parse_settings
 from pacevlm.printing import printable
@@ -238,6 +238,8 @@ class AnswerOptions:
         image: path of the image.
         question: what to ask.
         budget_ms: latency budget of the whole request, in milliseconds.
+        price: what time is worth below the budget, in points of accuracy for one full latency; 0 spends the budget
+            wherever that may help. What was calibrated if None; see `pacevlm prices`.
         run_dir: folder of a trained run, or a bundle.
         device: `cpu`, or `cuda` with an optional number; the one that was profiled.
         drift_state: file that remembers, from answer to answer, how much slower the machine is than profiled; bounds
@@ -248,6 +250,7 @@ class AnswerOptions:
     image: tyro.conf.Positional[Path]
     question: tyro.conf.Positional[str]
     budget_ms: float
+    price: float | None = None
     run_dir: Path = QUICKSTART_DIR
     device: str = "cpu"
     drift_state: Path | None = None
@@ -264,24 +267,63 @@ def answer(arguments: Sequence[str]) -> None:
       pacevlm answer kitchen.png "How many cups are on the table?" --budget-ms 80
       pacevlm answer kitchen.png "What colour is the kettle?" --budget-ms 40 --run-dir runs/mine --json
       pacevlm answer kitchen.png "Is it on?" --budget-ms 80 --drift-state runs/mine/drift.json
+      pacevlm answer kitchen.png "Is it on?" --budget-ms 80 --price 10
     """
     options = parse_options(answer, AnswerOptions, arguments)
     from pacevlm.images import open_picture
-    from pacevlm.knobs import check_budget_ms
+    from pacevlm.knobs import check_budget_ms, check_price
 
     budget_ms = check_budget_ms(options.budget_ms)
+    price = None if options.price is None else check_price(options.price)
     open_picture(options.image)  # before the model loads, which takes seconds
     from pacevlm.pacer import Pacer
 
     pacer = Pacer.from_pretrained(options.run_dir, device=options.device)
-    pacer.answer(options.image, options.question, budget_ms)
+    pacer.answer(options.image, options.question, budget_ms, price=price)
     if options.drift_state is None:
-        print_answer(pacer.answer(options.image, options.question, budget_ms), as_json=options.json)
+        print_answer(pacer.answer(options.image, options.question, budget_ms, price=price), as_json=options.json)
         return
     # After the warm-up, which would look like a slow machine.
     pacer.track_drift(options.drift_state)
-    print_answer(pacer.answer(options.image, options.question, budget_ms), as_json=options.json, with_drift=True)
+    result = pacer.answer(options.image, options.question, budget_ms, price=price)
+    print_answer(result, as_json=options.json, with_drift=True)
     pacer.save_drift()
+
+
+@dataclass(frozen=True)
+class PricesOptions:
+    """Which prices of time to show.
+
+    Attributes:
+        run_dir: folder of a trained run, or a bundle.
+        mean_ms: find the lowest price that brings the mean latency down to so many milliseconds.
+        points: find the highest price that costs at most so many points of accuracy.
+    """
+
+    run_dir: Path = QUICKSTART_DIR
+    mean_ms: float | None = None
+    points: float | None = None
+
+
+def prices(arguments: Sequence[str]) -> None:
+    """Show what prices of time cost and save, or find the one for a mean latency or a loss of accuracy.
+
+    As measured on validation examples once the controller was trained, where the budget hardly ever binds, on the
+    machine as profiled.
+
+    Examples:
+      pacevlm prices --run-dir runs/mine
+      pacevlm prices --run-dir runs/mine --mean-ms 40
+      pacevlm prices --run-dir runs/mine --points 0.5
+    """
+    options = parse_options(prices, PricesOptions, arguments)
+    from pacevlm.pacer import read_prices
+
+    table = read_prices(options.run_dir)
+    if options.mean_ms is None and options.points is None:
+        print_prices(table)
+    else:
+        print_prices(table, table.choose(mean_ms=options.mean_ms, points=options.points))
 
 
 def importance(arguments: Sequence[str]) -> None:
@@ -358,6 +400,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "report": report,
     "sample": sample,
     "answer": answer,
+    "prices": prices,
     "importance": importance,
 }
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from rich.progress import TaskID
 
+    from pacevlm.evaluation.prices import PricePoint, PriceTable
     from pacevlm.pipeline import RunConfig
     from pacevlm.types import Answer
 
@@ -108,7 +109,8 @@ def describe_step(step: str, facts: Mapping[str, Any]) -> str:
         return f"{facts['num_steps']} steps; reward {facts['reward']:.3f}, entropy {facts['entropy']:.2f}"
     if step == "calibrate":
         factors = ", ".join(f"{group} {factor:.2f}" for group, factor in facts["factors"].items())
-        return f"{facts['num_requests']} requests timed; bounds are predictions times {factors}"
+        text = f"{facts['num_requests']} requests timed; bounds are predictions times {factors}"
+        return f"{text}; the default price of time is {facts['default_price']:g}"
     text = f"{facts['num_examples']} test examples, {facts['num_timed_requests']} timed requests"
     if facts["num_disagreements"]:
         text += f", of which {facts['num_disagreements']} scored otherwise than in the batch"
@@ -130,6 +132,22 @@ def print_results(config: RunConfig) -> None:
     print(f"\nreport: {printable(config.run_dir / REPORT_NAME)}")
 
 
+def print_prices(table: PriceTable, chosen: PricePoint | None = None) -> None:
+    """Print what every price costs and saves, the default marked, or those of one price."""
+    print(f"{'price':>6}  {'points lost':>22}  {'mean latency, ms':>24}")
+    for point in table.points if chosen is None else (chosen,):
+        cost = f"{point.cost.mean:.1f} [{point.cost.low:.1f}, {point.cost.high:.1f}]"
+        mean, low, high = (
+            table.full_ms * value for value in (point.latency.mean, point.latency.low, point.latency.high)
+        )
+        mark = "  default" if point.price == table.default_price else ""
+        print(f"{point.price:>6g}  {cost:>22}  {f'{mean:.1f} [{low:.1f}, {high:.1f}]':>24}{mark}")
+    print(
+        f"price: points of accuracy for one full latency ({table.full_ms:.1f} ms); 95 % intervals, "
+        f"{table.num_examples} validation examples"
+    )
+
+
 def print_answer(result: Answer, *, as_json: bool = False, with_drift: bool = False) -> None:
     """Print an answer as a few named lines, or as one line of JSON."""
     if as_json:
@@ -146,6 +164,7 @@ def print_answer(result: Answer, *, as_json: bool = False, with_drift: bool = Fa
         "latency": f"{result.measured_ms:.1f} ms of {result.budget_ms:g} ms; predicted {result.predicted_ms:.1f} ms, "
         + (f"at most {result.upper_bound_ms:.1f} ms" if math.isfinite(result.upper_bound_ms) else "nothing promised"),
         "budget met": kept,
+        "price": f"{result.price:g} points of accuracy per full latency",
         "stages": f"read {times.read_ms:.1f}, prepare {times.prepare_ms:.1f}, stage 1 {times.stage1_ms:.1f}, "
         f"vision {times.vision_ms:.1f}, first block and stage 2 {times.first_block_ms:.1f}, "
         f"prefill {times.prefill_ms:.1f}, decode {sum(times.decode_ms):.1f} ms ({result.num_output_tokens} tokens)",

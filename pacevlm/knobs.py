@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pacevlm.checks import as_float, as_int, shown
-from pacevlm.errors import BudgetError, KnobError
+from pacevlm.errors import BudgetError, ConfigError, KnobError
 
 TIERS = ("low", "medium", "high")
 # More values of a knob, or larger ones, than any model has.
 MAX_VALUES, MAX_VALUE, MAX_TIER_NAME = 64, 10_000, 64
+MAX_PRICE = 1000.0
+"""Largest price of time, in points of accuracy per full latency; from some hundred on the cheapest knobs always win."""
 
 
 class Compute(NamedTuple):
@@ -215,5 +217,20 @@ def check_budget_ms(budget_ms: object) -> float:
         hint = "; give the number, not a text" if isinstance(budget_ms, (str, bytes)) else ""
         raise BudgetError(
             f"budget_ms is {budget_ms!r}; it must be a positive, finite number of milliseconds, for example 80{hint}"
+        )
+    return number
+
+
+def check_price(price: object, name: str = "price") -> float:
+    """Return a price of time as a float; raises ConfigError unless it is a number of points from 0 to `MAX_PRICE`.
+
+    Args:
+        name: what the price is called, for the message.
+    """
+    number = as_float(price)
+    if number is None or not 0 <= number <= MAX_PRICE:
+        raise ConfigError(
+            f"{name} is {shown(price)}; it must be a number from 0 to {MAX_PRICE:g}, the points of accuracy that a "
+            "whole full latency is worth"
         )
     return number

@@ -21,6 +21,7 @@ from pacevlm.controller.policy import Controller, ControllerPolicy
 from pacevlm.controller.policy_interface import Policy
 from pacevlm.devices import resolve_device
 from pacevlm.errors import CheckpointError, ConfigError, IdentityError
+from pacevlm.evaluation.prices import PricePoint, PriceTable
 from pacevlm.files import find_portable, portable_path, sha256_file
 from pacevlm.images import ImageSource
 from pacevlm.knobs import Knobs, KnobSpace, check_budget_ms
@@ -39,10 +40,12 @@ from pacevlm.types import Answer, BudgetKind, Objective, RequestSizes, check_bud
 BUNDLE_FILE = "bundle.json"
 BUNDLE_FOLDER = "bundle"
 KIND = "bundle"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 ESTIMATOR_NAME, GUARDRAIL_NAME, OUTPUT_LENGTH_NAME = "estimator.json", "guardrail.json", "output_length.json"
+PRICES_NAME = "prices.json"
 CONTROLLER_FOLDER = "controller"
-# Files that every bundle lists; a model without bounds on its answers has no OUTPUT_LENGTH_NAME.
+# Files that every bundle lists. A model without bounds on its answers has no OUTPUT_LENGTH_NAME, and a controller
+# whose prices were not calibrated no PRICES_NAME.
 _LISTED = (
     ESTIMATOR_NAME,
     GUARDRAIL_NAME,
@@ -88,6 +91,7 @@ class Pacer:
         full_p50_ms: median milliseconds of the full configuration on the profiled device.
         model_path: where the model came from, `embedded` or a directory; stored in bundles.
         num_threads: CPU threads of a request, as profiled; None leaves them as they are.
+        prices: what prices of time cost and save with this controller; None where that was not measured.
         drift: correction of the guardrail's bounds that follows the machine; None holds on to the profile.
 
     Raises:
@@ -105,6 +109,7 @@ class Pacer:
         kind: BudgetKind = "e2e",
         model_path: str | os.PathLike[str] = "embedded",
         num_threads: int | None = None,
+        prices: PriceTable | None = None,
         drift: DriftCorrection | None = None,
     ) -> None:
         pacing.made_for.check("the pacing", model.made_for)
@@ -114,6 +119,7 @@ class Pacer:
         self.full_p50_ms = check_budget_ms(full_p50_ms)
         self.model_path, self.num_threads = os.fspath(model_path), num_threads
         self.policy: Policy = ControllerPolicy(controller.eval())
+        self.prices = prices
         if drift is not None:
             drift.check_guardrail(pacing.guardrail, kind)
         self.drift = drift
@@ -211,6 +217,7 @@ class Pacer:
             kind=kind,
             model_path=place,
             num_threads=num_threads,
+            prices=PriceTable.load(folder / PRICES_NAME) if PRICES_NAME in values["files"] else None,
         )
         pacer._loaded_with = {
             "path": os.path.abspath(path),
@@ -234,6 +241,9 @@ class Pacer:
         if self.pacing.output_length is not None:
             self.pacing.output_length.save(folder / OUTPUT_LENGTH_NAME)
             listed.append(OUTPUT_LENGTH_NAME)
+        if self.prices is not None:
+            self.prices.save(folder / PRICES_NAME)
+            listed.append(PRICES_NAME)
         source, absolute_path = self.model_path, None
         if source != "embedded":
             absolute_path = os.path.abspath(source)
@@ -260,8 +270,37 @@ class Pacer:
         # Last, so that a bundle that can be opened is whole: until then it lists what the files were before.
         save_artefact(folder / BUNDLE_FILE, KIND, SCHEMA_VERSION, content, CheckpointError)
 
+    @property
+    def default_price(self) -> float:
+        """The price of time where none is given: as calibrated, or none."""
+        return 0.0 if self.prices is None else self.prices.default_price
+
+    def price_for(self, *, mean_ms: float | None = None, points: float | None = None) -> PricePoint:
+        """The price for a wanted mean latency, or for a tolerated loss of accuracy, and what it costs and saves.
+
+        Both are as measured on validation examples whose budget hardly ever binds, with 95 % intervals.
+
+        Args:
+            mean_ms: mean milliseconds that requests may take on the machine as profiled; the lowest price that keeps
+                it.
+            points: points of accuracy that it may cost; the highest price that keeps it.
+
+        Raises:
+            ConfigError: not one of the two was given or it is no such number, no price is so fast, or prices were not
+                calibrated.
+        """
+        if self.prices is None:
+            raise ConfigError("prices were not calibrated with this controller; train and calibrate it again")
+        return self.prices.choose(mean_ms=mean_ms, points=points)
+
     def answer(
-        self, image: ImageSource, question: str, budget_ms: float = 80.0, policy: Policy | None = None
+        self,
+        image: ImageSource,
+        question: str,
+        budget_ms: float = 80.0,
+        policy: Policy | None = None,
+        *,
+        price: float | None = None,
     ) -> Answer:
         """Answer a question about an image within a latency budget, which counts from this call.
 
@@ -270,12 +309,14 @@ class Pacer:
             question: the user's text.
             budget_ms: milliseconds for what the bundle's budgets cover, by default the whole request.
             policy: chooses the knobs in place of the controller.
+            price: what time is worth below the budget: points of accuracy for one whole full latency. 0 spends the
+                budget wherever that may help; None takes `default_price`.
 
         Raises:
             BudgetError: the budget is not a positive, finite number.
             ImageError: the image cannot be read or used.
             QuestionError: the question is empty, too long or not text.
-            ConfigError: `policy` is no policy.
+            ConfigError: `policy` is no policy, or the price is no number from 0 to `MAX_PRICE`.
         """
         chosen = self.policy if policy is None else policy
         if not isinstance(chosen, Policy):
@@ -283,7 +324,7 @@ class Pacer:
                 f"policy is {policy!r}; give an object with name, choose_tier, latency_token, choose_compute"
             )
         called = time.perf_counter()
-        objective = Objective(budget_ms, self.kind)
+        objective = Objective(budget_ms, self.kind, self.default_price if price is None else price)
         with self._running, use_num_threads(self.num_threads):
             waited_ms = (time.perf_counter() - called) * 1e3
             return run_request(
@@ -354,6 +395,21 @@ class Pacer:
         )
 
 
+def read_prices(path: str | os.PathLike[str]) -> PriceTable:
+    """What prices cost and save with a bundle's controller, without loading a model.
+
+    Args:
+        path: as `Pacer.from_pretrained` takes it.
+
+    Raises:
+        CheckpointError: the bundle or its prices are missing or damaged.
+    """
+    folder = _bundle_folder(path)
+    if PRICES_NAME not in _read_bundle(folder)["files"]:
+        raise CheckpointError(f"the bundle {folder} has no calibrated prices; train and calibrate again")
+    return PriceTable.load(folder / PRICES_NAME)
+
+
 def _bundle_folder(path: str | os.PathLike[str]) -> Path:
     for folder in (Path(path), Path(path) / BUNDLE_FOLDER):
         if (folder / BUNDLE_FILE).is_file():
@@ -393,7 +449,7 @@ def _read_bundle(folder: Path) -> dict[str, Any]:
     values: dict[str, Any] = load_artefact(path, KIND, SCHEMA_VERSION, CheckpointError)
     values = typed(_Bundle, values, str(path), CheckpointError)
     listed = set(values["files"])
-    if not set(_LISTED) <= listed <= {*_LISTED, OUTPUT_LENGTH_NAME}:
+    if not set(_LISTED) <= listed <= {*_LISTED, OUTPUT_LENGTH_NAME, PRICES_NAME}:
         raise CheckpointError(f"{path} lists the files {sorted(listed)}, not {sorted(_LISTED)}; save the bundle again")
     for name, digest in values["files"].items():
         if not (folder / name).exists():

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pacevlm.errors import ConfigError, ImageError
 from pacevlm.images import ImageSource, Picture, PictureConfig, load_image, open_picture
-from pacevlm.knobs import Knobs, check_budget_ms
+from pacevlm.knobs import Knobs, check_budget_ms, check_price
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,18 +36,23 @@ class Objective:
     Attributes:
         budget_ms: how long it may take, milliseconds.
         kind: what of it that covers, the whole request (`e2e`) or the time to the first token (`ttft`).
+        price: what time is worth below the budget: points of accuracy for one whole full latency, the median of the
+            full configuration. At 0 time costs nothing until the budget is spent; at 10, half a full latency less is
+            worth 5 points. It means the same on every device, and on a machine that is slower than profiled.
 
     Raises:
         BudgetError: the budget is not a positive, finite number.
-        ConfigError: the kind is unknown.
+        ConfigError: the kind is unknown, or the price is no number from 0 to `MAX_PRICE`.
     """
 
     budget_ms: float
     kind: BudgetKind = "e2e"
+    price: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget_ms", check_budget_ms(self.budget_ms))
         check_budget_kind(self.kind)
+        object.__setattr__(self, "price", check_price(self.price))
 
 
 @dataclass(frozen=True)
@@ -230,6 +235,7 @@ class Answer:
         times: measured stages; the guardrail and the controller are inside.
         budget_ms: what was asked for; infinite for a request that was given its knobs.
         kind: what the budget covers.
+        price: what time was worth below the budget, in points of accuracy per full latency.
         feasible: whether any configuration's upper bound fitted what was left of the budget when the request began;
             where none did, the cheapest ran.
         predicted_ms: the estimator's latency of these knobs at this answer's length, on the machine as profiled, so
@@ -249,6 +255,7 @@ class Answer:
     times: StageTimes
     budget_ms: float = math.inf
     kind: BudgetKind = "e2e"
+    price: float = 0.0
     feasible: bool = True
     predicted_ms: float | None = None
     upper_bound_ms: float = math.inf

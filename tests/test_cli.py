@@ -20,6 +20,8 @@ from pacevlm import cli, options
 from pacevlm.cli import COMMANDS, main
 from pacevlm.console import RichReporter, print_answer
 from pacevlm.errors import DataError
+from pacevlm.pacer import read_prices
+from pacevlm.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -178,6 +180,8 @@ BY_NAME: dict[str, list[str]] = {
     "train.max-tightening": ["1", "1.5"],
     "train.min-budget": ["0.2"],
     "train.max-budget": ["2"],
+    "train.min-price": ["0.5"],
+    "train.max-price": ["9", "0"],
     "picture.background": ["white", "#102030"],
 }
 NEEDED = {
@@ -458,7 +462,7 @@ def test_what_models_and_data_sets_say_cannot_either(capsys: pytest.CaptureFixtu
     with RichReporter() as reporter:
         reporter.started(HOSTILE)
         reporter.warned("lookup", HOSTILE)
-        reporter.finished("calibrate", 1.0, {"num_requests": 3, "factors": {HOSTILE: 1.0}})
+        reporter.finished("calibrate", 1.0, {"num_requests": 3, "factors": {HOSTILE: 1.0}, "default_price": 2.0})
         reporter.progress(HOSTILE, 1, 2, HOSTILE)
     captured = capsys.readouterr()
     for text in (captured.out, captured.err):
@@ -661,8 +665,34 @@ def test_answer_prints_text_or_json(run_dir: Path, tmp_path: Path, capsys: pytes
     assert run(*arguments, "--budget-ms", "0.001", "--json") == 0
     values = json.loads(capsys.readouterr().out)
     assert (values["feasible"], values["budget_met"], values["knobs"]) == (False, False, "low/2/3")
+    default = values["price"]
     assert values["measured_ms"] > 0
     assert values["drift_factor"] == 1.0
+    assert run(*arguments, "--budget-ms", "1e6", "--price", "12.5", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["price"] == 12.5
+    assert run("prices", "--run-dir", run_dir) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [float(line.split()[0]) for line in lines[1:-1]] == [0.0, *TrainConfig(run_dir, max_price=128.0).prices[1:]]
+    assert [float(line.split()[0]) for line in lines if line.endswith("default")] == [default]
+
+
+def test_prices_are_found_for_a_latency_or_a_loss(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["prices", "--run-dir", run_dir]
+    for option, place in ((("--points", "100"), -1), (("--mean-ms", "1e6"), 0)):
+        assert run(*arguments, *option) == 0
+        row = capsys.readouterr().out.splitlines()[1]
+        assert float(row.split()[0]) == read_prices(run_dir).points[place].price
+    for words, message in (
+        (("--points", "-1"), "points is -1.0"),
+        (("--points", "nan"), "points is nan"),
+        (("--mean-ms", "0"), "mean_ms is 0.0"),
+        (("--mean-ms", "1e-6"), "no price brings"),
+        (("--mean-ms", "5", "--points", "1"), "give either"),
+    ):
+        assert run(*arguments, *words) == 2
+        assert message in capsys.readouterr().err
+    assert run("prices", "--run-dir", run_dir / "train") == 2
+    assert "bundle.json" in capsys.readouterr().err
 
 
 def test_answer_remembers_drift(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -791,6 +821,9 @@ def test_a_sample_without_its_library_says_what_to_install(tmp_path: Path) -> No
         ({"image": "nothing.png"}, "nothing.png"),
         ({"question": " "}, "question"),
         ({"budget": "-3"}, "budget_ms is -3.0"),
+        ({"price": "-3"}, "price is -3.0; it must be a number from 0 to 1000"),
+        ({"price": "nan"}, "price is nan"),
+        ({"price": "dear"}, "price"),
         ({"run": "nowhere"}, "nowhere"),
     ],
 )
@@ -801,8 +834,9 @@ def test_answer_refuses_unusable_input(
 
     image = tmp_path / "image.png"
     Image.new("RGB", (40, 30)).save(image)
-    values = {"image": str(image), "question": "Which?", "budget": "50", "run": str(run_dir)} | changes
+    values = {"image": str(image), "question": "Which?", "budget": "50", "price": "0", "run": str(run_dir)} | changes
     arguments = [values["image"], values["question"], "--budget-ms", values["budget"], "--run-dir", values["run"]]
+    arguments += ["--price", values["price"]]
     assert run("answer", *arguments) == 2
     assert message in capsys.readouterr().err
 

@@ -29,6 +29,7 @@ import pacevlm
 from pacevlm.baselines.full import FullPolicy
 from pacevlm.config import PictureConfig
 from pacevlm.controller.policy import Controller, ControllerConfig
+from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.errors import (
     BudgetError,
     CheckpointError,
@@ -38,6 +39,9 @@ from pacevlm.errors import (
     ProfileError,
     QuestionError,
 )
+from pacevlm.evaluation.prices import PricePoint, PriceTable
+from pacevlm.evaluation.statistics import Interval
+from pacevlm.knobs import Knobs
 from pacevlm.latency.drift import DriftCorrection, DriftSettings
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
@@ -47,12 +51,20 @@ from pacevlm.latency.profile import collect_device_facts
 from pacevlm.latency.stage_fit import StageFit
 from pacevlm.latency.stage_terms import STAGE_TERMS
 from pacevlm.models.elastic import ElasticModel, write_elastic_settings
-from pacevlm.pacer import Pacer
+from pacevlm.pacer import Pacer, read_prices
 from pacevlm.request.pacing import Pacing
 from pacevlm.request.run import run_forced
 
 QUESTION = "How many red digits are there?"
 NUM_THREADS = 1
+PRICES = PriceTable(
+    tuple(
+        PricePoint(price, Interval(cost, cost - 1.0, cost + 1.0), Interval(share, share - 0.1, share + 0.1))
+        for price, cost, share in ((0.0, 0.0, 0.9), (2.0, 0.1, 0.7), (9.0, 0.4, 0.5), (40.0, 4.0, 0.3))
+    ),
+    num_examples=200,
+    full_ms=100.0,
+)
 
 
 def make_estimator(model: ElasticModel, coefficient: float = 1e-4) -> LatencyEstimator:
@@ -89,6 +101,7 @@ def make_pacer(model: ElasticModel, folder: Path, *, lengths: bool = True, **par
         full_p50_ms=100.0,
         model_path=folder,
         num_threads=NUM_THREADS,
+        prices=parts.get("prices", PRICES),
         drift=parts.get("drift"),
     )
 
@@ -183,6 +196,46 @@ def test_estimates_cover_the_knob_space_and_never_fall(pacer: Pacer, image: Imag
 def test_bad_budgets_are_refused(pacer: Pacer, image: Image.Image, budget_ms: Any) -> None:
     with pytest.raises(BudgetError, match="positive, finite number of milliseconds"):
         pacer.answer(image, QUESTION, budget_ms)
+
+
+@pytest.mark.parametrize("price", [-0.1, 1000.5, math.nan, math.inf, "5", b"5", True, [5.0], np.float32("nan")])
+def test_bad_prices_are_refused(pacer: Pacer, image: Image.Image, price: Any) -> None:
+    with pytest.raises(ConfigError, match=r"price is .* number from 0 to 1000"):
+        pacer.answer(image, QUESTION, price=price)
+
+
+def test_a_price_reaches_the_policy_and_the_answer(pacer: Pacer, image: Image.Image) -> None:
+    seen = []
+
+    class Watching(FullPolicy):
+        def choose(self, request: PolicyInput) -> Knobs:
+            seen.append(request.objective.price)
+            return self.space.full
+
+    policy = Watching(pacer.model.knob_space)
+    for given, used in ((None, 2.0), (0, 0.0), (np.float32(7.5), 7.5), (1000.0, 1000.0)):
+        seen.clear()
+        assert pacer.answer(image, QUESTION, 1e9, policy, price=given).price == used
+        assert set(seen) == {used}
+    assert pacer.answer(image, QUESTION, price=3).to_dict()["price"] == 3.0
+
+
+def test_the_default_price_is_the_calibrated_one_or_none(
+    pacer: Pacer, tiny_elastic: ElasticModel, tiny_elastic_dir: Path, image: Image.Image, tmp_path: Path
+) -> None:
+    assert pacer.default_price == 2.0
+    assert pacer.price_for(points=0.5) == PRICES.points[2]
+    assert pacer.price_for(mean_ms=45.0) == PRICES.points[3]
+    with pytest.raises(ConfigError, match="no price brings"):
+        pacer.price_for(mean_ms=20.0)
+    plain = make_pacer(tiny_elastic, tiny_elastic_dir, prices=None)
+    assert plain.default_price == plain.answer(image, QUESTION).price == 0.0
+    with pytest.raises(ConfigError, match="not calibrated"):
+        plain.price_for(points=0.5)
+    plain.save_pretrained(tmp_path)
+    assert Pacer.from_pretrained(tmp_path).prices is None
+    with pytest.raises(CheckpointError, match="no calibrated prices"):
+        read_prices(tmp_path)
 
 
 @pytest.mark.parametrize("source", ["no/such/file.png", b"", b"not an image", np.zeros((4, 4)), 7])
@@ -389,6 +442,7 @@ def test_a_saved_pacer_answers_alike(pacer: Pacer, bundle: Path, image: Image.Im
         assert loaded.model.identity == pacer.model.identity
         assert (loaded.full_p50_ms, loaded.num_threads) == (pacer.full_p50_ms, NUM_THREADS)
         assert loaded.pacing == pacer.pacing
+        assert loaded.prices == pacer.prices == read_prices(path)
         assert loaded.estimate(image, QUESTION) == pacer.estimate(image, QUESTION)
         for budget_ms in (0.05, 1.0, 1e9):
             first, second = (one.answer(image, QUESTION, budget_ms) for one in (pacer, loaded))
@@ -522,6 +576,7 @@ def test_missing_and_malformed_files_are_named(bundle: Path, changed: Callable[.
         Pacer.from_pretrained(tmp_path / "nothing")
     for changes, message in (
         ({"schema_version": 99}, "99"),
+        ({"schema_version": 3}, "has schema version 3, but this version of pacevlm reads 4; make it anew"),
         ({"kind": "controller"}, "controller"),
         ({"files": {}}, "lists the files"),
         ({"files": {"../../elsewhere": "0" * 64}}, "lists the files"),
@@ -550,7 +605,7 @@ def test_a_flipped_bit_anywhere_in_a_bundle_names_the_file(bundle: Path, tmp_pat
     folder, rng = Path(shutil.copytree(bundle, tmp_path / "bundle")), np.random.default_rng(0)
     (folder / "notes.txt").write_text("mine")  # other files are nobody's business
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "notes.txt"]
-    assert len(paths) == 6
+    assert len(paths) == 7
     for path in paths:
         content = path.read_bytes()
         for place in rng.integers(len(content), size=40).tolist():

@@ -1,57 +1,95 @@
-"""The lookup table: the best fixed knobs for each budget, chosen on training data; the baseline to beat."""
+"""The lookup table: the best knobs for each budget, price and size of picture, from training data; the one to beat."""
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Self, TypedDict
+from typing import Annotated, Self, TypedDict
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from pacevlm.artefact import Ms
+from pacevlm.artefact import Count, Ms, Range
 from pacevlm.baselines.one_choice import OneChoicePolicy
-from pacevlm.baselines.ranking import BoolArray, FloatArray, IntArray, check_table, promote_better, rank_by_mean
+from pacevlm.baselines.ranking import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    check_table,
+    order_by_worth,
+    promote_better,
+    rank_by_mean,
+)
 from pacevlm.baselines.stored import check_order, load_fitted, save_fitted
+from pacevlm.checks import shown
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.errors import CheckpointError, DataError, KnobError
-from pacevlm.knobs import Knobs, KnobSpace
+from pacevlm.knobs import MAX_PRICE, Knobs, KnobSpace, check_price
 
 KIND = "lookup table"
-
-
-class _Row(TypedDict):
-    budget_ms: Ms
-    order: tuple[Knobs, ...]
+# Thirds of the training pictures by size. A third of fewer examples shares the ranking of all sizes.
+NUM_SIZES, MIN_EXAMPLES = 3, 50
 
 
 class _Stored(TypedDict):
-    budgets: tuple[_Row, ...]
+    """What the file holds: every distinct order once, and for each budget, price and size the place of its own."""
+
+    budgets_ms: tuple[Ms, ...]
+    prices: tuple[Annotated[float, Range(0.0, MAX_PRICE)], ...]
+    max_pixels: tuple[Count, ...]
+    orders: tuple[tuple[Knobs, ...], ...]
+    places: tuple[tuple[tuple[Count, ...], ...], ...]
 
 
 class LookupTable(OneChoicePolicy):
-    """For each fitted budget an order over configurations; a request runs the first that the guardrail admits.
+    """An order over configurations for each budget, price and size of picture; the first that is admitted runs.
 
     A budget between two fitted ones uses the lower, whose knobs were chosen for having less time; one below them all
-    uses the lowest.
+    uses the lowest. A price uses the highest fitted one that is not above it, which gives up no more accuracy than was
+    asked for.
 
     Args:
         space: the knob space.
-        orders: for each fitted budget in milliseconds a permutation of the space's flat indices, best first.
+        budgets_ms: fitted budgets in milliseconds, strictly increasing, `(budgets,)`.
+        orders: permutations of the space's flat indices, best first, `(budgets, prices, sizes, configurations)`.
+        prices: fitted prices, strictly increasing from 0, `(prices,)`.
+        max_pixels: most pixels of a picture of each size but the last, `(sizes - 1,)`.
 
     Raises:
-        DataError: no budget is given, or an order is not a permutation of the knob space.
+        DataError: budgets, prices or sizes are not in order, or the orders are not one permutation for each.
     """
 
     name = "lookup_table"
 
-    def __init__(self, space: KnobSpace, orders: Mapping[float, Sequence[int] | IntArray]) -> None:
+    def __init__(
+        self,
+        space: KnobSpace,
+        budgets_ms: Sequence[float],
+        orders: ArrayLike,
+        *,
+        prices: Sequence[float] = (0.0,),
+        max_pixels: Sequence[int] = (),
+    ) -> None:
         super().__init__(space)
-        if not orders:
-            raise DataError("a lookup table needs the order of at least one budget")
-        self.budgets_ms = tuple(sorted(float(budget_ms) for budget_ms in orders))
-        by_budget = {float(budget_ms): order for budget_ms, order in orders.items()}
-        self.orders = tuple(check_order(by_budget[budget_ms], space) for budget_ms in self.budgets_ms)
+        self.budgets_ms = tuple(float(budget_ms) for budget_ms in budgets_ms)
+        self.prices = tuple(check_price(price) for price in prices)
+        self.max_pixels = tuple(int(pixels) for pixels in max_pixels)
+        if not self.budgets_ms or list(self.budgets_ms) != sorted(set(self.budgets_ms)):
+            raise DataError(f"a lookup table needs strictly increasing budgets, not {shown(self.budgets_ms)}")
+        if self.prices[:1] != (0.0,) or list(self.prices) != sorted(set(self.prices)):
+            raise DataError(f"a lookup table needs strictly increasing prices from 0, not {shown(self.prices)}")
+        if list(self.max_pixels) != sorted(self.max_pixels):
+            raise DataError(f"a lookup table needs increasing sizes, not {shown(self.max_pixels)}")
+        shape = (len(self.budgets_ms), len(self.prices), len(self.max_pixels) + 1)
+        self.orders: IntArray = np.asarray(orders, dtype=np.int64)
+        if self.orders.shape != (*shape, len(space)):
+            raise DataError(
+                f"the orders have shape {self.orders.shape}; {shape[0]} budgets, {shape[1]} prices, {shape[2]} sizes "
+                f"and {len(space)} configurations need {(*shape, len(space))}"
+            )
+        for order in np.unique(self.orders.reshape(-1, len(space)), axis=0):
+            check_order(order, space)
 
     @classmethod
     def fit(
@@ -62,13 +100,17 @@ class LookupTable(OneChoicePolicy):
         feasible: BoolArray,
         *,
         num_errors: float | None = 2.0,
+        prices: Sequence[float] = (0.0,),
+        latency: FloatArray | None = None,
+        num_pixels: ArrayLike | None = None,
     ) -> Self:
-        """Choose the order of each budget on training data, under the same guardrail that applies at test time.
+        """Choose all orders on training data, under the same guardrail that applies at test time.
 
-        Every budget starts from the ranking by mean accuracy over all training examples, admitted or not. Ranking a
-        configuration only on the examples that admit it would compare different examples, since expensive ones are
-        admitted mostly for small inputs. `promote_better` then moves to the front what demonstrably serves this
-        budget's requests better; that alone makes the orders of two budgets differ.
+        Every budget starts from the ranking by mean accuracy over all training examples of a size, admitted or not.
+        Ranking a configuration only on the examples that admit it would compare different examples, since expensive
+        ones are admitted mostly for small inputs. `promote_better` then moves to the front what demonstrably serves
+        this budget's requests better; that alone makes the orders of two budgets differ. `order_by_worth` makes an
+        order for each price of it.
 
         Args:
             space: the knob space.
@@ -78,40 +120,70 @@ class LookupTable(OneChoicePolicy):
             feasible: bool `(budgets, examples, configurations)`.
             num_errors: standard errors that a promotion must gain. 0 is best on the training examples, never below
                 `FixedPolicy` there, but follows noise where they are few; None keeps the ranking by mean.
+            prices: strictly increasing from 0, `(prices,)`.
+            latency: predicted, in full latencies, `(examples, configurations)`; only a price above 0 needs it.
+            num_pixels: of the pictures, `(examples,)`; None makes one ranking for all sizes.
 
         Raises:
-            DataError: see `check_table`.
+            DataError: see `check_table`; or latencies or sizes are missing or of another shape.
         """
         budgets = np.asarray(budgets_ms, dtype=np.float64)
         accuracy, feasible = check_table(space, budgets, accuracy, feasible)
-        ranking = rank_by_mean(accuracy)
-        orders = {
-            float(budget_ms): ranking if num_errors is None else promote_better(accuracy, mask, ranking, num_errors)
-            for budget_ms, mask in zip(budgets, feasible, strict=True)
-        }
-        return cls(space, orders)
+        if latency is None and tuple(prices) != (0.0,):
+            raise DataError("prices need the predicted latency of every example and configuration")
+        latency = np.zeros_like(accuracy) if latency is None else np.asarray(latency, dtype=np.float64)
+        pixels = np.zeros(len(accuracy), np.int64) if num_pixels is None else np.asarray(num_pixels, dtype=np.int64)
+        if latency.shape != accuracy.shape or pixels.shape != accuracy.shape[:1]:
+            raise DataError(
+                f"latency has shape {latency.shape} and num_pixels {pixels.shape}, but the accuracies {accuracy.shape}"
+            )
+        max_pixels: list[int] = []
+        if num_pixels is not None:
+            shares = np.arange(1, NUM_SIZES) / NUM_SIZES
+            max_pixels = np.quantile(pixels, shares, method="lower").tolist()
+        sizes = np.searchsorted(max_pixels, pixels, side="left")
+        orders = np.empty((len(budgets), len(prices), len(max_pixels) + 1, len(space)), dtype=np.int64)
+        for size in range(len(max_pixels) + 1):
+            rows = np.flatnonzero(sizes == size)
+            rows = rows if len(rows) >= MIN_EXAMPLES or not max_pixels else np.arange(len(pixels))
+            scores, mean_latency = accuracy[rows], latency[rows].mean(axis=0)
+            ranking = rank_by_mean(scores)
+            for b, mask in enumerate(feasible[:, rows]):
+                order = ranking if num_errors is None else promote_better(scores, mask, ranking, num_errors)
+                orders[b, :, size] = order_by_worth(order, scores.mean(axis=0), mean_latency, prices)
+        return cls(space, budgets.tolist(), orders, prices=prices, max_pixels=max_pixels)
 
-    def order_for(self, budget_ms: float) -> IntArray:
-        """The preference order used at a budget, flat indices `(configurations,)`."""
-        return self.orders[max(bisect.bisect_right(self.budgets_ms, budget_ms) - 1, 0)]
+    def order_for(self, budget_ms: float, price: float = 0.0, num_pixels: int = 0) -> IntArray:
+        """The preference order used for a budget, a price and a picture, flat indices `(configurations,)`."""
+        budget = max(bisect.bisect_right(self.budgets_ms, budget_ms) - 1, 0)
+        size = bisect.bisect_left(self.max_pixels, num_pixels)
+        return np.asarray(self.orders[budget, bisect.bisect_right(self.prices, price) - 1, size])
 
     def choose(self, request: PolicyInput) -> Knobs:
-        """The first configuration of the budget's order that the guardrail admits."""
-        return self.first_feasible(request, self.order_for(request.budget_ms))
+        """The first configuration of the request's order that the guardrail admits."""
+        objective = request.objective
+        order = self.order_for(objective.budget_ms, objective.price, request.view.sizes.num_pixels)
+        return self.first_feasible(request, order)
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON; raises StorageError."""
-        rows = [
-            {"budget_ms": budget_ms, "order": [str(self.space[int(i)]) for i in order]}
-            for budget_ms, order in zip(self.budgets_ms, self.orders, strict=True)
-        ]
-        save_fitted(path, KIND, self.space, {"budgets": rows})
+        distinct, places = np.unique(self.orders.reshape(-1, len(self.space)), axis=0, return_inverse=True)
+        content = {
+            "budgets_ms": self.budgets_ms,
+            "prices": self.prices,
+            "max_pixels": self.max_pixels,
+            "orders": [[str(self.space[int(i)]) for i in order] for order in distinct],
+            "places": places.reshape(self.orders.shape[:3]).tolist(),
+        }
+        save_fitted(path, KIND, self.space, content)
 
     @classmethod
     def load(cls, path: str | Path, space: KnobSpace) -> Self:
         """Read a saved table; raises CheckpointError if malformed, IdentityError if made for another knob space."""
-        rows = load_fitted(path, KIND, space, _Stored)["budgets"]
+        content = load_fitted(path, KIND, space, _Stored)
         try:
-            return cls(space, {row["budget_ms"]: [space.index(knobs) for knobs in row["order"]] for row in rows})
-        except (DataError, KnobError) as error:
+            distinct = [check_order([space.index(knobs) for knobs in order], space) for order in content["orders"]]
+            orders = np.array(distinct)[np.array(content["places"], dtype=np.int64)]
+            return cls(space, content["budgets_ms"], orders, prices=content["prices"], max_pixels=content["max_pixels"])
+        except (DataError, IndexError, KnobError, ValueError) as error:  # a place that is missing, or names no order
             raise CheckpointError(f"{path} is malformed: {error}; fit the policy again") from error

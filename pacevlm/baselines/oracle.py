@@ -14,13 +14,17 @@ from pacevlm.knobs import Knobs, KnobSpace
 
 
 class OraclePolicy(OneChoicePolicy):
-    """The feasible configuration with the highest accuracy on the example itself, of equal ones the fastest predicted.
+    """The feasible configuration that is worth most on the example itself, of equal ones the fastest predicted.
+
+    What it is worth is its accuracy less its predicted latency at the request's price; so a higher price never makes it
+    choose a slower one.
 
     Args:
         space: the knob space.
         accuracy: per example id the accuracy of every configuration, `(configurations,)`; NaN where not run, which is
             an error only where the guardrail admits it.
         predicted_latency_ms: per example id the predicted latency of every configuration, `(configurations,)`.
+        full_ms: the full latency that prices are for, milliseconds.
 
     Raises:
         DataError: the two name different examples or an array does not have one entry per configuration.
@@ -33,6 +37,7 @@ class OraclePolicy(OneChoicePolicy):
         space: KnobSpace,
         accuracy: Mapping[str, FloatArray],
         predicted_latency_ms: Mapping[str, FloatArray],
+        full_ms: float,
     ) -> None:
         super().__init__(space)
         if set(accuracy) != set(predicted_latency_ms):
@@ -47,6 +52,7 @@ class OraclePolicy(OneChoicePolicy):
                         f"{table} of example {example_id!r} has shape {np.shape(row)}; "
                         f"the knob space asks for ({len(space)},)"
                     )
+        self.full_ms = full_ms
         self.accuracy = dict(accuracy)
         self.predicted_latency_ms = dict(predicted_latency_ms)
 
@@ -65,4 +71,5 @@ class OraclePolicy(OneChoicePolicy):
                 f"({len(missing)} feasible ones in all); the oracle is a ceiling only over all of them"
             )
         latency_ms = np.asarray(self.predicted_latency_ms[request.example_id], dtype=np.float64)[admitted]
-        return self.space[int(admitted[np.lexsort((latency_ms, -accuracy))[0]])]
+        value = accuracy - request.objective.price / 100 * latency_ms / self.full_ms
+        return self.space[int(admitted[np.lexsort((latency_ms, -value))[0]])]

@@ -6,6 +6,8 @@ admits. All arrays use the knob space's flat index.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -124,3 +126,23 @@ def promote_better(accuracy: FloatArray, feasible: BoolArray, order: IntArray, n
         if mean[best] == 0.0:
             return order
         order, served = promote(order, best), served + gain[:, best]
+
+
+def order_by_worth(
+    order: IntArray, accuracy: FloatArray, latency: FloatArray, prices: Sequence[float] | FloatArray
+) -> IntArray:
+    """An order for each price of time: by mean accuracy less what the mean latency costs, `(prices, configurations)`.
+
+    At no price it is the given order: a configuration that was promoted counts as accurate as what it was put before.
+    So a higher price only ever moves configurations of a lower mean latency before ones of a higher, and the first that
+    a mask admits, whatever it is, gets no slower.
+
+    Args:
+        order: the order at no price, `(configurations,)`.
+        accuracy: means, `(configurations,)`.
+        latency: means in full latencies, `(configurations,)`.
+        prices: points of accuracy per full latency, `(prices,)`.
+    """
+    level = np.maximum.accumulate(accuracy[order][::-1])[::-1]
+    worth = level - np.outer(np.asarray(prices, dtype=np.float64) / 100, latency[order])
+    return order[np.argsort(-np.round(worth, 12), axis=1, kind="stable")]

@@ -14,23 +14,23 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 from torch import Tensor, nn
 
-from pacevlm.controller.budget import BudgetEncoder
-from pacevlm.controller.stages import Stage1, Stage2
+from pacevlm.controller.objective import ObjectiveEncoder
+from pacevlm.controller.stages import MAX_LOG_SHARPNESS, Stage1, Stage2
 
 Array = NDArray[np.float32]
 Layer = Callable[[Array], Array]
 
 
 class ArrayToken:
-    """`BudgetEncoder.forward` of one budget: its features to the latency token."""
+    """`ObjectiveEncoder.forward` of one objective: its features to the latency token."""
 
-    def __init__(self, encoder: BudgetEncoder) -> None:
+    def __init__(self, encoder: ObjectiveEncoder) -> None:
         self._layers, self._norm = _layers(encoder.mlp), _plain_layer_norm(encoder.norm)
         self._scale = np.exp(_array(encoder.log_scale))
 
-    def __call__(self, budget_features: Array) -> Array:
+    def __call__(self, objective_features: Array) -> Array:
         """`(num_features,)` to `(d_model,)`."""
-        return self._norm(_run(self._layers, budget_features)) * self._scale
+        return self._norm(_run(self._layers, objective_features)) * self._scale
 
 
 class ArrayStage1:
@@ -40,15 +40,17 @@ class ArrayStage1:
         self._ends = np.cumsum(stage.split_sizes)[:-1].tolist()
         self._scalars, self._question = _linear(stage.scalars), _linear_of_norm(stage.question_norm, stage.question)
         self._thumbnail = _layers(stage.thumbnail) if isinstance(stage.thumbnail, nn.Sequential) else None
-        self._last = [*_layers(stage.hidden), _linear(stage.head)]
+        self._hidden, self._head = _layers(stage.hidden), _linear(stage.head)
+        self._sharpness = _linear(stage.sharpness)
 
     def __call__(self, features: Array) -> Array:
         """Tier logits, `(tiers,)`."""
-        first, second = self._ends
-        combined = self._scalars(features[:first]) + self._question(features[second:])
+        first, second, third = self._ends
+        combined = self._scalars(features[:first]) + self._question(features[second:third])
         if self._thumbnail is not None:
             combined += _run(self._thumbnail, features[first:second])
-        return _run(self._last, combined)
+        hidden = _run(self._hidden, combined)
+        return self._head(hidden) - _sharpness_of(self._sharpness(hidden)) * features[third:]
 
 
 class ArrayStage2:
@@ -57,20 +59,28 @@ class ArrayStage2:
     def __init__(self, stage: Stage2) -> None:
         self._output = _linear_of_norm(stage.output_norm, stage.output)
         weight = _array(stage.scalars.weight)
-        num_budget_features = weight.shape[1] - stage.num_tiers
+        num_objective_features = weight.shape[1] - stage.num_tiers
         # The tier is one-hot: its column is added, the others are not.
-        self._budget_weight = np.ascontiguousarray(weight[:, :num_budget_features])
-        self._tier_bias = np.ascontiguousarray(weight[:, num_budget_features:].T) + _array(stage.scalars.bias)
+        self._objective_weight = np.ascontiguousarray(weight[:, :num_objective_features])
+        self._tier_bias = np.ascontiguousarray(weight[:, num_objective_features:].T) + _array(stage.scalars.bias)
         self._hidden = _layers(stage.hidden)
         # A logit is the sum of its top_k's, its num_blocks' and its pair's, so one product gives them all.
-        self._logits = _sum_of_heads(stage)
+        self._logits, self._sharpness = _sum_of_heads(stage), _linear(stage.sharpness)
         self._shape = stage.top_k_head.out_features, stage.num_blocks_head.out_features
 
-    def __call__(self, latency_token_output: Array, budget_features: Array, tier_index: int) -> Array:
-        """Logits `(top_ks, num_blocks)` of an output `(d_model,)` and budget features `(num_features,)`."""
+    def __call__(self, latency_token_output: Array, objective_features: Array, tier_index: int, costs: Array) -> Array:
+        """Logits `(top_ks, num_blocks)`.
+
+        Args:
+            latency_token_output: `(d_model,)`.
+            objective_features: `(num_features,)`.
+            tier_index: of the tier that stage 1 chose.
+            costs: what the time of each choice costs, in accuracy, `(top_ks, num_blocks)`.
+        """
         combined = self._output(latency_token_output)
-        combined += self._budget_weight @ budget_features + self._tier_bias[tier_index]
-        return self._logits(_run(self._hidden, combined)).reshape(self._shape)
+        combined += self._objective_weight @ objective_features + self._tier_bias[tier_index]
+        hidden = _run(self._hidden, combined)
+        return self._logits(hidden).reshape(self._shape) - _sharpness_of(self._sharpness(hidden)) * costs
 
 
 def _sum_of_heads(stage: Stage2) -> Layer:
@@ -81,6 +91,10 @@ def _sum_of_heads(stage: Stage2) -> Layer:
         parts.append(total if stage.pair_head is None else total + _array(getattr(stage.pair_head, kind)))
     weight, bias = parts
     return lambda x: weight @ x + bias
+
+
+def _sharpness_of(logarithm: Array) -> Array:
+    return np.exp(np.minimum(logarithm, np.float32(MAX_LOG_SHARPNESS)))
 
 
 def _array(weight: Tensor) -> Array:

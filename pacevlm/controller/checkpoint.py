@@ -16,7 +16,7 @@ from pacevlm.files import load_safetensors, save_safetensors_atomic, sha256_file
 JSON_NAME = "controller.json"
 WEIGHTS_NAME = "controller.safetensors"
 KIND = "controller"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # Far beyond what training gives a weight, and small enough for sums of products of them.
 MAX_WEIGHT = 1e6
 

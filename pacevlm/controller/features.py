@@ -58,6 +58,24 @@ def feasible_fractions(request: PolicyInput) -> list[float]:
     return [np.count_nonzero(tier) / tier.size for tier in request.feasible]
 
 
+def time_costs(request: PolicyInput) -> NDArray[np.float32]:
+    """What the time of every configuration costs at the request's price, in accuracy, `(tiers, top_ks, num_blocks)`.
+
+    In the place of predicted latencies stand bounds as shares of the full configuration's, whatever their tightness.
+    Nothing costs anything where no latency is promised.
+    """
+    full_ms = float(request.bounds_ms[-1, -1, -1])
+    if not request.objective.price or not 0 < full_ms < math.inf:
+        return np.zeros(request.bounds_ms.shape, dtype=np.float32)
+    return (request.objective.price / 100 / full_ms * request.bounds_ms).astype(np.float32)
+
+
+def tier_costs(request: PolicyInput) -> NDArray[np.float32]:
+    """Mean of `time_costs` over what the guardrail admits of each tier, `(tiers,)`; 0 for a tier of which nothing."""
+    costs = np.where(request.feasible, time_costs(request), np.float32(0)).sum(axis=(1, 2))
+    return np.asarray(costs / np.maximum(np.count_nonzero(request.feasible, axis=(1, 2)), 1), dtype=np.float32)
+
+
 def thumbnail_features(request: PolicyInput) -> NDArray[np.float32]:
     """The whole image, squeezed to 16x16 RGB, values in -1..1, `(768,)`.
 

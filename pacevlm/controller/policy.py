@@ -1,4 +1,4 @@
-"""The controller: the budget encoder and both stages, as one module that is trained and saved, and as a policy."""
+"""The controller: encoder of objectives and both stages, as one module that is trained and saved, and as a policy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from pacevlm.artefact import Range, Sha256, Text, typed
 from pacevlm.checks import check_real
 from pacevlm.config import ControllerSettings
 from pacevlm.controller.array_stages import ArrayStage1, ArrayStage2, ArrayToken
-from pacevlm.controller.budget import BudgetEncoder
 from pacevlm.controller.checkpoint import JSON_NAME, read_content, read_weights, write_checkpoint
 from pacevlm.controller.features import (
     NUM_THUMBNAIL_FEATURES,
@@ -25,13 +24,17 @@ from pacevlm.controller.features import (
     num_size_features,
     size_features,
     thumbnail_features,
+    tier_costs,
+    time_costs,
 )
+from pacevlm.controller.objective import ObjectiveEncoder
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.controller.sampling import best_action, mask_logits
 from pacevlm.controller.stages import Stage1, Stage2
 from pacevlm.errors import CheckpointError, ConfigError, DataError, IdentityError, KnobError
 from pacevlm.identity import ANYTHING, Identity
 from pacevlm.knobs import Compute, KnobSpace, check_budget_ms
+from pacevlm.types import Objective
 
 MAX_EMBEDDING_SCALE = 1e6
 """Largest root mean square of token embeddings, far beyond any model's."""
@@ -42,7 +45,8 @@ class ControllerConfig(ControllerSettings):
     """The settings of a controller, and what they count in.
 
     Attributes:
-        reference_ms: the budget that counts as 1, for example the median latency of the full configuration.
+        reference_ms: the full latency, for example the median of the full configuration: the budget that counts as 1,
+            and what prices of time are for.
         embedding_scale: root mean square of the elements of the model's token embeddings.
 
     Raises:
@@ -113,17 +117,17 @@ class Controller(nn.Module):
         self.estimator_fingerprint = estimator_fingerprint
         self.d_model = d_model
         num_tiers, num_top_ks, num_num_blocks = knob_space.shape
-        self.budget_encoder = BudgetEncoder(
+        self.objective_encoder = ObjectiveEncoder(
             d_model,
             config.reference_ms,
             config.embedding_scale,
             num_frequencies=config.num_frequencies,
             hidden_dim=config.hidden_dim,
         )
-        num_budget_features = self.budget_encoder.num_features
+        num_objective_features = self.objective_encoder.num_features
         num_fractions = num_tiers if config.feasible_fractions else 0
         self.stage1 = Stage1(
-            num_scalars=num_budget_features + num_size_features(num_tiers) + num_fractions,
+            num_scalars=num_objective_features + num_size_features(num_tiers) + num_fractions,
             num_thumbnail=NUM_THUMBNAIL_FEATURES if config.thumbnail else 0,
             d_model=d_model,
             num_tiers=num_tiers,
@@ -131,7 +135,7 @@ class Controller(nn.Module):
         )
         self.stage2 = Stage2(
             d_model=d_model,
-            num_budget_features=num_budget_features,
+            num_objective_features=num_objective_features,
             num_tiers=num_tiers,
             num_top_ks=num_top_ks,
             num_num_blocks=num_num_blocks,
@@ -143,7 +147,6 @@ class Controller(nn.Module):
         """What stage 1 reads of requests, `(batch, features)`; it holds no weights, so it may be kept and reused.
 
         Raises:
-            BudgetError: a budget is not a positive, finite number.
             KnobError: a mask or the sizes belong to another knob space.
             IdentityError: a question embedding has another width than the model's.
             ImageError: an image is missing or empty.
@@ -152,7 +155,7 @@ class Controller(nn.Module):
         if not requests:
             raise DataError("there are no requests; give at least one")
         return torch.from_numpy(np.stack([self.stage1_feature_array(request) for request in requests])).to(
-            self.budget_encoder.log_scale
+            self.objective_encoder.log_scale
         )
 
     def stage1_feature_array(self, request: PolicyInput) -> NDArray[np.float32]:
@@ -161,10 +164,10 @@ class Controller(nn.Module):
         sizes = size_features(request)
         if self.config.feasible_fractions:
             sizes += feasible_fractions(request)
-        parts = [self.budget_encoder.feature_array(request.budget_ms), np.array(sizes, dtype=np.float32)]
+        parts = [self.objective_encoder.feature_array(request.objective), np.array(sizes, dtype=np.float32)]
         if self.config.thumbnail:
             parts.append(thumbnail_features(request))
-        parts.append(request.view.question_embedding.detach().float().cpu().numpy())
+        parts += [request.view.question_embedding.detach().float().cpu().numpy(), tier_costs(request)]
         return np.concatenate(parts)
 
     def stage1_logits(self, features: Tensor, tier_mask: Tensor | None = None) -> Tensor:
@@ -184,15 +187,15 @@ class Controller(nn.Module):
         logits: Tensor = self.stage1(features)
         return logits if tier_mask is None else mask_logits(logits, tier_mask)
 
-    def budget_tokens(self, budgets_ms: Sequence[float]) -> Tensor:
-        """Latency tokens of budgets, `(batch, d_model)`; raises BudgetError unless all are positive, finite."""
-        tokens: Tensor = self.budget_encoder(budgets_ms)
+    def latency_tokens(self, objectives: Sequence[Objective]) -> Tensor:
+        """Latency tokens of objectives, `(batch, d_model)`."""
+        tokens: Tensor = self.objective_encoder(objectives)
         return tokens
 
     def stage2_logits(
         self,
         latency_token_outputs: Tensor,
-        budgets_ms: Sequence[float],
+        requests: Sequence[PolicyInput],
         tier_indices: Sequence[int] | Tensor,
         compute_mask: Tensor | None = None,
     ) -> Tensor:
@@ -200,28 +203,31 @@ class Controller(nn.Module):
 
         Args:
             latency_token_outputs: the latency token behind the first block, `(batch, d_model)`, any float type.
-            budgets_ms: one budget per row.
+            requests: one per row.
             tier_indices: the tier that stage 1 chose for each row, whole numbers `(batch,)`.
             compute_mask: boolean `(batch, top_ks, num_blocks)`; the logits of choices that it rules out become -inf.
 
         Raises:
-            BudgetError: a budget is not a positive, finite number.
             DataError: shapes do not fit.
             KnobError: a tier index is outside the knob space, or a row of the mask admits nothing.
         """
-        budget_features = self.budget_encoder.features(budgets_ms)
+        objective_features = self.objective_encoder.features([request.objective for request in requests])
         tiers = torch.as_tensor(tier_indices, dtype=torch.long)
-        expected = (len(budget_features), self.d_model)
+        expected = (len(objective_features), self.d_model)
         if latency_token_outputs.shape != expected or tiers.shape != expected[:1]:
             raise DataError(
                 f"latency token outputs have shape {tuple(latency_token_outputs.shape)} and tier indices "
-                f"{tuple(tiers.shape)}; {expected[0]} budgets need {expected} and {expected[:1]}"
+                f"{tuple(tiers.shape)}; {expected[0]} requests need {expected} and {expected[:1]}"
             )
         num_tiers = len(self.knob_space.tiers)
         if bool(((tiers < 0) | (tiers >= num_tiers)).any()):
             raise KnobError(f"tier indices {tiers.tolist()} must lie in 0..{num_tiers - 1}: {self.knob_space.tiers}")
+        costs = np.stack([time_costs(request)[i] for request, i in zip(requests, tiers.tolist(), strict=True)])
         logits: Tensor = self.stage2(
-            latency_token_outputs.to(budget_features), budget_features, tiers.to(budget_features.device)
+            latency_token_outputs.to(objective_features),
+            objective_features,
+            tiers.to(objective_features.device),
+            torch.from_numpy(costs).to(objective_features),
         )
         return logits if compute_mask is None else mask_logits(logits, compute_mask)
 
@@ -299,7 +305,7 @@ class ControllerPolicy:
 
     def __init__(self, controller: Controller) -> None:
         self.controller = controller
-        self._token = ArrayToken(controller.budget_encoder)
+        self._token = ArrayToken(controller.objective_encoder)
         self._stage1, self._stage2 = ArrayStage1(controller.stage1), ArrayStage2(controller.stage2)
 
     def choose_tier(self, request: PolicyInput) -> str:
@@ -309,8 +315,8 @@ class ControllerPolicy:
         return self.controller.knob_space.tiers[best_action(logits, mask)]
 
     def latency_token(self, request: PolicyInput) -> Tensor:
-        """The budget as one token, `(d_model,)`, single precision on the CPU."""
-        return torch.from_numpy(self._token(self.controller.budget_encoder.feature_array(request.budget_ms)))
+        """The objective as one token, `(d_model,)`, single precision on the CPU."""
+        return torch.from_numpy(self._token(self.controller.objective_encoder.feature_array(request.objective)))
 
     def choose_compute(self, request: PolicyInput, tier: str, latency_token_output: Tensor | None) -> Compute:
         """Stage 2: the best top_k and num_blocks that the guardrail admits at this tier.
@@ -345,5 +351,6 @@ class ControllerPolicy:
                 f"{self.controller.d_model} gives ({self.controller.d_model},)"
             )
         output = latency_token_output.detach().float().cpu().numpy()
-        logits = self._stage2(output, self.controller.budget_encoder.feature_array(request.budget_ms), tier_index)
+        features = self.controller.objective_encoder.feature_array(request.objective)
+        logits = self._stage2(output, features, tier_index, time_costs(request)[tier_index])
         return space.compute(best_action(logits.reshape(-1), mask))

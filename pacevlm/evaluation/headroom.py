@@ -27,6 +27,7 @@ from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.baselines.ranking import BoolArray, IntArray, check_table
 from pacevlm.errors import DataError
 from pacevlm.evaluation.held_out import KNOBS, MODELS, NUM_FOLDS, SweptExamples, picture_folds, predict_accuracy
+from pacevlm.evaluation.prices import POINTS_BELOW, latency_at
 from pacevlm.evaluation.statistics import FloatArray, percentile_interval, ratio_interval, resampled_means
 
 Progress = Callable[[int, int], None]
@@ -35,8 +36,6 @@ NUM_RESAMPLES = 4000
 # Fronts are made anew in every resample, which takes longer.
 NUM_FRONT_RESAMPLES = 500
 NUM_PRICES = 24
-# Points of accuracy below the full configuration at which mean latencies are compared.
-POINTS_BELOW = (2, 4, 6)
 # A group of fewer pictures says nothing of the traffic.
 MIN_GROUP_PICTURES = 20
 SIZE_BINS = ("small", "medium", "large")
@@ -74,35 +73,21 @@ def table_choices(swept: SweptExamples, folds: IntArray) -> IntArray:
     chosen = np.empty(swept.feasible.shape[:2], dtype=np.int64)
     for fold in range(NUM_FOLDS):
         train, held_out = folds != fold, np.flatnonzero(folds == fold)
-        table = LookupTable.fit(swept.space, swept.budgets_ms.tolist(), swept.accuracy[train], swept.feasible[:, train])
-        for b, order in enumerate(table.orders):
-            chosen[b, held_out] = order[np.argmax(swept.feasible[b, held_out][:, order], axis=1)]
+        table = LookupTable.fit(
+            swept.space,
+            swept.budgets_ms.tolist(),
+            swept.accuracy[train],
+            swept.feasible[:, train],
+            num_pixels=swept.num_pixels[train],
+        )
+        sizes = np.searchsorted(table.max_pixels, swept.num_pixels[held_out])
+        for b, by_size in enumerate(table.orders[:, 0]):
+            admitted = np.take_along_axis(swept.feasible[b, held_out], by_size[sizes], axis=1)
+            chosen[b, held_out] = by_size[sizes, admitted.argmax(axis=1)]
     return chosen
 
 
 # Mean latency at equal accuracy --------------------------------------------------------------------------------------
-
-
-def latency_at(accuracy: ArrayLike, latency_ms: ArrayLike, target: ArrayLike) -> FloatArray:
-    """The lowest mean latency at which a front reaches a mean accuracy, `(...)`; NaN where it does not.
-
-    A policy that draws one of two others at random lies between them, so points between two of a front count as well.
-
-    Args:
-        accuracy, latency_ms: means of the front's points, `(..., points)`.
-        target: `(...)`.
-    """
-    accuracy, latency_ms = np.asarray(accuracy, dtype=np.float64), np.asarray(latency_ms, dtype=np.float64)
-    over = accuracy - np.asarray(target, dtype=np.float64)[..., None]
-    reached = over >= -1e-12
-    best = np.where(reached, latency_ms, np.inf).min(axis=-1)
-    # Every pair of a point that reaches the target and one that does not, mixed so that the mean just does.
-    pairs = reached[..., :, None] & ~reached[..., None, :]
-    gap = np.where(pairs, over[..., :, None] - over[..., None, :], 1.0)
-    step = (latency_ms[..., None, :] - latency_ms[..., :, None]) * over[..., :, None] / gap
-    mixed = np.where(pairs, latency_ms[..., :, None] + step, np.inf).min(axis=(-2, -1))
-    found = np.minimum(best, mixed)
-    return np.asarray(np.where(np.isfinite(found), found, np.nan))
 
 
 def _price_list(predicted_ms: FloatArray) -> FloatArray:

@@ -12,7 +12,7 @@ from pacevlm.evaluation.records import EvaluationRecord
 from pacevlm.types import Example
 
 MIN_LEARNED_SHARE = 0.01
-"""Share of training groups with unequal rewards below which a controller has hardly been taught anything."""
+"""Share of training groups with unequal scores below which a controller has hardly been taught anything."""
 _MOST_SHOWN = 120
 
 
@@ -37,13 +37,14 @@ def sweep_warnings(accuracy: NDArray[np.float64], example: Example, answer: str)
 
 def training_warnings(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     """Of the metrics of all steps of a training run."""
-    shares = [1.0 - step["frac_reward_zero_std"] for step in metrics if "frac_reward_zero_std" in step]
+    # Not rewards: at a price of time these differ where answers do not.
+    shares = [1.0 - step["frac_accuracy_zero_std"] for step in metrics if "frac_accuracy_zero_std" in step]
     share = float(np.mean(shares)) if shares else 1.0
     if share >= MIN_LEARNED_SHARE:
         return []
     seen = "no group of rollouts" if not share else f"only {100 * share:.2g} % of the groups of rollouts"
     return [
-        f"{seen} in {len(shares)} training steps had unequal rewards, so the controller learned next to nothing; check "
+        f"{seen} in {len(shares)} training steps had unequal scores, so the controller learned next to nothing; check "
         "that some answers are right and some wrong (metric, references, prompt), and that budgets from "
         "train.min_budget to train.max_budget leave a choice"
     ]

@@ -1,4 +1,4 @@
-"""The two figures of an evaluation: accuracy against latency, and which knobs the controller chose."""
+"""The figures of an evaluation: accuracy against latency, along budgets and prices, and the controller's knobs."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ OTHER_COLOURS = ("#56B4E9", "#B8A800")
 # Policies whose knobs do not depend on the budget: one point, not a line.
 POINTS = {"full": "*", "cheapest": "s"}
 MARKERS = {"controller": "o", "lookup_table": "D", "fixed": "^", "random": "v", "oracle": "x"}
+_AXES = ("latency_ms", "accuracy")
 STYLE: Any = {
     "svg.hashsalt": "pacevlm",
     "font.size": 10,
@@ -108,6 +109,62 @@ def plot_pareto(results: Mapping[str, Any], path_stem: str | Path) -> tuple[Path
         dataset = results["dataset"]
         axes.set_title(
             f"{results['model']} on {dataset['name']}/{dataset['split']}, n = {dataset['n']}; bars: 95 % intervals",
+            loc="left",
+            fontsize=10.5,
+            color="#222222",
+        )
+        return save_figure(figure, path_stem)
+
+
+def plot_front(results: Mapping[str, Any], path_stem: str | Path) -> tuple[Path, Path]:
+    """Draw accuracy against mean predicted latency, one line per policy along the prices of time, as PNG and SVG.
+
+    Args:
+        results: as `build_results` gives them.
+        path_stem: path without ending, for example `runs/a/front`.
+
+    Returns:
+        The paths of the PNG and the SVG.
+
+    Raises:
+        DataError: the results hold no fronts.
+        StorageError: a file cannot be written.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    fronts = results["fronts"]
+    if not fronts:
+        raise DataError("the results hold no fronts, so there is nothing to plot")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8.4, 4.6), layout="constrained")
+        axes = figure.add_subplot()
+        ends = {}
+        for i, name in enumerate(sort_policies(fronts["policies"])):
+            points = fronts["policies"][name]
+            x, y = (np.array([[p[what][key] for key in ("mean", "low", "high")] for p in points]).T for what in _AXES)
+            y = 100 * y
+            colour = COLOURS.get(name, OTHER_COLOURS[i % len(OTHER_COLOURS)])
+            strong = name == "controller"
+            axes.errorbar(
+                x[0],
+                y[0],
+                yerr=np.maximum([y[0] - y[1], y[2] - y[0]], 0),
+                color=colour,
+                marker=MARKERS.get(name, "P"),
+                markersize=5.5,
+                linewidth=2.4 if strong else 1.5,
+                elinewidth=1.0 if strong else 0.0,
+                capsize=2.5 if strong else 0.0,
+                zorder=4 if strong else 3,
+            )
+            ends[name] = (float(x[0, 0]), float(y[0, 0]), colour)
+        _label_ends(axes, ends)
+        axes.set_xlabel("mean predicted latency (ms), the price of time rising from right to left")
+        axes.set_ylabel("accuracy (%)")
+        axes.set_title(
+            f"a budget that hardly binds ({fronts['budget_ms']:.4g} ms), n = {results['dataset']['n']}; "
+            "bars: 95 % intervals",
             loc="left",
             fontsize=10.5,
             color="#222222",

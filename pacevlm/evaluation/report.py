@@ -21,8 +21,8 @@ from pacevlm.evaluation.headroom_summary import (
     moved_sentence,
     text_tables,
 )
-from pacevlm.evaluation.plots import plot_knobs, plot_pareto
-from pacevlm.evaluation.summary import interval_text, milliseconds, percent, sort_policies
+from pacevlm.evaluation.plots import plot_front, plot_knobs, plot_pareto
+from pacevlm.evaluation.summary import describe_fronts, interval_text, milliseconds, percent, sort_policies
 from pacevlm.files import write_text_atomic
 from pacevlm.images import load_image
 from pacevlm.knobs import Knobs
@@ -106,6 +106,9 @@ def write_report(
         knobs = None
         if all("controller" in budget["policies"] for budget in results["budgets"]):
             knobs = _data_uri(plot_knobs(results, Path(folder) / "knobs")[1].read_bytes(), "image/svg+xml")
+        front = None
+        if results["fronts"]:
+            front = _data_uri(plot_front(results, Path(folder) / "front")[1].read_bytes(), "image/svg+xml")
     source = files("pacevlm.evaluation").joinpath("templates/report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True,
@@ -120,6 +123,8 @@ def write_report(
         groups=[_group(budget) for budget in results["budgets"]],
         pareto=pareto,
         knobs=knobs,
+        front=front,
+        front_lines=describe_fronts(results["fronts"]),
         samples=[_sample(sample) for sample in samples],
         facts=_facts(results, command),
         config=json.dumps(config, indent=2, ensure_ascii=False, default=str) if config else None,

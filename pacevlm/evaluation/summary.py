@@ -26,12 +26,14 @@ from pacevlm.evaluation.statistics import (
     resampled_means,
     violation_proportion,
 )
+from pacevlm.knobs import MAX_PRICE
 from pacevlm.printing import printable
 
 RESULTS_KIND = "evaluation result"
-RESULTS_SCHEMA_VERSION = 1
+RESULTS_SCHEMA_VERSION = 2
 # Shares, and ratios of differences of shares.
 _Finite = Annotated[float, Range(-1e9, 1e9)]
+_Price = Annotated[float, Range(0.0, MAX_PRICE)]
 
 POLICY_ORDER = ("controller", "lookup_table", "fixed", "full", "cheapest", "random", "oracle")
 
@@ -103,6 +105,39 @@ class _BudgetEntry(TypedDict):
     policies: Annotated[dict[Text, _PolicyEntry], Range(1, 1000)]
 
 
+class _PointEntry(TypedDict):
+    accuracy: _IntervalEntry
+    latency_ms: _IntervalEntry
+
+
+class _EqualEntry(TypedDict):
+    points_below: Count
+    mean_ms: dict[Text, Ms | None]
+    ratio: dict[Text, _IntervalEntry | None]
+
+
+class _MeasuredEntry(TypedDict):
+    free_ms: Ms
+    priced_ms: Ms
+    ratio: _IntervalEntry
+    n: Count
+
+
+class _DefaultEntry(TypedDict):
+    price: _Price
+    change: _IntervalEntry
+    latency_ratio: _IntervalEntry
+    measured: dict[Text, _MeasuredEntry]
+
+
+class _FrontsEntry(TypedDict):
+    budget_ms: Ms
+    prices: Annotated[list[_Price], Range(1, 1000)]
+    policies: Annotated[dict[Text, list[_PointEntry]], Range(1, 1000)]
+    equal_accuracy: list[_EqualEntry]
+    default: _DefaultEntry | None
+
+
 class _DatasetEntry(TypedDict):
     name: str
     split: str
@@ -136,6 +171,7 @@ class _Results(TypedDict):
     budgets: Annotated[list[_BudgetEntry], Range(1, 10_000)]
     average: dict[Text, _IntervalEntry | None]
     gap_closed: _IntervalEntry | None
+    fronts: _FrontsEntry | None
     dtype: str
     versions: dict[str, str]
     seeds: dict[str, Count]
@@ -199,7 +235,12 @@ def _arrange(records: Iterable[EvaluationRecord]) -> _Grid:
 
 
 def build_results(
-    records: Iterable[EvaluationRecord], facts: RunFacts, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    records: Iterable[EvaluationRecord],
+    facts: RunFacts,
+    *,
+    fronts: Mapping[str, Any] | None = None,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Everything that `results.json` holds, from complete records of every policy.
 
@@ -209,6 +250,7 @@ def build_results(
     Args:
         records: one per policy, fraction and example; each policy at each fraction on the same examples.
         facts: what the numbers belong to.
+        fronts: as `summarise_fronts` gives them, if prices were run.
         num_resamples: bootstrap resamples of the examples, shared by all intervals.
         seed: seed of the resamples.
 
@@ -268,6 +310,7 @@ def build_results(
         "budgets": budgets,
         "average": {policy: against_lookup(policy, None) for policy in grid.policies},
         "gap_closed": closed.to_dict() if closed else None,
+        "fronts": None if fronts is None else dict(fronts),
         "dtype": facts.dtype,
         "versions": dict(facts.versions),
         "seeds": dict(facts.seeds),
@@ -324,6 +367,9 @@ def read_results(path: str | Path) -> dict[str, Any]:
             latencies = tuple(row["latency_ms"].values())
             if (None in rates) is not (row["violation"]["n"] == 0) or len({value is None for value in latencies}) > 1:
                 raise DataError(f"{path} holds only some of the numbers of timed requests of {name}; evaluate again")
+    fronts = results["fronts"]
+    if fronts and any(len(points) != len(fronts["prices"]) for points in fronts["policies"].values()):
+        raise DataError(f"{path} does not hold a point for every price; evaluate again")
     return results
 
 
@@ -343,6 +389,38 @@ def interval_text(interval: Mapping[str, float] | None, *, signed: bool = False)
         return "–"
     mean, low, high = (percent(interval[key], signed=signed) for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
+
+
+def describe_fronts(fronts: Mapping[str, Any] | None) -> list[str]:
+    """Mean latencies at equal accuracy, and what the default price gives, one line each."""
+    if not fronts:
+        return []
+    lines = ["mean latency at equal accuracy (the controller's as a ratio):"]
+    for row in fronts["equal_accuracy"]:
+        others = [
+            f"{name.replace('_', ' ')} {milliseconds(row['mean_ms'][name])} ms ({ratio_text(row['ratio'][name])})"
+            for name in sort_policies(row["ratio"])
+            if row["ratio"][name]
+        ]
+        own = f"controller {milliseconds(row['mean_ms'].get('controller'))} ms"
+        lines.append(f"{row['points_below']} points below full: {', '.join([own, *others])}")
+    if fronts["default"]:
+        default = fronts["default"]
+        lines.append(
+            f"default price {default['price']:g}: {interval_text(default['change'], signed=True)} points, "
+            f"{ratio_text(default['latency_ratio'])} of the mean latency without a price"
+        )
+        for name, row in default["measured"].items():
+            lines.append(
+                f"measured with it: {name.replace('_', ' ')} {milliseconds(row['priced_ms'])} ms on average, without a "
+                f"price {milliseconds(row['free_ms'])} ms: {ratio_text(row['ratio'])}, {row['n']} questions"
+            )
+    return lines
+
+
+def ratio_text(interval: Mapping[str, float] | None) -> str:
+    """A ratio with its interval, `0.80 [0.75, 0.86]`, an en dash where there is none."""
+    return "–" if interval is None else f"{interval['mean']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"
 
 
 def format_summary(results: Mapping[str, Any]) -> str:
@@ -393,6 +471,8 @@ def format_summary(results: Mapping[str, Any]) -> str:
         )
     if results.get("gap_closed"):
         console.print(f"gap to the oracle closed: {interval_text(results['gap_closed'])} %", markup=False)
+    for line in describe_fronts(results.get("fronts")):
+        console.print(printable(line), markup=False)
     for sentence in results.get("warnings") or ():
         console.print(printable(f"warning: {sentence}"), markup=False)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"

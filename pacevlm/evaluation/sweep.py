@@ -23,6 +23,7 @@ from pacevlm.config import EvaluateConfig
 from pacevlm.controller.policy_interface import Policy, PolicyInput
 from pacevlm.data.metrics import Metric
 from pacevlm.errors import DataError
+from pacevlm.evaluation.prices import Front
 from pacevlm.evaluation.records import EvaluationRecord
 from pacevlm.evaluation.timed import describe_requests, time_requests
 from pacevlm.knobs import Knobs
@@ -38,8 +39,8 @@ Progress = Callable[[str, int, int], None]
 # A lookup table is fitted at so many budgets besides those asked for, from half the lowest to 1.5 times the highest:
 # bounds that follow the machine are as good as budgets in between.
 NUM_TABLE_BUDGETS = 32
-# What an unfinished evaluation leaves: timed requests, and choices.
-PARTIAL_NAMES = ("evaluate.partial.jsonl", "choices.partial.jsonl")
+# What an unfinished evaluation leaves: timed requests, choices, and requests timed at prices.
+PARTIAL_NAMES = ("evaluate.partial.jsonl", "choices.partial.jsonl", "prices.partial.jsonl")
 # Examples that a policy chooses for at once, and whose choices are then kept.
 CHUNK = 128
 
@@ -72,7 +73,7 @@ def build_requests(
     ids = [example.example_id for example in examples]
     requests = []
     for objective, row in zip(objectives, slower.tolist(), strict=True):
-        profiled = [Objective(objective.budget_ms / factor, objective.kind) for factor in row]
+        profiled = [replace(objective, budget_ms=objective.budget_ms / factor) for factor in row]
         requests.append(policy_inputs(views, profiled, bounds_ms, ids))
     return requests
 
@@ -154,12 +155,27 @@ def exhaustive_sweep(
     return np.array([outcome.accuracy for outcome in outcomes]).reshape(len(examples), len(configurations))
 
 
+def predict_sweep_ms(
+    engine: RolloutEngine, examples: Sequence[Example], pacing: Pacing, kind: BudgetKind
+) -> NDArray[np.float64]:
+    """Predicted latency of swept examples with every configuration, `(examples, configurations)`, milliseconds.
+
+    At the length of the full configuration's answer; which of two configurations is faster hardly depends on it.
+    """
+    full = engine.model.knob_space.full
+    lengths = [outcome.num_output_tokens for outcome in engine.run([(example, full) for example in examples])]
+    sizes = [engine.view(example).sizes for example in examples]
+    return pacing.guardrail.estimator.predict_many(sizes, lengths, kind).reshape(len(examples), -1)
+
+
 def fit_baselines(
     engine: RolloutEngine,
     examples: Sequence[Example],
     objectives: Sequence[Objective],
     pacing: Pacing,
     *,
+    full_ms: float,
+    prices: Sequence[float] = (0.0,),
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Policy]:
@@ -170,6 +186,8 @@ def fit_baselines(
         objectives: what is asked for, of one kind, with strictly increasing budgets; the lookup table knows others in
             between as well.
         pacing: the same that applies to every policy later.
+        full_ms: the full latency that prices are for, milliseconds.
+        prices: what the lookup table is fitted for, strictly increasing from 0.
         seed: of the random policy.
     """
     space = engine.model.knob_space
@@ -179,8 +197,17 @@ def fit_baselines(
     table_ms = sorted({*budgets_ms, *between_ms.tolist()})
     feasible = feasible_table(build_requests(engine, examples, [Objective(ms, kind) for ms in table_ms], pacing))
     asked_for = [table_ms.index(budget_ms) for budget_ms in budgets_ms]
+    table = LookupTable.fit(
+        space,
+        table_ms,
+        accuracy,
+        feasible,
+        prices=prices,
+        latency=predict_sweep_ms(engine, examples, pacing, kind) / full_ms,
+        num_pixels=[engine.view(example).sizes.num_pixels for example in examples],
+    )
     return [
-        LookupTable.fit(space, table_ms, accuracy, feasible),
+        table,
         FixedPolicy.fit(space, budgets_ms, accuracy, feasible[asked_for]),
         FullPolicy(space),
         CheapestPolicy(space),
@@ -188,26 +215,70 @@ def fit_baselines(
     ]
 
 
+def fit_fixed_front(
+    engine: RolloutEngine,
+    examples: Sequence[Example],
+    objective: Objective,
+    pacing: Pacing,
+    *,
+    full_ms: float,
+    prices: Sequence[float],
+) -> LookupTable:
+    """The best fixed knobs for each price, whatever the picture, at one budget; fitted on swept training examples."""
+    return LookupTable.fit(
+        engine.model.knob_space,
+        [objective.budget_ms],
+        exhaustive_sweep(engine, examples),
+        feasible_table(build_requests(engine, examples, [objective], pacing)),
+        prices=prices,
+        latency=predict_sweep_ms(engine, examples, pacing, objective.kind) / full_ms,
+    )
+
+
+def run_prices(
+    policy: Policy,
+    engine: RolloutEngine,
+    examples: Sequence[Example],
+    objective: Objective,
+    prices: Sequence[float],
+    pacing: Pacing,
+    progress: Callable[[int, int], None] | None = None,
+) -> Front:
+    """What a policy's choices give on the same examples at every price, answered in batches; nothing is timed.
+
+    Args:
+        objective: with the budget of all requests, under the guardrail's bounds as they are.
+        progress: called with (prices done, to do).
+    """
+    accuracy, latency_ms = np.empty((2, len(prices), len(examples)))
+    objectives = [replace(objective, price=price) for price in prices]
+    for i, row in enumerate(build_requests(engine, examples, objectives, pacing)):
+        knobs = choose_knobs(policy, engine, examples, row)
+        outcomes = engine.run(list(zip(examples, knobs, strict=True)))
+        accuracy[i] = [outcome.accuracy for outcome in outcomes]
+        latency_ms[i] = _predict(pacing, row, outcomes)
+        if progress is not None:
+            progress(i + 1, len(prices))
+    return Front(accuracy, latency_ms)
+
+
 def build_oracle(
     engine: RolloutEngine,
     examples: Sequence[Example],
     pacing: Pacing,
     kind: BudgetKind,
+    full_ms: float,
     progress: Callable[[int, int], None] | None = None,
 ) -> OraclePolicy:
     """The oracle of these examples, from running each with every configuration."""
     accuracy = exhaustive_sweep(engine, examples, progress)
-    # Among equally good knobs the oracle takes the fastest; which of them that is hardly depends on the output length.
-    predicted_ms = pacing.guardrail.estimator.predict_many(
-        [engine.view(example).sizes for example in examples],
-        np.full(len(examples), pacing.max_new_tokens),
-        kind,
-    ).reshape(len(examples), -1)
+    predicted_ms = predict_sweep_ms(engine, examples, pacing, kind)
     ids = [example.example_id for example in examples]
     return OraclePolicy(
         engine.model.knob_space,
         dict(zip(ids, accuracy, strict=True)),
         dict(zip(ids, predicted_ms, strict=True)),
+        full_ms,
     )
 
 
@@ -275,7 +346,14 @@ def evaluate(
     competitors = list(policies)
     if config.oracle:
         competitors.append(
-            build_oracle(engine, examples, pacing, objectives[0].kind, partial(report, "every configuration"))
+            build_oracle(
+                engine,
+                examples,
+                pacing,
+                objectives[0].kind,
+                objectives[-1].budget_ms / config.budgets[-1],
+                partial(report, "every configuration"),
+            )
         )
     with use_num_threads(num_threads):
         timing = partial(report, "timed requests")

@@ -20,6 +20,7 @@ OUTCOMES_NAME = "outcomes.jsonl"
 PROFILE_NAME, ESTIMATOR_NAME, OUTPUT_LENGTH_NAME = "profile.json", "estimator.json", "output_length.json"
 # The guardrail as profiled, which training uses, and as calibrated again on what the controller picks.
 PROFILE_GUARDRAIL_NAME, GUARDRAIL_NAME = "guardrail_profile.json", "guardrail.json"
+PRICES_NAME = "prices.json"
 CONTROLLER_NAME, BUNDLE_FOLDER = "controller", "bundle"
 LOOKUP_NAME, FIXED_NAME = "lookup_table.json", "fixed.json"
 # What an unfinished step has measured so far; it goes once the step is finished.
@@ -31,7 +32,7 @@ PARTIAL_NAMES = {
     "evaluate": sweep.PARTIAL_NAMES,
 }
 _CONTROLLER_FILES = (f"{CONTROLLER_NAME}/controller.json", f"{CONTROLLER_NAME}/controller.safetensors")
-_BUNDLE_FILES = ("bundle.json", ESTIMATOR_NAME, GUARDRAIL_NAME, OUTPUT_LENGTH_NAME, *_CONTROLLER_FILES)
+_BUNDLE_FILES = ("bundle.json", ESTIMATOR_NAME, GUARDRAIL_NAME, OUTPUT_LENGTH_NAME, PRICES_NAME, *_CONTROLLER_FILES)
 _TRAIN_FILES = (CHECKPOINT_NAME, METRICS_NAME, RUN_NAME)
 
 
@@ -42,7 +43,7 @@ def source_files(config: RunConfig, step: str) -> tuple[str, ...]:
         "profile": (PROFILE_NAME,),
         "lookup": (),
         "train": (f"{train}/{CHECKPOINT_NAME}", f"{train}/{METRICS_NAME}"),
-        "calibrate": (GUARDRAIL_NAME,),
+        "calibrate": (GUARDRAIL_NAME, PRICES_NAME),
         "evaluate": (RECORDS_NAME, RESULTS_NAME, SHOWN_NAME, LOOKUP_NAME, FIXED_NAME),
     }[step]
 

@@ -36,6 +36,7 @@ from pacevlm.pipeline.step_log import StepLog
 from pacevlm.request.pacing import Pacing
 from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.rollout.outcome_store import OutcomeStore
+from pacevlm.types import Objective
 
 # Training questions whose bounds say how large budgets are.
 NUM_BOUNDED = 256
@@ -192,6 +193,12 @@ class RunContext:
                 f"no training question is within what was profiled: {why}; profile anew with requests like it"
             )
         return float(np.median(promised_ms))
+
+    @property
+    def loose_objective(self) -> Objective:
+        """The largest budget of training, which hardly ever binds, and no price."""
+        train = self.config.train
+        return Objective(train.max_budget * self.full_bound_ms, train.budget_kind)
 
     @cached_property
     def source_identity(self) -> str | None:

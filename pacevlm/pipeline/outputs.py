@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -11,7 +11,7 @@ from pacevlm.artefact import load_artefact, save_artefact, typed
 from pacevlm.config import config_to_dict
 from pacevlm.errors import DataError
 from pacevlm.evaluation.headroom_summary import read_headroom
-from pacevlm.evaluation.plots import plot_knobs, plot_pareto
+from pacevlm.evaluation.plots import plot_front, plot_knobs, plot_pareto
 from pacevlm.evaluation.records import EvaluationRecord, read_records, write_records
 from pacevlm.evaluation.report import AnsweredQuestion, write_report
 from pacevlm.evaluation.summary import RunFacts, build_results, read_results, write_results
@@ -20,9 +20,12 @@ from pacevlm.types import Example
 
 RECORDS_NAME, RESULTS_NAME, SHOWN_NAME, REPORT_NAME = "records.jsonl", "results.json", "shown.json", "report.html"
 HEADROOM_NAME = "headroom.json"
-PARETO_STEM, KNOBS_STEM = "pareto", "knobs"
+PARETO_STEM, KNOBS_STEM, FRONT_STEM = "pareto", "knobs", "front"
 # What is drawn from the other files, and can be drawn again.
-DRAWN_NAMES = (REPORT_NAME, *(f"{stem}.{kind}" for stem in (PARETO_STEM, KNOBS_STEM) for kind in ("png", "svg")))
+DRAWN_NAMES = (
+    REPORT_NAME,
+    *(f"{stem}.{kind}" for stem in (PARETO_STEM, KNOBS_STEM, FRONT_STEM) for kind in ("png", "svg")),
+)
 NUM_SHOWN = 8
 _SHOWN_KIND, _SHOWN_SCHEMA_VERSION = "shown answers", 1
 
@@ -33,13 +36,15 @@ def write_outputs(
     facts: RunFacts,
     examples: Sequence[Example],
     command: str | None = None,
+    fronts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write records, results, what is shown of the examples, both figures and the report; returns the results.
+    """Write records, results, what is shown of the examples, the figures and the report; returns the results.
 
     Args:
         config: the run's resolved settings.
         examples: the evaluated ones, of which the report shows some.
         command: the command that ran.
+        fronts: as `summarise_fronts` gives them, if prices were run.
 
     Raises:
         DataError: the records are incomplete.
@@ -47,7 +52,7 @@ def write_outputs(
     """
     run_dir = config.run_dir
     write_records(run_dir / RECORDS_NAME, records)
-    results = build_results(records, facts, seed=config.evaluate.seed)
+    results = build_results(records, facts, fronts=fronts, seed=config.evaluate.seed)
     write_results(run_dir / RESULTS_NAME, results)
     samples = [sample.to_dict() for sample in answered_questions(records, examples)]
     shown = {"command": command, "samples": samples}
@@ -57,7 +62,7 @@ def write_outputs(
 
 
 def draw_outputs(config: RunConfig) -> None:
-    """Draw both figures and the report from what an evaluation left in the run directory, without its data set.
+    """Draw the figures and the report from what an evaluation left in the run directory, without its data set.
 
     Raises:
         DataError: a file of the evaluation is missing or damaged.
@@ -69,6 +74,8 @@ def draw_outputs(config: RunConfig) -> None:
     plot_pareto(results, run_dir / PARETO_STEM)
     if all("controller" in budget["policies"] for budget in results["budgets"]):
         plot_knobs(results, run_dir / KNOBS_STEM)
+    if results["fronts"]:
+        plot_front(results, run_dir / FRONT_STEM)
     settings = config_to_dict(config)
     del settings["run_dir"]  # it may move
     measured = run_dir / HEADROOM_NAME

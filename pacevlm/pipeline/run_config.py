@@ -49,6 +49,7 @@ def train_defaults(steps: int, batch_size: int = 256) -> TrainConfig:
     A policy that stays uncertain ranks all configurations by what they gain, rather than the first good one alone.
     With twice the learning rate and less bonus it collapses onto single configurations under some profiles' masks.
     Bounds are up to 1.4 times the profile's: on a machine that is busier than profiled a controller meets such masks.
+    At the highest price a tenth of the full latency is worth 13 points, and hardly a question is worth the full knobs.
     """
     return TrainConfig(
         run_dir=Path("train"),
@@ -60,6 +61,7 @@ def train_defaults(steps: int, batch_size: int = 256) -> TrainConfig:
         min_budget=0.4,
         max_budget=1.2,
         max_tightening=1.4,
+        max_price=128.0,
         grpo=GRPOConfig(group_size=64, entropy_coef=0.1),
     )
 

@@ -48,7 +48,7 @@ _FACTS: dict[str, dict[str, Any]] = {
     },
     "lookup": {"num_examples": Count, "accuracy_full": Share, "accuracy_cheapest": Share},
     "train": {"num_steps": Count, "reward": float, "entropy": float},
-    "calibrate": {"num_requests": Count, "factors": dict[Text, Ms]},
+    "calibrate": {"num_requests": Count, "factors": dict[Text, Ms], "default_price": Duration},
     "evaluate": {
         "num_examples": Count,
         "num_timed_requests": Count,

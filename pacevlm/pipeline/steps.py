@@ -10,14 +10,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pacevlm.baselines.fixed import FixedPolicy
 from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.config import config_from_dict, config_to_dict
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
+from pacevlm.controller.policy_interface import Policy
 from pacevlm.evaluation.learnable import evaluation_warnings, sweep_warnings, training_warnings
+from pacevlm.evaluation.prices import SMALL_COST, PriceTable, summarise_fronts
 from pacevlm.evaluation.summary import RunFacts
-from pacevlm.evaluation.sweep import evaluate, exhaustive_sweep, fit_baselines, summarise_answers
+from pacevlm.evaluation.sweep import (
+    evaluate,
+    exhaustive_sweep,
+    fit_baselines,
+    fit_fixed_front,
+    run_prices,
+    summarise_answers,
+)
+from pacevlm.evaluation.timed import time_requests
 from pacevlm.identity import Identity
 from pacevlm.latency.calibrate import coverage, fit_latency, full_p50_ms
 from pacevlm.latency.conformal import min_num_scores
@@ -39,6 +50,7 @@ from pacevlm.pipeline.artefacts import (
     LOOKUP_NAME,
     OUTPUT_LENGTH_NAME,
     PARTIAL_NAMES,
+    PRICES_NAME,
     PROFILE_GUARDRAIL_NAME,
     PROFILE_NAME,
     remove_file,
@@ -53,7 +65,7 @@ from pacevlm.training.checkpoint import load_checkpoint
 from pacevlm.training.metrics_log import read_metrics
 from pacevlm.training.run_record import installed_versions, source_commit, weights_sha256
 from pacevlm.training.trainer import METRICS_NAME, Trainer
-from pacevlm.types import Answer, BudgetKind, Objective
+from pacevlm.types import Answer, BudgetKind, Example, Objective
 
 # Requests before the clock counts, and between two garbage collections.
 NUM_WARMUP, WINDOW = 5, 20
@@ -263,11 +275,12 @@ def new_controller(run: RunContext, seed: int) -> Controller:
 
 
 def calibrate_step(run: RunContext) -> dict[str, Any]:
-    """Calibrate the guardrail again on the knobs that the controller picks, and write the bundle.
+    """Calibrate the guardrail again on the knobs that the controller picks, measure prices, and write the bundle.
 
     A bound that was calibrated on knobs drawn evenly promises nothing about those that a policy prefers, because it
-    prefers what just fits. The requests are of the validation split, each at a random budget. Every policy is judged
-    under the guardrail that comes of this.
+    prefers what just fits. The requests are of the validation split, each at a random budget and without a price, which
+    would leave it room. Every policy is judged under the guardrail that comes of this, and so is what prices cost and
+    save, on all validation examples.
     """
     config, profile_config, model = run.config.calibrate, run.config.profile, run.model
     pacing, controller = run.pacing(PROFILE_GUARDRAIL_NAME), run.controller()
@@ -307,6 +320,8 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
     samples = [sample_of(answer) for answer in runs]
     guardrail = recalibrate(pacing.guardrail, samples, profile_config.alpha)
     guardrail.save(run.run_dir / GUARDRAIL_NAME)
+    prices = measure_prices(run, policy)
+    prices.save(run.run_dir / PRICES_NAME)
     write_bundle(run)
     kept = [answer.budget_met for answer in runs if answer.feasible]
     calibration = guardrail.calibrations[train.budget_kind]
@@ -316,7 +331,18 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
         "coverage_before": coverage(pacing.guardrail, samples),
         "factors": {"picture": guardrail.picture.factor("all")}
         | {group: calibration.factor(group) for group in calibration.num_samples},
+        "default_price": prices.default_price,
+        "small_cost_price": prices.costing(SMALL_COST).price,
     }
+
+
+def measure_prices(run: RunContext, policy: ControllerPolicy) -> PriceTable:
+    """What prices of time cost and save on the validation examples, where the budget hardly ever binds."""
+    prices, examples = run.config.train.prices, list(run.splits.val)
+    front = run_prices(
+        policy, run.engine, examples, run.loose_objective, prices, run.pacing(), run.count("prices of time")
+    )
+    return PriceTable.measure(prices, front, run.full_p50_ms, seed=run.config.calibrate.seed)
 
 
 def write_bundle(run: RunContext) -> None:
@@ -329,6 +355,7 @@ def write_bundle(run: RunContext) -> None:
         full_p50_ms=run.full_p50_ms,
         model_path=run.config.model.path,
         num_threads=run.config.profile.num_threads,
+        prices=PriceTable.load(run.run_dir / PRICES_NAME),
     )
     pacer.save_pretrained(run.run_dir / BUNDLE_FOLDER)
 
@@ -360,6 +387,8 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
         run.splits.train[: run.config.lookup.num_examples],
         objectives,
         pacing,
+        full_ms=run.full_p50_ms,
+        prices=run.config.train.prices,
         seed=config.seed,
         progress=run.count("training answers"),
     )
@@ -369,10 +398,11 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
         elif isinstance(policy, FixedPolicy):
             policy.save(run.run_dir / FIXED_NAME)
     examples = list(run.splits.test)
+    controller = ControllerPolicy(run.controller().eval())
     evaluation = evaluate(
         model,
         run.engine,
-        [ControllerPolicy(run.controller().eval()), *baselines],
+        [controller, *baselines],
         examples,
         objectives,
         pacing,
@@ -381,6 +411,7 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
         progress=run.reporter.progress,
         partial_dir=run.run_dir,
     )
+    fronts = measure_fronts(run, [controller, *baselines], examples)
     device = run.estimator.device
     warnings = evaluation_warnings(evaluation.records, examples)
     earlier = [StepLog(run.run_dir).get(name) for name in ("lookup", "train")]
@@ -403,7 +434,7 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
         metric=run.splits.metric.name,
         summaries=summarise_answers(run.splits.metric, evaluation.records, examples),
     )
-    results = write_outputs(run.config, evaluation.records, facts, examples, run.command)
+    results = write_outputs(run.config, evaluation.records, facts, examples, run.command, fronts)
     return {
         "num_examples": len(examples),
         "num_timed_requests": evaluation.num_timed_requests,
@@ -411,4 +442,53 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
         "controller_vs_lookup_table": results["average"].get("controller"),
         "gap_closed": results["gap_closed"],
         "warnings": warnings,
+    }
+
+
+def measure_fronts(run: RunContext, policies: Sequence[Policy], examples: Sequence[Example]) -> dict[str, Any]:
+    """Accuracy against mean latency along the prices of time: controller, lookup table, and the best fixed knobs."""
+    prices, objective, pacing = run.config.train.prices, run.loose_objective, run.pacing()
+    trained_on = run.splits.train[: run.config.lookup.num_examples]
+    priced = {policy.name: policy for policy in policies if policy.name in ("controller", "lookup_table")}
+    priced["fixed"] = fit_fixed_front(run.engine, trained_on, objective, pacing, full_ms=run.full_p50_ms, prices=prices)
+    fronts = {
+        name: run_prices(policy, run.engine, examples, objective, prices, pacing, run.count(f"prices of time, {name}"))
+        for name, policy in priced.items()
+    }
+    full = run.engine.run([(example, run.model.knob_space.full) for example in examples])
+    default_price = PriceTable.load(run.run_dir / PRICES_NAME).default_price
+    return summarise_fronts(
+        fronts,
+        [outcome.accuracy for outcome in full],
+        prices,
+        budget_ms=objective.budget_ms,
+        default_price=default_price,
+        measured_ms=_time_default_price(run, policies, examples, default_price) if default_price else None,
+        seed=run.config.evaluate.seed,
+    )
+
+
+def _time_default_price(
+    run: RunContext, policies: Sequence[Policy], examples: Sequence[Example], price: float
+) -> dict[str, NDArray[np.float64]]:
+    """Times of controller and lookup table without a price and at one, by policy, `(2, examples)`, milliseconds."""
+    config, loose = run.config.evaluate, run.loose_objective
+    if not config.num_timed:
+        return {}
+    with use_num_threads(run.config.profile.num_threads):
+        timed = time_requests(
+            run.model,
+            [policy for policy in policies if policy.name in ("controller", "lookup_table")],
+            examples,
+            [loose, dataclasses.replace(loose, price=price)],
+            run.pacing(),
+            # Everything is warm by now.
+            dataclasses.replace(config, num_warmup=0),
+            run.count("timed requests at prices"),
+            run.run_dir / PARTIAL_NAMES["evaluate"][2],
+        )
+    drawn = sorted({place for _, _, place in timed.runs})
+    return {
+        name: np.array([[timed.runs[name, at, place].measured_ms for place in drawn] for at in range(2)])
+        for name in sorted({name for name, _, _ in timed.runs})
     }

@@ -59,7 +59,9 @@ def run_request(
         drift.check_guardrail(guardrail, kind)
     drift_factor = 1.0 if drift is None else drift.factor
     # What the machine as profiled would have to keep. A budget that ran out while waiting admits nothing.
-    profiled = Objective(max(objective.budget_ms - waited_ms, SPENT_BUDGET_MS) / drift_factor, kind)
+    # The price stays: it is one of full latencies, which grow as the predictions do.
+    left_ms = max(objective.budget_ms - waited_ms, SPENT_BUDGET_MS)
+    profiled = dataclasses.replace(objective, budget_ms=left_ms / drift_factor)
 
     with open_request(model, image, question, num_output_tokens=num_output_tokens) as request:
         seen = pacing.look(request.view, profiled, example_id)
@@ -77,6 +79,7 @@ def run_request(
         answer,
         budget_ms=objective.budget_ms,
         kind=kind,
+        price=objective.price,
         feasible=seen.any_feasible,
         predicted_ms=predicted.covered_ms(kind),
         upper_bound_ms=float(seen.bounds_ms[place]) * drift_factor,

@@ -1,4 +1,7 @@
-"""What one rollout earns (reward) and what it costs (latency over budget), kept apart for the constrained update."""
+"""What one rollout earns (reward, less the price of its time) and its cost (latency over budget), for the trainer.
+
+The two are kept apart for the constrained update.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,8 @@ def compute_reward(
     budget_ms: Tensor,
     config: RewardConfig,
     *,
+    prices: Tensor | None = None,
+    full_ms: float = 1.0,
     knob_cost: Tensor | None = None,
 ) -> RewardTerms:
     """Reward and cost of rollouts.
@@ -45,6 +50,8 @@ def compute_reward(
         latency_ms: latency of each rollout, milliseconds, of the same shape.
         budget_ms: milliseconds, broadcastable to that shape, for example `(batch, 1)` against `(batch, group)`.
         config: the weights of the optional terms.
+        prices: points of accuracy per full latency, broadcastable as the budgets are; time costs nothing if None.
+        full_ms: the full latency, milliseconds.
         knob_cost: `relative_cost` of each rollout's knobs; needed only with a complexity penalty.
 
     Raises:
@@ -67,8 +74,7 @@ def compute_reward(
 
     # A budget that is met to the millisecond is met: only more than the budget is a violation.
     violation = (latency_ms > budget_ms).to(accuracy.dtype)
-    used = latency_ms / budget_ms
-    cost = violation if config.cost == "violation" else (used - 1).clamp(min=0).to(accuracy.dtype)
+    cost = violation if config.cost == "violation" else (latency_ms / budget_ms - 1).clamp(min=0).to(accuracy.dtype)
     reward = accuracy - config.violation_penalty * violation
     if config.complexity_penalty > 0:
         if knob_cost is None:
@@ -76,6 +82,6 @@ def compute_reward(
         if knob_cost.shape != accuracy.shape:
             raise DataError(f"knob_cost has shape {tuple(knob_cost.shape)}, accuracy {tuple(accuracy.shape)}")
         reward = reward - config.complexity_penalty * knob_cost
-    if config.efficiency_bonus > 0:
-        reward = reward + config.efficiency_bonus * (1 - used).clamp(min=0)
+    if prices is not None:
+        reward = reward - prices / 100 * (latency_ms / full_ms)
     return RewardTerms(reward.to(accuracy.dtype), cost, violation)

@@ -1,4 +1,4 @@
-"""One step's rollouts: which contexts (example, budget), which knobs the policy samples for them, and what came of it.
+"""One step's rollouts: which contexts (example, objective), which knobs the policy samples for them, what they gave.
 
 Shapes: `batch` counts contexts, `group` the rollouts of each, `visits` the distinct (context, tier)
 combinations that were sampled: the latency token is computed once for each.
@@ -29,7 +29,7 @@ RolloutProgress = Callable[[int, int], None]
 
 # Streams of random numbers: each use draws from (seed, stream, index) and from nothing else, so that a step can be
 # drawn again without the steps before it.
-_ORDER, _BUDGETS, _ACTIONS, _MEASURED, _TIGHTENING = range(5)
+_ORDER, _BUDGETS, _ACTIONS, _MEASURED, _TIGHTENING, _PRICES = range(6)
 
 
 class Outcomes(Protocol):
@@ -103,23 +103,51 @@ def draw_budgets_ms(reference_ms: float, config: TrainConfig, step: int) -> NDAr
     return np.asarray(reference_ms * fraction)
 
 
+def draw_prices(shape: tuple[int, int], config: TrainConfig, step: int) -> NDArray[np.float64]:
+    """A step's prices of time, `(examples, budgets_per_example)`, points of accuracy per full latency.
+
+    Each example gets one price from every equal part of what may be drawn, in an order that the budgets do not know.
+    """
+    if not config.max_price:
+        return np.zeros(shape)
+    random = stream(config.seed, _PRICES, step)
+    parts = random.permuted(np.broadcast_to(np.arange(shape[1]), shape), axis=1)
+    place = (parts + random.random(shape)) / shape[1]
+    priced = np.clip((place - config.unpriced_share) / max(1 - config.unpriced_share, 1e-12), 0, 1)
+    prices = config.min_price * (config.max_price / config.min_price) ** priced
+    return np.where(place < config.unpriced_share, 0.0, prices)
+
+
 @dataclass(frozen=True, eq=False)
 class Contexts:
-    """A step's contexts, that is examples with budgets, as the policy sees them.
+    """A step's contexts, that is examples with objectives, as the policy sees them.
 
     Attributes:
         examples: one per context; those of one example repeat it.
         requests: one per context.
-        budgets_ms: one per context.
         mask: knobs that may be sampled, boolean `(batch, tiers, computes)`, on the CPU.
         any_feasible: whether anything fits the budget, boolean `(batch,)`.
     """
 
     examples: list[Example]
     requests: list[PolicyInput]
-    budgets_ms: list[float]
     mask: Tensor
     any_feasible: Tensor
+
+    @property
+    def objectives(self) -> list[Objective]:
+        """One per context."""
+        return [request.objective for request in self.requests]
+
+    @property
+    def budgets_ms(self) -> Tensor:
+        """Milliseconds, float64 `(batch, 1)`."""
+        return torch.tensor([[objective.budget_ms] for objective in self.objectives], dtype=torch.float64)
+
+    @property
+    def prices(self) -> Tensor:
+        """Points of accuracy per full latency, float64 `(batch, 1)`."""
+        return torch.tensor([[objective.price] for objective in self.objectives], dtype=torch.float64)
 
 
 def build_contexts(
@@ -134,7 +162,7 @@ def build_contexts(
 
     Args:
         budgets_ms: `(examples, budgets_per_example)`.
-        step: decides how much tighter each context's bounds are, if the settings say so.
+        step: decides each context's price, and how much tighter its bounds are, if the settings say so.
 
     Raises:
         ProfileError: the artefacts do not fit each other or the model.
@@ -142,17 +170,17 @@ def build_contexts(
     views, repeats = [engine.view(example) for example in examples], budgets_ms.shape[1]
     bounds_ms = pacing.upper_bounds_ms(views, config.budget_kind).repeat(repeats, axis=0)
     examples = [example for example in examples for _ in range(repeats)]
-    budgets = [float(budget_ms) for budget_ms in budgets_ms.reshape(-1)]
+    prices = draw_prices((len(views), repeats), config, step)
     requests = policy_inputs(
         [view for view in views for _ in range(repeats)],
-        [Objective(budget_ms, config.budget_kind) for budget_ms in budgets],
+        [Objective(ms, config.budget_kind, price) for ms, price in zip(budgets_ms.flat, prices.flat, strict=True)],
         bounds_ms,
         [example.example_id for example in examples],
-        tightening=config.max_tightening ** stream(config.seed, _TIGHTENING, step).random(len(budgets)),
+        tightening=config.max_tightening ** stream(config.seed, _TIGHTENING, step).random(len(examples)),
         masked=config.mask,
     )
     mask = torch.from_numpy(np.array([request.feasible for request in requests])).flatten(2)
-    return Contexts(examples, requests, budgets, mask, torch.tensor([request.any_feasible for request in requests]))
+    return Contexts(examples, requests, mask, torch.tensor([request.any_feasible for request in requests]))
 
 
 # The policy ----------------------------------------------------------------------------------------------------------
@@ -188,14 +216,14 @@ def tier_log_probs(controller: Controller, features: Tensor, contexts: Contexts)
 def compute_log_probs(controller: Controller, engine: Rollouts, contexts: Contexts, visits: Visits) -> Tensor:
     """Log-probabilities of stage 2's choices at each rollout's own tier, `(batch, group, computes)`, on the CPU."""
     visited_contexts, visited_tiers = visits.context.tolist(), visits.tier.tolist()
-    tokens = controller.budget_tokens(contexts.budgets_ms)
+    tokens = controller.latency_tokens(contexts.objectives)
     outputs = engine.latency_token_outputs(
         [contexts.examples[context] for context in visited_contexts],
         [controller.knob_space.tiers[tier] for tier in visited_tiers],
         tokens.index_select(0, visits.context.to(tokens.device)),
     )
-    budgets_ms = [contexts.budgets_ms[context] for context in visited_contexts]
-    logits = controller.stage2_logits(outputs, budgets_ms, visits.tier)
+    requests = [contexts.requests[context] for context in visited_contexts]
+    logits = controller.stage2_logits(outputs, requests, visits.tier)
     log_probs = masked_log_softmax(logits.flatten(1).cpu(), contexts.mask[visits.context, visits.tier])
     # index_select: the gradient of plain indexing adds up in an order that depends on the threads.
     return log_probs.index_select(0, visits.of_rollout.flatten()).view(*visits.of_rollout.shape, -1)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pacevlm.checks import MAX_COUNT, MAX_SEED, check_path, check_real, check_whole
 from pacevlm.config import MAX_FRACTION
 from pacevlm.errors import ConfigError
+from pacevlm.knobs import MAX_PRICE
 from pacevlm.types import BudgetKind, check_budget_kind
 
 # What may differ between a run and its continuation: where it is stored and how it is watched, never what it computes.
@@ -28,6 +29,8 @@ _WATCHING = frozenset(
 
 MAX_BATCH, MAX_ROLLOUTS = 65536, 1 << 22
 """Most contexts, or rollouts of one, in a step, and most rollouts of all; their tensors must fit in memory."""
+NUM_PRICES = 10
+"""Prices above none that what was trained is calibrated and judged at."""
 MAX_WEIGHT = 1e9
 """Largest weight, gain or penalty, far beyond what makes a difference."""
 
@@ -71,14 +74,13 @@ class GRPOConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Settings of the reward; with the defaults the reward is the accuracy and nothing else.
+    """Settings of the reward; with the defaults it is the accuracy, less what the time costs at the context's price.
 
     Attributes:
         cost: what the multiplier prices: `violation` (1 if latency exceeds the budget, else 0) or `overshoot`
             (`max(0, latency / budget - 1)`).
         violation_penalty: fixed amount taken off the reward of a rollout that exceeds its budget.
         complexity_penalty: amount taken off per unit of relative cost of the knobs.
-        efficiency_bonus: amount added per saved fraction of the budget, `max(0, 1 - latency / budget)`.
 
     Raises:
         ConfigError: an unknown cost, or a weight that is negative or not finite.
@@ -87,12 +89,11 @@ class RewardConfig:
     cost: Literal["violation", "overshoot"] = "violation"
     violation_penalty: float = 0.0
     complexity_penalty: float = 0.0
-    efficiency_bonus: float = 0.0
 
     def __post_init__(self) -> None:
         if self.cost not in ("violation", "overshoot"):
             raise ConfigError(f"cost is {self.cost!r}; use 'violation' or 'overshoot'")
-        check_real(self, 0, MAX_WEIGHT, "violation_penalty", "complexity_penalty", "efficiency_bonus")
+        check_real(self, 0, MAX_WEIGHT, "violation_penalty", "complexity_penalty")
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,11 @@ class TrainConfig:
         max_tightening: the guardrail's bounds are multiplied, for each (example, budget) anew, by a factor from 1 to
             this, spread evenly over its logarithm: bounds are calibrated again after training, on what the machine is
             like then, and a policy should know its way under other masks than the first ones.
+        max_price: largest price of time, in points of accuracy per full latency. A share of the contexts has no price,
+            the others one spread evenly over the logarithm from `min_price` to this, so that one controller learns all
+            of them. 0 trains without prices.
+        min_price: smallest price above none.
+        unpriced_share: share of the contexts whose time costs nothing.
         num_examples: only the first so many examples of the data set; None takes all.
         seed: all randomness derives from this number and the step.
         checkpoint_every_steps: most steps between two checkpoints.
@@ -179,6 +185,9 @@ class TrainConfig:
     budget_kind: BudgetKind = "e2e"
     mask: bool = True
     max_tightening: float = 1.0
+    max_price: float = 0.0
+    min_price: float = 1.0
+    unpriced_share: float = 0.25
     final_entropy_coef: float | None = None
     num_examples: int | None = None
     seed: int = 0
@@ -216,12 +225,27 @@ class TrainConfig:
         check_real(self, 0, MAX_FRACTION, "min_budget", "max_budget", above=True)
         check_real(self, 1, MAX_FRACTION, "max_tightening")
         check_real(self, 0, 1, "ema_decay", below=True)
+        check_real(self, 0, 1, "unpriced_share")
+        check_real(self, 0, MAX_PRICE, "max_price")
+        check_real(self, 0, MAX_PRICE, "min_price", above=True)
+        if 0 < self.max_price < self.min_price:
+            raise ConfigError(f"min_price {self.min_price} is above max_price {self.max_price}")
         check_real(self, 0, MAX_WEIGHT, "final_entropy_coef", "checkpoint_every_seconds", optional=True)
         if self.min_budget > self.max_budget:
             raise ConfigError(f"min_budget {self.min_budget} is above max_budget {self.max_budget}")
         if self.budget_scale not in ("uniform", "log-uniform"):
             raise ConfigError(f"budget_scale is {self.budget_scale!r}; use 'uniform' or 'log-uniform'")
         check_budget_kind(self.budget_kind)
+
+    @property
+    def prices(self) -> tuple[float, ...]:
+        """Prices that what was trained is calibrated and judged at: none, and some from `min_price` to `max_price`."""
+        if not self.max_price:
+            return (0.0,)
+        steps = NUM_PRICES - 1 if self.max_price > self.min_price else 0
+        growth = (self.max_price / self.min_price) ** (1 / max(steps, 1))
+        # To three digits, so that a price can be read, and given on a command line.
+        return (0.0, *(float(f"{self.min_price * growth**i:.3g}") for i in range(steps + 1)))
 
     def entropy_coef(self, step: int) -> float:
         """Weight of the entropy bonus at a step, counted from 0."""

@@ -252,8 +252,10 @@ class Trainer:
         terms = compute_reward(
             results.accuracy,
             results.latency_ms,
-            torch.tensor(contexts.budgets_ms, dtype=torch.float64).unsqueeze(-1),
+            contexts.budgets_ms,
             config.reward,
+            prices=contexts.prices,
+            full_ms=self.controller.config.reference_ms,
             knob_cost=self._knob_cost[knob_indices],
         )
         # Where nothing fits, the violation is the budget's doing, not the policy's: no price can lower it.
@@ -339,11 +341,11 @@ class Trainer:
         self, contexts: Contexts, knob_indices: Tensor, results: Results, terms: RewardTerms
     ) -> Metrics:
         feasible = contexts.any_feasible
-        budgets_ms = torch.tensor(contexts.budgets_ms, dtype=torch.float64).unsqueeze(-1)
         metrics = {
             "accuracy": results.accuracy.mean().item(),
+            "frac_accuracy_zero_std": (results.accuracy == results.accuracy[:, :1]).all(dim=1).double().mean().item(),
             "cost/lambda": self.multiplier.multiplier,
-            "cost/budget_used": (results.latency_ms / budgets_ms).mean().item(),
+            "cost/budget_used": (results.latency_ms / contexts.budgets_ms).mean().item(),
             "mask/feasible_frac": contexts.mask.double().mean().item(),
             "mask/budget_unmet_frac": 1.0 - feasible.double().mean().item(),
         }

@@ -16,15 +16,17 @@ def space() -> KnobSpace:
 
 @pytest.fixture(scope="session")
 def make_request(space: KnobSpace) -> Callable[..., PolicyInput]:
-    def build(mask: np.ndarray, example_id: str = "a", budget_ms: float = 50.0) -> PolicyInput:
+    def build(
+        mask: np.ndarray, example_id: str = "a", budget_ms: float = 50.0, price: float = 0.0, num_pixels: int = 8000
+    ) -> PolicyInput:
         mask = np.array(mask, dtype=bool).reshape(-1)
         any_feasible = bool(mask.any())
         if not any_feasible:
             mask[0] = True
-        sizes = RequestSizes((VisionSizes(1, 144),) * len(space.tiers), 9, 8000)
+        sizes = RequestSizes((VisionSizes(1, 144),) * len(space.tiers), 9, num_pixels)
         return PolicyInput(
             view=RequestView(torch.zeros(4), sizes, (100, 80), None),
-            objective=Objective(budget_ms),
+            objective=Objective(budget_ms, price=price),
             bounds_ms=np.where(mask, budget_ms, np.inf).reshape(space.shape),
             feasible=mask.reshape(space.shape),
             any_feasible=any_feasible,

@@ -37,7 +37,7 @@ def policies(space: KnobSpace, table: dict[str, np.ndarray]) -> dict[str, Policy
         CheapestPolicy(space),
         RandomFeasiblePolicy(space, seed=3),
         FullPolicy(space),
-        OraclePolicy(space, accuracy, latency_ms),
+        OraclePolicy(space, accuracy, latency_ms, 100.0),
     ]
     return {policy.name: policy for policy in made}
 
@@ -119,17 +119,34 @@ def test_lookup_table_without_a_threshold_beats_static_at_every_budget_it_was_fi
 def test_oracle_breaks_ties_by_predicted_latency(space: KnobSpace, make_request: Request) -> None:
     accuracy = np.ones(len(space))
     latency_ms = np.arange(len(space), 0, -1, dtype=np.float64)
-    policy = OraclePolicy(space, {"a": accuracy}, {"a": latency_ms})
+    policy = OraclePolicy(space, {"a": accuracy}, {"a": latency_ms}, 100.0)
     assert policy.choose(make_request(np.ones(len(space)))) == space.full
     mask = np.ones(len(space))
     mask[-1] = 0
     assert policy.choose(make_request(mask)) == space[len(space) - 2]
 
 
+def test_a_higher_price_never_makes_the_oracle_slower_and_none_leaves_the_best(
+    space: KnobSpace, table: dict[str, np.ndarray], make_request: Request
+) -> None:
+    generator = np.random.default_rng(1)
+    accuracy, latency_ms = generator.uniform(size=len(space)), generator.uniform(20, 90, len(space))
+    policy = OraclePolicy(space, {"a": accuracy}, {"a": latency_ms}, 90.0)
+    for _ in range(100):
+        mask = generator.uniform(size=len(space)) < 0.5
+        mask[0] |= not mask.any()
+        prices = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
+        chosen = [space.index(policy.choose(make_request(mask, price=price))) for price in prices]
+        assert mask[chosen].all()
+        assert (np.diff(latency_ms[chosen]) <= 0).all()
+        assert (np.diff(accuracy[chosen]) <= 0).all()
+        assert accuracy[chosen[0]] == accuracy[mask].max()
+
+
 def test_oracle_refuses_what_it_cannot_know(space: KnobSpace, make_request: Request) -> None:
     accuracy = np.ones(len(space))
     accuracy[3] = np.nan
-    policy = OraclePolicy(space, {"a": accuracy}, {"a": np.ones(len(space))})
+    policy = OraclePolicy(space, {"a": accuracy}, {"a": np.ones(len(space))}, 100.0)
     with pytest.raises(DataError, match="never run with"):
         policy.choose(make_request(np.ones(len(space))))
     mask = np.ones(len(space))
@@ -138,9 +155,9 @@ def test_oracle_refuses_what_it_cannot_know(space: KnobSpace, make_request: Requ
     with pytest.raises(DataError, match="no accuracies"):
         policy.choose(make_request(mask, example_id="b"))
     with pytest.raises(DataError, match="shape"):
-        OraclePolicy(space, {"a": accuracy[1:]}, {"a": accuracy})
+        OraclePolicy(space, {"a": accuracy[1:]}, {"a": accuracy}, 100.0)
     with pytest.raises(DataError, match="both for every example"):
-        OraclePolicy(space, {"a": accuracy}, {})
+        OraclePolicy(space, {"a": accuracy}, {}, 100.0)
 
 
 def test_random_is_uniform_over_the_mask_and_fixed_by_seed_example_and_budget(

@@ -10,6 +10,7 @@ from pacevlm.knobs import KnobSpace
 from pacevlm.types import Objective, RequestSizes, RequestView, VisionSizes
 
 D_MODEL = 12
+PRICES = (0.0, 0.0, 1.0, 12.0, 64.0)
 IDENTITY = {"model_identity": "model-1", "estimator_fingerprint": "f" * 64, "d_model": D_MODEL}
 
 
@@ -62,8 +63,8 @@ def make_request(space: KnobSpace) -> Callable[..., PolicyInput]:
         looks |= {name: values.pop(name) for name in list(values) if name in looks}
         defaults = {
             "view": RequestView(**looks),
-            "objective": Objective(values.pop("budget_ms", budget_ms)),
-            "bounds_ms": np.zeros(space.shape),
+            "objective": Objective(values.pop("budget_ms", budget_ms), price=float(generator.choice(PRICES))),
+            "bounds_ms": np.cumsum(generator.uniform(1, 9, len(space))).reshape(space.shape),
             "feasible": random_mask(generator, space),
             "any_feasible": True,
             "example_id": f"example-{seed}",

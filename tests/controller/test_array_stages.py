@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from pacevlm.controller.array_stages import ArrayStage1, ArrayStage2, ArrayToken
+from pacevlm.controller.features import time_costs
 from pacevlm.controller.policy import Controller
 from pacevlm.images import open_picture
 
@@ -27,7 +28,7 @@ def controller(request: pytest.FixtureRequest, make_controller: Callable) -> Con
 
 @torch.no_grad()
 def test_they_compute_what_the_modules_compute(controller: Controller, make_request: Callable) -> None:
-    encoder = controller.budget_encoder
+    encoder = controller.objective_encoder
     token = ArrayToken(encoder)
     stage1, stage2 = ArrayStage1(controller.stage1), ArrayStage2(controller.stage2)
     generator = np.random.default_rng(0)
@@ -35,16 +36,16 @@ def test_they_compute_what_the_modules_compute(controller: Controller, make_requ
         image = Image.fromarray(generator.integers(0, 256, (20, 30, 3), dtype=np.uint8))
         request = make_request(seed, picture=open_picture(image))
         features = controller.stage1_feature_array(request)
-        budget = [request.budget_ms]
-        budget_features = encoder.feature_array(request.budget_ms)
+        objective = [request.objective]
+        objective_features = encoder.feature_array(request.objective)
         output, tier = generator.normal(0, 0.1, controller.d_model).astype(np.float32), int(generator.integers(3))
         pairs = (
             (features, controller.stage1_features([request])[0]),
-            (token(budget_features), controller.budget_tokens(budget)[0]),
+            (token(objective_features), controller.latency_tokens(objective)[0]),
             (stage1(features), controller.stage1_logits(controller.stage1_features([request]))[0]),
             (
-                stage2(output, budget_features, tier),
-                controller.stage2_logits(torch.from_numpy(output)[None], budget, [tier])[0],
+                stage2(output, objective_features, tier, time_costs(request)[tier]),
+                controller.stage2_logits(torch.from_numpy(output)[None], [request], [tier])[0],
             ),
         )
         for array, tensor in pairs:

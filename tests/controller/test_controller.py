@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pacevlm.controller.policy import Controller, ControllerConfig
+from pacevlm.controller.features import tier_costs, time_costs
+from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
 from pacevlm.controller.policy_interface import PolicyInput
-from pacevlm.errors import BudgetError, ConfigError, DataError, IdentityError, ImageError, KnobError
+from pacevlm.controller.stages import INITIAL_SHARPNESS
+from pacevlm.errors import ConfigError, DataError, IdentityError, ImageError, KnobError
 from pacevlm.images import open_picture
 from pacevlm.knobs import KnobSpace
 from pacevlm.types import Objective, RequestSizes, VisionSizes
@@ -25,10 +27,8 @@ SETTINGS = [
 
 
 def changed(request: PolicyInput, **values: Any) -> PolicyInput:
-    """The request with other looks, budget or mask."""
+    """The request with other looks, objective or mask."""
     looks = {name: values.pop(name) for name in list(values) if hasattr(request.view, name)}
-    if "budget_ms" in values:
-        values["objective"] = Objective(values.pop("budget_ms"))
     return dataclasses.replace(request, view=dataclasses.replace(request.view, **looks), **values)
 
 
@@ -40,11 +40,11 @@ def with_images(requests: list[PolicyInput]) -> list[PolicyInput]:
 
 
 def both_stages(controller: Controller, requests: list[PolicyInput]) -> tuple[torch.Tensor, torch.Tensor]:
-    budgets_ms = [request.budget_ms for request in requests]
-    outputs = controller.budget_tokens(budgets_ms)
+    objectives = [request.objective for request in requests]
+    outputs = controller.latency_tokens(objectives)
     tiers = [i % 3 for i in range(len(requests))]
     tier_logits = controller.stage1_logits(controller.stage1_features(requests))
-    return tier_logits, controller.stage2_logits(outputs, budgets_ms, tiers)
+    return tier_logits, controller.stage2_logits(outputs, requests, tiers)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -54,7 +54,7 @@ def test_shapes(make_controller: Callable, make_request: Callable, space: KnobSp
     tier_logits, pair_logits = both_stages(controller, requests)
     assert tier_logits.shape == (5, 3)
     assert pair_logits.shape == (5, 2, 4)
-    assert controller.budget_tokens([10.0, 20.0]).shape == (2, 12)
+    assert controller.latency_tokens([Objective(10.0), Objective(20.0, price=3.0)]).shape == (2, 12)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -62,17 +62,16 @@ def test_an_untrained_policy_is_near_uniform_over_the_mask(
     make_controller: Callable, make_request: Callable, settings: dict
 ) -> None:
     controller = make_controller(**settings)
-    requests = with_images([make_request(seed) for seed in range(50)])
+    requests = with_images([make_request(seed, objective=Objective(20.0 + 3 * seed)) for seed in range(50)])
     masks = torch.tensor(np.stack([request.feasible for request in requests]))
     features = controller.stage1_features(requests)
-    budgets_ms = [request.budget_ms for request in requests]
     tier_mask = masks.flatten(2).any(dim=2)
     tiers = tier_mask.int().argmax(dim=1)
     compute_mask = masks[torch.arange(50), tiers]
     outputs = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
     for logits, mask in (
         (controller.stage1_logits(features, tier_mask), tier_mask),
-        (controller.stage2_logits(outputs, budgets_ms, tiers, compute_mask).flatten(1), compute_mask.flatten(1)),
+        (controller.stage2_logits(outputs, requests, tiers, compute_mask).flatten(1), compute_mask.flatten(1)),
     ):
         probabilities = logits.softmax(dim=1)
         uniform = mask / mask.sum(dim=1, keepdim=True)
@@ -94,16 +93,16 @@ def test_a_batch_gives_every_row_what_it_gets_alone(
 ) -> None:
     controller = make_controller(opinionated=opinionated, **settings).to(dtype)
     requests = with_images([make_request(seed) for seed in range(9)])
-    budgets_ms = [request.budget_ms for request in requests]
+    objectives = [request.objective for request in requests]
     tiers = [i % 3 for i in range(9)]
-    tokens = controller.budget_tokens(budgets_ms)
+    tokens = controller.latency_tokens(objectives)
     tier_logits, pair_logits = both_stages(controller, requests)
     assert tier_logits.dtype == pair_logits.dtype == dtype
     assert tier_logits.std() > (0.1 if opinionated else 1e-3)
     for i, request in enumerate(requests):
         one_tier = controller.stage1_logits(controller.stage1_features([request]))
-        one_token = controller.budget_tokens([budgets_ms[i]])
-        one_pair = controller.stage2_logits(tokens[i : i + 1], [budgets_ms[i]], [tiers[i]])
+        one_token = controller.latency_tokens([objectives[i]])
+        one_pair = controller.stage2_logits(tokens[i : i + 1], [request], [tiers[i]])
         for alone, batched in ((one_tier, tier_logits), (one_token, tokens), (one_pair, pair_logits)):
             torch.testing.assert_close(alone[0], batched[i], atol=tolerance, rtol=tolerance)
 
@@ -111,7 +110,8 @@ def test_a_batch_gives_every_row_what_it_gets_alone(
 @pytest.mark.parametrize(
     "change",
     [
-        {"budget_ms": 77.0},
+        {"objective": Objective(77.0)},
+        {"objective": Objective(55.0, price=7.0)},
         {"question_embedding": torch.linspace(-1, 1, 12)},
         {"image_size": (333, 444)},
         {"sizes": RequestSizes((VisionSizes(2, 30), VisionSizes(3, 40), VisionSizes(9, 90)), 12, 100)},
@@ -124,7 +124,7 @@ def test_stage1_reads_everything_that_it_should(
     make_controller: Callable, make_request: Callable, change: dict
 ) -> None:
     controller = make_controller(opinionated=True, thumbnail=True)
-    request = make_request(1, picture=open_picture(Image.new("RGB", (8, 8))))
+    request = make_request(1, picture=open_picture(Image.new("RGB", (8, 8))), objective=Objective(55.0))
     before, after = controller.stage1_logits(controller.stage1_features([request, changed(request, **change)]))
     assert not torch.allclose(before, after, atol=1e-4)
 
@@ -140,24 +140,61 @@ def test_what_is_switched_off_is_not_read(
     make_controller: Callable, make_request: Callable, setting: str, change: dict
 ) -> None:
     controller = make_controller(opinionated=True, **{setting: False})
-    request = make_request(1)
+    request = make_request(1, objective=Objective(80.0))
     before, after = controller.stage1_features([request, changed(request, **change)])
     assert torch.equal(before, after)
 
 
-def test_stage2_reads_token_budget_and_tier(make_controller: Callable) -> None:
+def test_stage2_reads_token_budget_tier_and_price(make_controller: Callable, make_request: Callable) -> None:
     controller = make_controller(opinionated=True)
-    outputs = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
-    outputs[1:3] = outputs[0]
-    logits = controller.stage2_logits(outputs, [80.0, 90.0, 80.0, 80.0], torch.tensor([0, 0, 1, 0]))
+    outputs = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    outputs[1:4] = outputs[0]
+    objectives = [Objective(80.0), Objective(90.0), Objective(80.0), Objective(80.0, price=5.0), Objective(80.0)]
+    requests = [make_request(1, objective=objective) for objective in objectives]
+    logits = controller.stage2_logits(outputs, requests, torch.tensor([0, 0, 1, 0, 0]))
     for other in logits[1:]:
         assert not torch.allclose(logits[0], other, atol=1e-4)
 
 
+def test_what_time_costs_is_taken_off_in_both_stages(make_controller: Callable, make_request: Callable) -> None:
+    controller = make_controller()  # as it starts, its learned scores are near 0
+    free, dear = (make_request(3, objective=Objective(80.0, price=price)) for price in (0.0, 50.0))
+    assert not time_costs(free).any()
+    shares = dear.bounds_ms / dear.bounds_ms[-1, -1, -1]
+    np.testing.assert_allclose(time_costs(dear), 0.5 * shares, rtol=1e-6)
+    admitted = [shares[i][dear.feasible[i]].mean() if dear.feasible[i].any() else 0.0 for i in range(3)]
+    np.testing.assert_allclose(tier_costs(dear), 0.5 * np.array(admitted), rtol=1e-5)
+    # A guardrail twice as tight, and one that promises nothing.
+    assert np.array_equal(time_costs(changed(dear, bounds_ms=2 * dear.bounds_ms)), time_costs(dear))
+    assert not time_costs(changed(dear, bounds_ms=np.full(shares.shape, np.inf))).any()
+    tiers = controller.stage1_logits(controller.stage1_features([free, dear]))
+    pairs = controller.stage2_logits(torch.zeros(2, 12), [free, dear], [1, 1])
+    for logits, costs in ((tiers, tier_costs(dear)), (pairs, time_costs(dear)[1])):
+        moved = (logits[1] - logits[0]).detach()
+        torch.testing.assert_close(moved, -INITIAL_SHARPNESS * torch.from_numpy(costs), atol=0.15, rtol=0)
+
+
+def test_a_sharpness_beyond_all_bounds_is_held(make_controller: Callable, make_request: Callable) -> None:
+    controller = make_controller()
+    with torch.no_grad():
+        controller.stage1.sharpness.bias.fill_(1e6)
+        controller.stage2.sharpness.bias.fill_(1e6)
+    requests = [make_request(seed, objective=Objective(80.0, price=1000.0)) for seed in range(3)]
+    policy = ControllerPolicy(controller)
+    for request, logits in zip(requests, controller.stage2_logits(torch.zeros(3, 12), requests, [2] * 3), strict=True):
+        assert logits.isfinite().all()
+        tier = controller.knob_space.tiers.index(policy.choose_tier(request))
+        admitted = request.feasible.any(axis=(1, 2))
+        assert tier_costs(request)[tier] == tier_costs(request)[admitted].min()
+
+
 @pytest.mark.parametrize("pairwise", [False, True])
-def test_only_the_pair_term_goes_beyond_a_sum_of_two_heads(make_controller: Callable, pairwise: bool) -> None:
+def test_only_the_pair_term_goes_beyond_a_sum_of_two_heads(
+    make_controller: Callable, make_request: Callable, pairwise: bool
+) -> None:
     controller = make_controller(opinionated=True, pairwise=pairwise)
-    logits = controller.stage2_logits(torch.randn(3, 12), [50.0, 80.0, 120.0], [0, 1, 2])
+    requests = [make_request(1, objective=Objective(ms)) for ms in (50.0, 80.0, 120.0)]
+    logits = controller.stage2_logits(torch.randn(3, 12), requests, [0, 1, 2])
     interaction = (
         logits - logits.mean(dim=1, keepdim=True) - logits.mean(dim=2, keepdim=True) + logits.mean((1, 2), True)
     )
@@ -169,14 +206,14 @@ def test_gradients_reach_the_encoder_through_the_latency_token_alone(
 ) -> None:
     controller = make_controller()
     requests = [make_request(seed) for seed in range(4)]
-    budgets_ms = [request.budget_ms for request in requests]
+    objectives = [request.objective for request in requests]
     # Stands for the frozen first block: differentiable, with no weights that are trained.
     mix = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
     first_block = lambda tokens: tokens + torch.tanh(tokens @ mix)  # noqa: E731
-    encoder = dict(controller.budget_encoder.named_parameters())
+    encoder = dict(controller.objective_encoder.named_parameters())
 
-    outputs = first_block(controller.budget_tokens(budgets_ms))
-    controller.stage2_logits(outputs, budgets_ms, [0, 1, 2, 0])[:, 0, 0].sum().backward()
+    outputs = first_block(controller.latency_tokens(objectives))
+    controller.stage2_logits(outputs, requests, [0, 1, 2, 0])[:, 0, 0].sum().backward()
     for name, parameter in (*encoder.items(), *controller.stage2.named_parameters()):
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -192,15 +229,15 @@ def test_gradients_reach_the_encoder_through_the_latency_token_alone(
 def test_stages_can_be_trained(make_controller: Callable, make_request: Callable) -> None:
     """A few steps teach both stages to spend a large budget and to save under a small one."""
     controller = make_controller()
-    budgets_ms = [40.0, 160.0] * 8
-    requests = [make_request(seed, budget_ms=budget_ms) for seed, budget_ms in enumerate(budgets_ms)]
+    objectives = [Objective(40.0), Objective(160.0)] * 8
+    requests = [make_request(seed, objective=objective) for seed, objective in enumerate(objectives)]
     features = controller.stage1_features(requests)
     tier_target, pair_target = torch.tensor([0, 2] * 8), torch.tensor([0, 7] * 8)
     optimizer = torch.optim.Adam(controller.parameters(), lr=1e-2)
     for _ in range(40):
         optimizer.zero_grad()
         tier_logits = controller.stage1_logits(features)
-        pair_logits = controller.stage2_logits(controller.budget_tokens(budgets_ms), budgets_ms, tier_target)
+        pair_logits = controller.stage2_logits(controller.latency_tokens(objectives), requests, tier_target)
         loss = torch.nn.functional.cross_entropy(tier_logits, tier_target)
         (loss + torch.nn.functional.cross_entropy(pair_logits.flatten(1), pair_target)).backward()
         optimizer.step()
@@ -224,7 +261,7 @@ def test_half_precision_and_frozen_inputs_are_taken(make_controller: Callable, m
     features = controller.stage1_features([make_request(question_embedding=question, feasible=feasible)])
     assert features.dtype == torch.float32
     outputs = torch.linspace(-1, 1, 12, dtype=torch.bfloat16)[None]
-    assert controller.stage2_logits(outputs, [80.0], [1]).dtype == torch.float32
+    assert controller.stage2_logits(outputs, [make_request()], [1]).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -234,7 +271,6 @@ def test_half_precision_and_frozen_inputs_are_taken(make_controller: Callable, m
         ({"sizes": RequestSizes((VisionSizes(1, 1),), 1, 1)}, KnobError, "sizes of 1 tiers"),
         ({"question_embedding": torch.zeros(13)}, IdentityError, "width 12"),
         ({"image_size": (0, 10)}, ImageError, "0x10"),
-        ({"budget_ms": -3.0}, BudgetError, "-3"),
     ],
 )
 def test_requests_of_another_kind_are_refused(
@@ -253,7 +289,7 @@ def test_a_thumbnail_needs_an_image(make_controller: Callable, make_request: Cal
     assert torch.equal(*controller.stage1_features([colour, grey]))
 
 
-def test_tensors_of_other_shapes_are_refused(make_controller: Callable) -> None:
+def test_tensors_of_other_shapes_are_refused(make_controller: Callable, make_request: Callable) -> None:
     controller = make_controller()
     with pytest.raises(DataError, match="at least one"):
         controller.stage1_features([])
@@ -261,10 +297,10 @@ def test_tensors_of_other_shapes_are_refused(make_controller: Callable) -> None:
         controller.stage1_logits(torch.zeros(2, 3))
     for outputs, tiers in ((torch.zeros(2, 11), [0, 0]), (torch.zeros(1, 12), [0, 0]), (torch.zeros(2, 12), [0])):
         with pytest.raises(DataError, match="latency token outputs"):
-            controller.stage2_logits(outputs, [80.0, 80.0], tiers)
+            controller.stage2_logits(outputs, [make_request()] * 2, tiers)
     for tier in (-1, 3):
         with pytest.raises(KnobError, match=r"0\.\.2"):
-            controller.stage2_logits(torch.zeros(1, 12), [80.0], [tier])
+            controller.stage2_logits(torch.zeros(1, 12), [make_request()], [tier])
 
 
 @pytest.mark.parametrize(
@@ -300,13 +336,12 @@ def test_masks_and_outputs_may_be_on_any_device(
     tier_mask = masks.flatten(2).any(dim=2)
     tiers = tier_mask.int().argmax(dim=1)
     outputs = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
-    budgets_ms = [request.budget_ms for request in requests]
 
     def logits(controller: Controller, device: str) -> tuple[torch.Tensor, torch.Tensor]:
         features, compute_mask = controller.stage1_features(requests), masks[torch.arange(5), tiers]
         tier_logits = controller.stage1_logits(features, tier_mask.to(device))
         return tier_logits, controller.stage2_logits(
-            outputs.to(device), budgets_ms, tiers.to(device), compute_mask.to(device)
+            outputs.to(device), requests, tiers.to(device), compute_mask.to(device)
         )
 
     expected = logits(make_controller(opinionated=True), "cpu")

@@ -49,18 +49,18 @@ def test_a_loaded_controller_answers_the_same_to_the_bit(
     )
 
     requests = [make_request(seed, picture=open_picture(Image.new("RGB", (9, 9), (seed, 0, 0)))) for seed in range(6)]
-    budgets_ms = [request.budget_ms for request in requests]
+    objectives = [request.objective for request in requests]
     outputs = torch.randn(6, 12)
     for one, other in (
         (controller.stage1_features(requests), loaded.stage1_features(requests)),
-        (controller.budget_tokens(budgets_ms), loaded.budget_tokens(budgets_ms)),
+        (controller.latency_tokens(objectives), loaded.latency_tokens(objectives)),
         *[
             (c.stage1_logits(c.stage1_features(requests)), d.stage1_logits(d.stage1_features(requests)))
             for c, d in [(controller, loaded)]
         ],
         (
-            controller.stage2_logits(outputs, budgets_ms, [0, 1, 2, 0, 1, 2]),
-            loaded.stage2_logits(outputs, budgets_ms, [0, 1, 2, 0, 1, 2]),
+            controller.stage2_logits(outputs, requests, [0, 1, 2, 0, 1, 2]),
+            loaded.stage2_logits(outputs, requests, [0, 1, 2, 0, 1, 2]),
         ),
     ):
         assert torch.equal(one, other)

@@ -10,6 +10,7 @@ from pacevlm.controller.policy import ControllerPolicy
 from pacevlm.controller.policy_interface import Policy, PolicyInput
 from pacevlm.errors import DataError, KnobError
 from pacevlm.knobs import Knobs, KnobSpace
+from pacevlm.types import Objective
 
 
 def decide(policy: ControllerPolicy, request: PolicyInput) -> Knobs:
@@ -41,8 +42,8 @@ def test_every_choice_is_admitted_and_the_best_that_is(
         best = tier_logits[torch.tensor(allowed)].max()
         torch.testing.assert_close(tier_logits[space.tiers.index(knobs.tier)], best, atol=1e-5, rtol=0)
         tier = space.tiers.index(knobs.tier)
-        outputs = controller.budget_tokens([request.budget_ms])
-        pair_logits = controller.stage2_logits(outputs, [request.budget_ms], [tier])[0]
+        outputs = controller.latency_tokens([request.objective])
+        pair_logits = controller.stage2_logits(outputs, [request], [tier])[0]
         pair = pair_logits[space.top_ks.index(knobs.top_k), space.num_blocks.index(knobs.num_blocks)]
         best = pair_logits[torch.tensor(request.feasible[tier])].max()
         torch.testing.assert_close(pair, best, atol=1e-5, rtol=0)
@@ -80,7 +81,10 @@ def test_the_same_request_gets_the_same_answer(make_controller: Callable, make_r
         assert (
             decide(first, make_request(seed)) == decide(second, make_request(seed)) == decide(first, make_request(seed))
         )
-    tokens = [policy.latency_token(make_request(i, budget_ms=80.0)) for i, policy in enumerate((first, second))]
+    tokens = [
+        policy.latency_token(make_request(i, objective=Objective(80.0, price=3.0)))
+        for i, policy in enumerate((first, second))
+    ]
     assert torch.equal(*tokens)
     assert torch.equal(torch.get_rng_state(), state)
 

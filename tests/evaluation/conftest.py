@@ -15,6 +15,7 @@ from pacevlm.baselines.one_choice import OneChoicePolicy
 from pacevlm.baselines.oracle import OraclePolicy
 from pacevlm.baselines.random_feasible import RandomFeasiblePolicy
 from pacevlm.controller.policy_interface import PolicyInput
+from pacevlm.evaluation.prices import Front, summarise_fronts
 from pacevlm.evaluation.records import EvaluationRecord
 from pacevlm.evaluation.summary import RunFacts, build_results
 from pacevlm.knobs import Knobs, KnobSpace
@@ -67,7 +68,10 @@ def make_records(num_examples: int, num_timed: int, seed: int = 0) -> list[Evalu
         CheapestPolicy(space),
         RandomFeasiblePolicy(space, seed),
         OraclePolicy(
-            space, dict(zip(ids, test["accuracy"], strict=True)), dict(zip(ids, test["latency_ms"], strict=True))
+            space,
+            dict(zip(ids, test["accuracy"], strict=True)),
+            dict(zip(ids, test["latency_ms"], strict=True)),
+            FULL_LATENCY_MS,
         ),
     ]
     generator = np.random.default_rng(seed + 2)
@@ -131,9 +135,24 @@ def facts() -> RunFacts:
     return FACTS
 
 
+def make_fronts(num_examples: int = 200) -> dict[str, Any]:
+    """Three policies that answer alike, at latencies a factor apart."""
+    place = np.arange(num_examples) / num_examples
+    accuracy = np.stack([place >= 0.1 + lost for lost in (0.0, 0.03, 0.07, 0.2)]).astype(float)
+    latency_ms = np.outer((1.0, 0.8, 0.6, 0.3), np.linspace(60.0, 90.0, num_examples))
+    fronts = {
+        name: Front(accuracy, slower * latency_ms)
+        for name, slower in (("controller", 1.0), ("lookup_table", 1.25), ("fixed", 1.5))
+    }
+    measured_ms = {"controller": [[10.0, 30.0], [8.0, 24.0]]}
+    return summarise_fronts(
+        fronts, accuracy[0], (0.0, 4.0, 16.0, 64.0), budget_ms=150.0, default_price=4.0, measured_ms=measured_ms
+    )
+
+
 @pytest.fixture(scope="session")
 def results(records: list[EvaluationRecord]) -> dict[str, Any]:
-    return build_results(records, FACTS, num_resamples=1000)
+    return build_results(records, FACTS, fronts=make_fronts(), num_resamples=1000)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ from pacevlm.errors import DataError
 from pacevlm.evaluation.headroom import (
     POINTS_BELOW,
     best_choice,
-    latency_at,
     measure_headroom,
     size_bins,
     table_choices,
@@ -223,15 +222,6 @@ def test_where_nothing_is_feasible_the_cheapest_runs() -> None:
     assert "100 % of the requests have a single feasible configuration" in warning
 
 
-def test_fronts_mix_two_points_and_end_where_they_do() -> None:
-    accuracy, latency_ms = [0.5, 0.9, 0.6], [10.0, 30.0, 29.0]
-    assert latency_at(accuracy, latency_ms, 0.7) == pytest.approx(20.0)
-    assert latency_at(accuracy, latency_ms, 0.9) == pytest.approx(30.0)
-    assert latency_at(accuracy, latency_ms, 0.4) == pytest.approx(10.0)
-    assert np.isnan(latency_at(accuracy, latency_ms, 0.91))
-    np.testing.assert_allclose(latency_at([accuracy] * 2, [latency_ms] * 2, [0.7, 0.5]), [20.0, 10.0])
-
-
 def test_mean_latency_at_equal_accuracy(results: dict[str, Any]) -> None:
     assert [entry["points_below"] for entry in results["latency"]] == list(POINTS_BELOW)
     for entry in results["latency"]:
@@ -266,7 +256,7 @@ def test_an_oracle_that_knows_the_pixels_alone_loses_its_lead() -> None:
     rng = np.random.default_rng(2)
     luck = (rng.random(world.accuracy.shape) < 0.5).astype(float)
     unlike = (rng.random(world.accuracy.shape) < 0.5).astype(float)
-    for moved, low, high in ((world.accuracy, 0.0, 0.0), (unlike, 0.6, 1.3)):
+    for moved, low, high in ((world.accuracy, 0.0, 0.0), (unlike, 0.6, 1.35)):
         rows = np.where(some[:, None], moved, np.nan)
         accuracy = world.accuracy if moved is world.accuracy else luck
         found = measure_headroom(dataclasses.replace(world, accuracy=accuracy, moved_accuracy=rows), FRACTIONS)

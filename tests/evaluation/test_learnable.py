@@ -41,9 +41,9 @@ def test_a_sweep_in_which_knobs_change_nothing(accuracy: np.ndarray, message: st
 
 
 def test_training_without_unequal_rewards() -> None:
-    dull, lively = {"frac_reward_zero_std": 1.0}, {"frac_reward_zero_std": 0.4}
+    dull, lively = {"frac_accuracy_zero_std": 1.0}, {"frac_accuracy_zero_std": 0.4}
     (sentence,) = training_warnings([dull] * 4)
-    assert sentence.startswith("no group of rollouts in 4 training steps had unequal rewards")
+    assert sentence.startswith("no group of rollouts in 4 training steps had unequal scores")
     assert "metric, references, prompt" in sentence
     (sentence,) = training_warnings([dull] * 199 + [lively])
     assert sentence.startswith("only 0.3 % of the groups of rollouts in 200 training steps")

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from pacevlm.errors import DataError
-from pacevlm.evaluation.plots import plot_knobs, plot_pareto
+from pacevlm.evaluation.plots import plot_front, plot_knobs, plot_pareto
 
 
-@pytest.mark.parametrize("plot", [plot_pareto, plot_knobs])
+@pytest.mark.parametrize("plot", [plot_pareto, plot_knobs, plot_front])
 def test_figures_are_drawn_and_equal_results_give_equal_files(
     plot: Any, results: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -30,7 +30,8 @@ def test_figures_follow_the_results(results: dict[str, Any], tmp_path: Path) -> 
     controller = changed["budgets"][1]["policies"]["controller"]
     controller["accuracy"]["mean"] -= 0.1
     controller["knobs"] = {"low/4/12": 200}
-    for plot in (plot_pareto, plot_knobs):
+    changed["fronts"]["policies"]["controller"][1]["accuracy"]["mean"] -= 0.1
+    for plot in (plot_pareto, plot_knobs, plot_front):
         before, after = plot(results, tmp_path / "before")[0], plot(changed, tmp_path / "after")[0]
         assert before.read_bytes() != after.read_bytes()
 
@@ -47,3 +48,5 @@ def test_missing_policies_and_budgets_are_named(results: dict[str, Any], tmp_pat
     for plot in (plot_pareto, plot_knobs):
         with pytest.raises(DataError, match="no budgets"):
             plot({**results, "budgets": []}, tmp_path / "figure")
+    with pytest.raises(DataError, match="no fronts"):
+        plot_front({**results, "fronts": None}, tmp_path / "figure")

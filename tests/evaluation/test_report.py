@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pacevlm.evaluation.report import AnsweredQuestion, write_report
-from pacevlm.evaluation.summary import POLICY_ORDER
+from pacevlm.evaluation.summary import POLICY_ORDER, describe_fronts
 from pacevlm.knobs import Knobs
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -61,7 +61,7 @@ def report(results: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_report_loads_nothing_from_outside(report: Path) -> None:
     source, reader = report.read_text(encoding="utf-8"), read(report)
-    assert len(reader.references) == 4
+    assert len(reader.references) == 5
     assert all(reference.startswith("data:image/") for reference in reader.references)
     assert not {"script", "link", "iframe", "object"} & set(reader.tags)
     assert not re.search(r"https?://|url\(|@import", source)
@@ -89,6 +89,8 @@ def test_report_shows_every_policy_budget_and_fact(report: Path, results: dict[s
     ):
         assert fact in text
     assert '"seed": 11' in text
+    for line in describe_fronts(results["fronts"]):
+        assert line in text
 
 
 def test_text_from_outside_is_escaped(report: Path) -> None:
@@ -124,6 +126,7 @@ def test_partial_results_still_make_a_report(results: dict[str, Any], tmp_path: 
         **results,
         "budgets": budgets,
         "gap_closed": None,
+        "fronts": None,
         "average": {"fixed": None},
         "full": {"accuracy": None, "latency_ms": {"p50": None, "p95": None}},
         "num_timed": 0,

@@ -39,6 +39,26 @@ SCHEMA = {
     "budgets": [{"fraction": float, "budget_ms": float, "policies": {name: POLICY for name in POLICY_ORDER}}],
     "average": {name: INTERVAL for name in POLICY_ORDER},
     "gap_closed": INTERVAL,
+    "fronts": {
+        "budget_ms": float,
+        "prices": [float],
+        "policies": {
+            name: [{"accuracy": INTERVAL, "latency_ms": INTERVAL}] for name in ("controller", "lookup_table", "fixed")
+        },
+        "equal_accuracy": [
+            {
+                "points_below": int,
+                "mean_ms": {name: float for name in ("controller", "lookup_table", "fixed")},
+                "ratio": {name: INTERVAL for name in ("lookup_table", "fixed")},
+            }
+        ],
+        "default": {
+            "price": float,
+            "change": INTERVAL,
+            "latency_ratio": INTERVAL,
+            "measured": {"controller": {"free_ms": float, "priced_ms": float, "ratio": INTERVAL, "n": int}},
+        },
+    },
     "dtype": str,
     "versions": dict,
     "seeds": dict,
@@ -150,6 +170,20 @@ def test_files_that_are_no_results_are_refused(tmp_path: Path) -> None:
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(DataError, match=r"results\.json"):
             read_results(tmp_path / "results.json")
+
+
+def test_terminal_shows_latency_at_equal_accuracy_and_the_default_price(results: dict[str, Any]) -> None:
+    lines = format_summary(results).splitlines()
+    row = results["fronts"]["equal_accuracy"][0]
+    own, table = (f"{row['mean_ms'][name]:.1f}" for name in ("controller", "lookup_table"))
+    assert (
+        f"2 points below full: controller {own} ms, lookup table {table} ms (0.80 [0.80, 0.80]), "
+        f"fixed {row['mean_ms']['fixed']:.1f} ms (0.67 [0.67, 0.67])" in lines
+    )
+    assert any(line.startswith("default price 4: -3.0 [") for line in lines)
+    measured = "measured with it: controller 16.0 ms on average, without a price 20.0 ms: 0.80 [0.80, 0.80]"
+    assert f"{measured}, 2 questions" in lines
+    assert not any("default price" in line for line in format_summary({**results, "fronts": None}).splitlines())
 
 
 def test_terminal_table_has_a_row_for_each_budget_and_policy(results: dict[str, Any]) -> None:

@@ -50,6 +50,7 @@ COEFFICIENTS = {
     "decode_ms_per_token": {"constant": 0.1},
 }
 FRACTIONS = (0.3, 0.6, 0.9)
+FULL_MS = 30.0
 # The estimator is made up, so that what requests really take says nothing about the bounds.
 CONFIG = EvaluateConfig(budgets=FRACTIONS, num_timed=3, num_warmup=1, track_drift=False)
 
@@ -140,7 +141,7 @@ def evaluation(
     objectives: list[Objective],
     controller: ControllerPolicy,
 ) -> Evaluation:
-    baselines = fit_baselines(engine, train, objectives, pacing)
+    baselines = fit_baselines(engine, train, objectives, pacing, full_ms=FULL_MS)
     return evaluate(engine.model, engine, [controller, *baselines], test, objectives, pacing, CONFIG)
 
 
@@ -248,7 +249,7 @@ def test_an_exhaustive_sweep_is_remembered(tiny_elastic: ElasticModel, test: lis
 def test_baselines_are_fitted_on_training_examples_under_the_same_guardrail(
     engine: RolloutEngine, train: list[Example], objectives: list[Objective], pacing: Pacing
 ) -> None:
-    policies = fit_baselines(engine, train, objectives, pacing, seed=3)
+    policies = fit_baselines(engine, train, objectives, pacing, full_ms=FULL_MS, seed=3)
     budgets_ms = [objective.budget_ms for objective in objectives]
     lookup, static = policies[:2]
     space = engine.model.knob_space
@@ -279,7 +280,7 @@ def test_policies_answer_the_same_requests_in_one_random_but_repeatable_order(
     objectives: list[Objective],
     pacing: Pacing,
 ) -> None:
-    policies = fit_baselines(engine, train, objectives, pacing)
+    policies = fit_baselines(engine, train, objectives, pacing, full_ms=FULL_MS)
     orders: list[list[tuple[str, tuple[float, str]]]] = []
 
     def run(model: Any, policy: Any, image: Any, question: str, objective: Objective, *rest: Any, **named: Any) -> Any:
@@ -311,7 +312,7 @@ def test_bounds_follow_the_machine_and_are_the_same_for_every_policy(
     pacing: Pacing,
     controller: ControllerPolicy,
 ) -> None:
-    policies = [controller, *fit_baselines(engine, train, objectives, pacing)]
+    policies = [controller, *fit_baselines(engine, train, objectives, pacing, full_ms=FULL_MS)]
     slowdown = iter(np.geomspace(1.2, 3.0, 1000).tolist())
 
     def run(model: Any, policy: Any, image: Any, question: str, objective: Objective, pacing: Any, **named: Any) -> Any:
@@ -357,7 +358,7 @@ def test_a_timed_request_that_scores_otherwise_is_counted_and_named(
     objectives: list[Objective],
     pacing: Pacing,
 ) -> None:
-    policies = fit_baselines(engine, train, objectives, pacing)[2:3]
+    policies = fit_baselines(engine, train, objectives, pacing, full_ms=FULL_MS)[2:3]
 
     def run(*args: Any, **named: Any) -> Any:
         paced = run_request(*args, **named)
@@ -372,7 +373,7 @@ def test_a_timed_request_that_scores_otherwise_is_counted_and_named(
 def test_without_timing_there_are_no_latencies(
     engine: RolloutEngine, train: list[Example], test: list[Example], objectives: list[Objective], pacing: Pacing
 ) -> None:
-    policies = fit_baselines(engine, train, objectives, pacing)
+    policies = fit_baselines(engine, train, objectives, pacing, full_ms=FULL_MS)
     config = dataclasses.replace(CONFIG, num_timed=0, oracle=False)
     evaluation = evaluate(engine.model, engine, policies, test, objectives, pacing, config)
     assert evaluation.num_timed_requests == 0

@@ -138,7 +138,7 @@ def test_a_run_with_nothing_to_learn_says_so_each_time_and_in_its_report(
     assert [step for step, _ in first.warnings] == ["lookup", "train", "evaluate"]
     texts = dict(first.warnings)
     assert "none of 4 training examples was answered right with any of 36 configurations" in texts["lookup"]
-    assert "no group of rollouts in 3 training steps had unequal rewards" in texts["train"]
+    assert "no group of rollouts in 3 training steps had unequal scores" in texts["train"]
     assert "by any policy" in texts["evaluate"]
     for step in ("lookup", "evaluate"):
         for part in ("metric", "references", "prompt", "Which number is the largest?", "never", "the answer was"):

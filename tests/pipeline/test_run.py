@@ -154,7 +154,7 @@ def test_training_met_remembered_outcomes(config: RunConfig, first: Recorder) ->
         own = {line["knobs"] for line in stored if line["content"] == example.content_id}
         assert own == {str(knobs) for knobs in space}
     contents = {line["content"] for line in stored}
-    assert contents <= {example.content_id for example in (*splits.train, *splits.test)}
+    assert contents <= {example.content_id for example in (*splits.train, *splits.val, *splits.test)}
     assert contents >= {example.content_id for example in splits.test}
 
 

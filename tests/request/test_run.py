@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +167,7 @@ def test_a_slower_machine_is_the_profiled_one_with_a_smaller_budget(
 ) -> None:
     example, pacing = law_examples[2], make_pacing(tiny_elastic)
     objective, drift = middle_objective(tiny_elastic, example, pacing, kind), slowed(pacing, 1.5, kind)
+    objective = dataclasses.replace(objective, price=7.0)
     budget_ms = objective.budget_ms
     factor, inputs, tokens = drift.factor, [], []
 
@@ -184,6 +186,7 @@ def test_a_slower_machine_is_the_profiled_one_with_a_smaller_budget(
     bounds_ms = bounds_of(pacing, view, kind)
     (request,) = inputs
     assert tokens == [request.budget_ms] == [budget_ms / factor]
+    assert request.objective.price == paced.price == 7.0  # of full latencies, which are as many times longer
     assert np.array_equal(request.feasible, bounds_ms <= budget_ms / factor)
     assert request.feasible.sum() < (bounds_ms <= budget_ms).sum()
     assert (paced.budget_ms, paced.drift_factor) == (budget_ms, factor)
@@ -225,6 +228,9 @@ def test_bad_requests_are_refused(tiny_elastic: ElasticModel, law_examples: list
             Objective(budget_ms)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="ttlt"):
         Objective(10.0, "ttlt")  # type: ignore[arg-type]
+    for price in (-1.0, 1001.0, float("nan"), float("inf"), "5", None, True):
+        with pytest.raises(ConfigError, match=r"price is .* number from 0 to 1000"):
+            Objective(10.0, price=price)  # type: ignore[arg-type]
     with pytest.raises(ImageError):
         run_request(tiny_elastic, policy, b"no image", "2?", Objective(10.0), pacing)
     with pytest.raises(QuestionError):

@@ -147,7 +147,9 @@ def make_trainer(
             8,
         ),
         "dataset": make_dataset() if dataset is None else dataset,
-        "config": TrainConfig(**{"run_dir": run_dir, "steps": 6, "batch_size": 8, "lr": 1e-2, **settings}),
+        "config": TrainConfig(
+            **{"run_dir": run_dir, "steps": 6, "batch_size": 8, "lr": 1e-2, "max_price": 30.0, **settings}
+        ),
         "reference_ms": full_p50_ms,
     }
     return Trainer(**{**arguments, **(parts or {})}, measure=measure)

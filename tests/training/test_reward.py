@@ -25,11 +25,20 @@ def test_overshoot_cost_is_relative_to_the_budget():
 
 def test_optional_terms_add_up():
     knob_cost = torch.full_like(ACCURACY, 0.5)
-    config = RewardConfig(violation_penalty=2.0, complexity_penalty=0.2, efficiency_bonus=0.4)
+    config = RewardConfig(violation_penalty=2.0, complexity_penalty=0.2)
     reward = compute_reward(ACCURACY, LATENCY_MS, BUDGET_MS, config, knob_cost=knob_cost).reward
-    saved = torch.tensor([[0.5, 0.0, 0.0], [0.5, 0.0, 0.0]])
     violation = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    torch.testing.assert_close(reward, ACCURACY - 2.0 * violation - 0.1 + 0.4 * saved)
+    torch.testing.assert_close(reward, ACCURACY - 2.0 * violation - 0.1)
+
+
+def test_time_costs_its_price_in_points_per_full_latency():
+    prices = torch.tensor([[0.0], [10.0]], dtype=torch.float64)
+    reward = compute_reward(ACCURACY, LATENCY_MS, BUDGET_MS, RewardConfig(), prices=prices, full_ms=40.0).reward
+    assert torch.equal(reward[0], ACCURACY[0])
+    torch.testing.assert_close(reward[1], ACCURACY[1] - 0.1 * torch.tensor([0.25, 0.5, 0.75]))
+    # A machine that is twice as slow, its full latency measured there, earns the same.
+    slow = compute_reward(ACCURACY, 2 * LATENCY_MS, 2 * BUDGET_MS, RewardConfig(), prices=prices, full_ms=80.0)
+    assert torch.equal(slow.reward, reward)
 
 
 def test_relative_cost_grows_with_every_knob_and_ends_at_one():
@@ -70,7 +79,7 @@ def test_shapes_and_missing_knob_cost_are_refused():
 
 
 @pytest.mark.parametrize(
-    "values", [{"cost": "latency"}, {"violation_penalty": -1.0}, {"efficiency_bonus": float("inf")}]
+    "values", [{"cost": "latency"}, {"violation_penalty": -1.0}, {"complexity_penalty": float("inf")}]
 )
 def test_settings_are_checked(values):
     with pytest.raises(ConfigError):

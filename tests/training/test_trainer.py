@@ -29,12 +29,13 @@ from pacevlm.errors import (
     StorageError,
 )
 from pacevlm.knobs import Knobs
+from pacevlm.request.pacing import policy_inputs
 from pacevlm.training.checkpoint import load_checkpoint
 from pacevlm.training.metrics_log import MetricsLog
-from pacevlm.training.rollouts import build_contexts, draw_budgets_ms, draw_examples, sample_knobs
+from pacevlm.training.rollouts import build_contexts, draw_budgets_ms, draw_examples, draw_prices, sample_knobs
 from pacevlm.training.train_config import ConstraintConfig, GRPOConfig, TrainConfig
 from pacevlm.training.trainer import Trainer
-from pacevlm.types import Example, StageTimes
+from pacevlm.types import Example, Objective, StageTimes
 
 # Metrics that come from a clock or from what happens to be remembered: a resumed run does not repeat them.
 CLOCK_PREFIXES = ("speed/", "latency/")
@@ -80,6 +81,29 @@ def test_budgets_cover_their_range_for_each_example(tmp_path: Path, scale: Any) 
     assert (draw_budgets_ms(10.0, config, 3) != draw_budgets_ms(10.0, config, 4)).all()
 
 
+def test_prices_cover_their_range_for_each_example_and_some_are_none(tmp_path: Path) -> None:
+    config = TrainConfig(tmp_path, budgets_per_example=4, min_price=0.5, max_price=32.0, unpriced_share=0.25)
+    prices = np.concatenate([draw_prices((8, 4), config, step) for step in range(50)])
+    assert (np.sort(prices, axis=1)[:, 0] == 0).all()  # of four contexts of an example one has no price
+    assert ((prices > 0).sum(axis=1) == 3).all()
+    assert 0.5 <= prices[prices > 0].min() < 0.6
+    assert 28.0 < prices.max() <= 32.0
+    assert np.median(prices[prices > 0]) == pytest.approx(4.0, rel=0.15)  # in the middle of the logarithm
+    assert ((prices == 0).mean(axis=0) > 0.2).all()  # whatever the budget's part
+    assert (draw_prices((8, 4), config, 3) == draw_prices((8, 4), config, 3)).all()
+    assert (draw_prices((8, 4), config, 3) != draw_prices((8, 4), config, 4)).any()
+    assert not draw_prices((8, 4), TrainConfig(tmp_path), 3).any()
+    assert not draw_prices((8, 4), TrainConfig(tmp_path, max_price=9.0, unpriced_share=1.0), 3).any()
+
+
+def test_prices_to_judge_at_reach_from_none_to_the_highest(tmp_path: Path) -> None:
+    prices = TrainConfig(tmp_path, min_price=0.5, max_price=32.0).prices
+    assert (prices[0], prices[1], prices[-1]) == (0.0, 0.5, 32.0)
+    assert list(prices) == sorted(set(prices))
+    assert TrainConfig(tmp_path).prices == (0.0,)
+    assert TrainConfig(tmp_path, min_price=2.0, max_price=2.0).prices == (0.0, 2.0)
+
+
 def test_masked_knobs_are_never_sampled(synthetic: ModuleType, tmp_path: Path) -> None:
     trainer = synthetic.make_trainer(tmp_path, min_budget=0.05)
     controller, engine, config = trainer.controller, trainer.engine, trainer.config
@@ -114,7 +138,7 @@ def test_tightened_bounds_are_those_of_smaller_budgets(synthetic: ModuleType, tm
     tight = [build_contexts(examples, budgets_ms, *parts, config, step) for step in range(8)]
     tightest = build_contexts(examples, budgets_ms / 1.5, *parts, trainer.config)
     for contexts in tight:  # where nothing fits, the mask holds the cheapest knobs
-        assert contexts.budgets_ms == plain.budgets_ms
+        assert torch.equal(contexts.budgets_ms, plain.budgets_ms)
         assert (contexts.mask <= plain.mask | ~contexts.any_feasible[:, None, None]).all()
         assert (tightest.mask <= contexts.mask | ~tightest.any_feasible[:, None, None]).all()
     assert len({contexts.mask.sum().item() for contexts in tight}) > 1
@@ -144,7 +168,7 @@ def test_equal_rollouts_run_once(synthetic: ModuleType, tmp_path: Path) -> None:
 
 
 def test_metrics_have_their_names_and_add_up(synthetic: ModuleType, tmp_path: Path) -> None:
-    metrics = synthetic.make_trainer(tmp_path, grpo=WITH_REFERENCE).train_step()
+    metrics = synthetic.make_trainer(tmp_path, grpo=WITH_REFERENCE, max_price=0.0).train_step()
     names = {"reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "loss", "grad_norm", "learning_rate"}
     names |= {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "accuracy"}
     names |= {"cost/violation_rate", "cost/lambda", "mask/feasible_frac", "mask/budget_unmet_frac"}
@@ -154,6 +178,9 @@ def test_metrics_have_their_names_and_add_up(synthetic: ModuleType, tmp_path: Pa
         shares = [value for name, value in metrics.items() if name.startswith(f"knobs/{knob}/")]
         assert sum(shares) == pytest.approx(1.0)
     assert all(np.isfinite(value) for value in metrics.values())
+    priced = synthetic.make_trainer(tmp_path / "priced", grpo=SMALL, min_price=20.0, unpriced_share=0.0).train_step()
+    assert priced["accuracy"] - 0.3 < priced["reward"] < priced["accuracy"] - 0.03
+    assert priced["frac_reward_zero_std"] < priced["frac_accuracy_zero_std"]
 
 
 def test_budgets_that_nothing_meets_teach_nothing_and_cost_nothing(synthetic: ModuleType, tmp_path: Path) -> None:
@@ -226,6 +253,33 @@ def test_the_policy_learns_to_answer_within_the_budget(synthetic: ModuleType, tm
         best.append(max(feasible))
     assert np.mean(random) < np.mean(best) - 0.2
     assert np.mean(chosen) > np.mean(random) + 0.7 * (np.mean(best) - np.mean(random))
+
+
+def test_one_controller_learns_to_be_fast_at_a_price_and_right_without(synthetic: ModuleType, tmp_path: Path) -> None:
+    settings = {"max_price": 1000.0, "min_price": 500.0, "unpriced_share": 0.5, "min_budget": 1.0, "max_budget": 1.5}
+    trainer = synthetic.make_trainer(tmp_path, steps=120, batch_size=32, **settings)
+    trainer.run()
+    views = [trainer.engine.view(example) for example in trainer.dataset]
+    bounds_ms = trainer.pacing.upper_bounds_ms(views, "e2e")
+    policy = ControllerPolicy(trainer.controller)
+    gave = {}
+    for price in (0.0, 1000.0):
+        objectives = [Objective(1.3 * trainer.reference_ms, price=price)] * len(views)
+        requests = policy_inputs(views, objectives, bounds_ms, [example.example_id for example in trainer.dataset])
+        tiers = [policy.choose_tier(request) for request in requests]
+        tokens = torch.stack([policy.latency_token(request) for request in requests])
+        outputs = trainer.engine.latency_token_outputs(trainer.dataset, tiers, tokens)
+        knobs = [
+            Knobs(tier, *policy.choose_compute(request, tier, output))
+            for request, tier, output in zip(requests, tiers, outputs, strict=True)
+        ]
+        accuracy = [synthetic.accuracy_of(*pair) for pair in zip(trainer.dataset, knobs, strict=True)]
+        latency_ms = [
+            trainer.estimator.predict(view.sizes, one, 3).e2e_ms for view, one in zip(views, knobs, strict=True)
+        ]
+        gave[price] = np.mean(accuracy), np.mean(latency_ms)
+    assert gave[0.0][0] > 0.95
+    assert gave[1000.0][1] < 0.75 * gave[0.0][1]
 
 
 def test_without_the_mask_the_multiplier_keeps_latency_down(synthetic: ModuleType, tmp_path: Path) -> None:
@@ -395,6 +449,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_later(
         ({"num_examples": 9}, "dataset"),
         ({"hidden_dim": 8}, r"controller\.settings\.hidden_dim"),
         ({"parts": {"reference_ms": 77.0}}, "reference_ms"),
+        ({"max_price": 31.0}, r"config\.max_price was 30\.0, now 31\.0"),
     ],
 )
 def test_another_run_is_not_gone_on_with(
