@@ -29,7 +29,7 @@ TASKS = ("detail", "thought", "overview", "knowledge")
 """The tasks of `digits`; those of `data.digit_tasks.TASKS`, which a test compares."""
 MIXTURES: Mapping[str, Mapping[str, float]] = {"uniform": {}, "crossed": dict.fromkeys(TASKS, 1.0)}
 """What `digits` is asked, by name: the weights of tasks, or all families evenly where there are none."""
-DEFAULT_MIXTURE = "uniform"
+DEFAULT_MIXTURE = "crossed"
 MAX_WEIGHT = 1e6
 """Largest weight of a task, and the inverse of the smallest."""
 MAX_KNOB = 1024
@@ -169,8 +169,8 @@ class DataConfig:
 
     Attributes:
         dataset: `digits`, the data set inside the package, or a JSON-lines file (image, question, answer per line).
-        mixture: what `digits` asks: `uniform` (the default), all kinds of questions on all kinds of scenes; `crossed`,
-            the tasks detail, thought, overview and knowledge in equal shares; or weights such as `detail=1,thought=2`.
+        mixture: what `digits` asks: `crossed` (the default), the tasks detail, thought, overview and knowledge in equal
+            shares; `uniform`, all kinds of questions on all kinds of scenes; or weights such as `detail=1,thought=2`.
         val_dataset: JSON-lines file of the validation examples; if None they are set aside from `dataset`.
         test_dataset: JSON-lines file of the test examples; if None they are set aside from `dataset`.
         metric: scores the answers; what the data set says if None: exact match, for `digits` and files alike.

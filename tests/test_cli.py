@@ -749,12 +749,12 @@ def test_a_sample_is_what_the_data_set_holds(
 ) -> None:
     from PIL import Image
 
-    from pacevlm.data.digits import DigitVQA
+    from pacevlm.data.digit_tasks import load_digits
 
     assert run("sample", tmp_path / "a.png", *numbers) == 0
     question, answer, _ = sampled(capsys.readouterr().out)
-    index, seed = (int(number) for number in (*numbers[1::2], *("305", "0")[len(numbers) // 2 :]))
-    example = DigitVQA("test", index + 1, seed)[index]
+    index, seed = (int(number) for number in (*numbers[1::2], *(str(cli.SAMPLE_INDEX), "0")[len(numbers) // 2 :]))
+    example = load_digits("test", index + 1, seed=seed)[index]
     assert (question, (answer,)) == (example.question, example.references)
     with Image.open(tmp_path / "a.png") as image:
         assert (image.format, image.mode) == ("PNG", "RGB")

@@ -61,10 +61,13 @@ def test_digits_come_in_their_own_parts() -> None:
     assert (splits.name, splits.metric.name) == ("digits", "exact_match")
     assert [len(part) for part in (splits.train, splits.val, splits.test)] == [40, 20, 30]
     ids = [example.example_id for part in (splits.train, splits.val, splits.test) for example in part]
-    assert ids[0] == "digits-train-2-0"
+    assert ids[0] == "digits-crossed-train-2-0"
     assert len(set(ids)) == 90
     assert splits.train[1] is splits.train[1]  # made once
-    assert [example.example_id for example in splits.test[1:3]] == ["digits-test-2-1", "digits-test-2-2"]
+    assert [example.example_id for example in splits.test[1:3]] == [
+        "digits-crossed-test-2-1",
+        "digits-crossed-test-2-2",
+    ]
     assert_apart(splits)
     with pytest.raises(IndexError):
         splits.val[20]

@@ -79,7 +79,7 @@ def test_old_tokens_keep_their_ids_and_old_texts_their_tokens(
         text = f"a {token} b"  # in a question it is text
         options = {"add_special_tokens": False, "split_special_tokens": True}
         assert extended(text, **options)["input_ids"] == old(text, **options)["input_ids"]
-    for example in load_digits("train", 60):
+    for example in load_digits("train", 60, "uniform"):
         text = PROMPT_PREFIX + example.question + PROMPT_SUFFIX + " " + example.references[0]
         assert extended(text)["input_ids"] == old(text)["input_ids"]
     again = extend_tokenizer(extended, new_words())
