@@ -167,8 +167,8 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("before", nargs="?", type=Path, help="folder of the other checkout")
-    # Both versions run this one's weights.
-    parser.add_argument("--model", default=str(HERE / "pacevlm" / "assets" / "embedded"))
+    # Each version's own by default: other weights must be copied into the other checkout, in the form that it reads.
+    parser.add_argument("--model", default="embedded")
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--num-requests", type=int, default=100)
     parser.add_argument("--num-batches", type=int, default=20)
