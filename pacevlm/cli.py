@@ -377,8 +377,7 @@ def importance(arguments: Sequence[str]) -> None:
             partial_path=partial_path,
         )
         scored = "" if data.metric.name == "exact_match" else f", {data.metric.name}"
-        asked = "" if config.mixture is None else f" {config.mixture}"
-        result.save(folder, f"{data.name}{asked}, {len(examples)} examples, seed {config.seed}{scored}")
+        result.save(folder, f"{data.name}, {len(examples)} examples, seed {config.seed}{scored}")
         partial_path.unlink(missing_ok=True)
         answer = run_forced(model, examples[0].source, examples[0].question, model.knob_space.full).answer
         for sentence in importance_warnings(result.full.accuracy.mean, len(examples), examples[0], answer):

@@ -16,6 +16,7 @@ from pacevlm.checks import MAX_COUNT, MAX_SEED, as_float, as_int, check_path, ch
 from pacevlm.errors import CheckpointError, ConfigError, KnobError
 from pacevlm.files import read_json, write_json_atomic
 from pacevlm.knobs import KnobSpace
+from pacevlm.mixture import parse_mixture
 
 ConfigT = TypeVar("ConfigT")
 # The names of `data.metrics.METRICS`, which a test compares: settings load without what metrics need.
@@ -25,13 +26,6 @@ MADE_DATASETS = ("digits",)
 """The data sets inside the package, which are made and not read; those of `data.splits.MADE`, which a test compares."""
 WITHIN_PACKAGE = ("embedded", *MADE_DATASETS)
 """Words that stand for what is inside the package where a path may be given."""
-TASKS = ("detail", "thought", "overview", "knowledge")
-"""The tasks of `digits`; those of `data.digit_tasks.TASKS`, which a test compares."""
-MIXTURES: Mapping[str, Mapping[str, float]] = {"uniform": {}, "crossed": dict.fromkeys(TASKS, 1.0)}
-"""What `digits` is asked, by name: the weights of tasks, or all families evenly where there are none."""
-DEFAULT_MIXTURE = "crossed"
-MAX_WEIGHT = 1e6
-"""Largest weight of a task, and the inverse of the smallest."""
 MAX_KNOB = 1024
 """Most experts or blocks that a knob may ask for; no model comes near it."""
 MAX_VISION_BUDGET = 10**9
@@ -106,47 +100,6 @@ class ModelConfig:
             raise ConfigError(f"vision_budgets {given_budgets} needs one number for each of the tiers {self.tiers}")
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """How often each task is asked.
-
-    Attributes:
-        name: one of `MIXTURES`, or the weights in one spelling, such as `detail=1,thought=2`.
-        weights: of the tasks asked, all above 0, in the order of `TASKS`; none where tasks play no part.
-    """
-
-    name: str
-    weights: Mapping[str, float]
-
-
-def parse_mixture(text: object = None) -> Mixture:
-    """Read a mixture: None for the default one, a name of `MIXTURES`, or weights such as `detail=1,thought=2`.
-
-    Raises:
-        ConfigError: it is neither, names a task twice, or a weight is no number from 1e-06 to 1e+06.
-    """
-    text = DEFAULT_MIXTURE if text is None else text
-    if isinstance(text, str) and text in MIXTURES:
-        return Mixture(text, MIXTURES[text])
-    entries = [entry.partition("=") for entry in text.split(",")] if isinstance(text, str) else []
-    given = {task.strip(): _weight(weight.strip()) for task, _, weight in entries}
-    if (
-        not entries
-        or len(given) < len(entries)
-        or any(task not in TASKS for task in given)
-        or any(not 1 / MAX_WEIGHT <= weight <= MAX_WEIGHT for weight in given.values())
-    ):
-        raise ConfigError(
-            f"mixture is {shown(text)}; it must be {', '.join(MIXTURES)}, or weights above 0 of some of the tasks "
-            f"{', '.join(TASKS)}, for example 'detail=1,thought=2'"
-        )
-    weights = {task: given[task] for task in TASKS if task in given}
-    for name, named in MIXTURES.items():
-        if weights == named:
-            return Mixture(name, weights)
-    return Mixture(",".join(f"{task}={repr(weight).removesuffix('.0')}" for task, weight in weights.items()), weights)
-
-
 def _check_mixture(mixture: str | None, dataset: str) -> None:
     if mixture is None:
         return
@@ -156,11 +109,6 @@ def _check_mixture(mixture: str | None, dataset: str) -> None:
             f"mixture is {mixture!r}, but dataset is {dataset!r}, a file that is asked as it is; leave mixture out, or "
             f"give one of {', '.join(MADE_DATASETS)} as dataset"
         )
-
-
-def _weight(text: str) -> float:
-    """The number that a weight's text says, 0 if it says none."""
-    return float(text) if re.fullmatch(r"\d{1,9}(\.\d{0,9})?|\.\d{1,9}", text, re.ASCII) else 0.0
 
 
 @dataclass(frozen=True)

@@ -845,7 +845,7 @@ def test_importance_stores_an_order(checkpoint: Path, capsys: pytest.CaptureFixt
     assert run("importance", "--path", checkpoint, "--num-examples", "2", "--min-num-blocks", "3") == 0
     settings = json.loads((checkpoint / "elastic.json").read_text())
     assert len(settings["removal"]) == 3
-    assert settings["measured_on"] == "digits, 2 examples, seed 0"
+    assert settings["measured_on"] == "digits-crossed, 2 examples, seed 0"
     assert f"the order is in {checkpoint / 'elastic.json'}" in capsys.readouterr().out
 
 

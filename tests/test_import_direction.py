@@ -23,7 +23,7 @@ PACKAGE = ROOT / "pacevlm"
 # From the bottom to the top: a part may import the parts of the layers before its own. Parts that share a layer do not
 # import each other, but for the modules of the vocabulary.
 VOCABULARY = frozenset(
-    {"errors", "checks", "identity", "printing", "knobs", "config", "config_file", "images", "types"}
+    {"errors", "checks", "identity", "printing", "knobs", "mixture", "config", "config_file", "images", "types"}
     | {"files", "artefact", "partial", "signals", "devices"}
 )
 LAYERS: tuple[frozenset[str], ...] = (

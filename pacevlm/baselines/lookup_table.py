@@ -141,7 +141,7 @@ class LookupTable(OneChoicePolicy):
         if num_pixels is not None:
             shares = np.arange(1, NUM_SIZES) / NUM_SIZES
             max_pixels = np.quantile(pixels, shares, method="lower").tolist()
-        sizes = np.searchsorted(max_pixels, pixels, side="left")
+        sizes = _size_of(pixels, max_pixels)
         orders = np.empty((len(budgets), len(prices), len(max_pixels) + 1, len(space)), dtype=np.int64)
         for size in range(len(max_pixels) + 1):
             rows = np.flatnonzero(sizes == size)
@@ -156,8 +156,12 @@ class LookupTable(OneChoicePolicy):
     def order_for(self, budget_ms: float, price: float = 0.0, num_pixels: int = 0) -> IntArray:
         """The preference order used for a budget, a price and a picture, flat indices `(configurations,)`."""
         budget = max(bisect.bisect_right(self.budgets_ms, budget_ms) - 1, 0)
-        size = bisect.bisect_left(self.max_pixels, num_pixels)
-        return np.asarray(self.orders[budget, bisect.bisect_right(self.prices, price) - 1, size])
+        place = bisect.bisect_right(self.prices, price) - 1
+        return np.asarray(self.orders[budget, place, self.size_of(num_pixels)])
+
+    def size_of(self, num_pixels: ArrayLike) -> IntArray:
+        """The place of pictures' sizes among those that have rankings of their own, `(...)`."""
+        return _size_of(num_pixels, self.max_pixels)
 
     def choose(self, request: PolicyInput) -> Knobs:
         """The first configuration of the request's order that the guardrail admits."""
@@ -187,3 +191,7 @@ class LookupTable(OneChoicePolicy):
             return cls(space, content["budgets_ms"], orders, prices=content["prices"], max_pixels=content["max_pixels"])
         except (DataError, IndexError, KnobError, ValueError) as error:  # a place that is missing, or names no order
             raise CheckpointError(f"{path} is malformed: {error}; fit the policy again") from error
+
+
+def _size_of(num_pixels: ArrayLike, max_pixels: Sequence[int]) -> IntArray:
+    return np.asarray(np.searchsorted(max_pixels, num_pixels, side="left"))

@@ -72,6 +72,8 @@ def time_costs(request: PolicyInput) -> NDArray[np.float32]:
 
 def tier_costs(request: PolicyInput) -> NDArray[np.float32]:
     """Mean of `time_costs` over what the guardrail admits of each tier, `(tiers,)`; 0 for a tier of which nothing."""
+    if not request.objective.price:  # as most requests ask, which wait for this
+        return np.zeros(len(request.feasible), dtype=np.float32)
     costs = np.where(request.feasible, time_costs(request), np.float32(0)).sum(axis=(1, 2))
     return np.asarray(costs / np.maximum(np.count_nonzero(request.feasible, axis=(1, 2)), 1), dtype=np.float32)
 

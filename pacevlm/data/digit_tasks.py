@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from pacevlm.config import parse_mixture
 from pacevlm.data.digits import CANVASES, SPLITS, DigitVQA, Question, Scene, SceneConfig, scene_about
 from pacevlm.data.elements import ELEMENT_FAMILIES, element_questions, sample_number
 from pacevlm.errors import DataError
+from pacevlm.mixture import parse_mixture
 from pacevlm.types import Example
 
 
@@ -124,5 +124,7 @@ def load_digits(split: str, num_examples: int, mixture: str | None = None, seed:
         DataError: there is no such split, or `num_examples` or `seed` is negative.
         ConfigError: there is no such mixture.
     """
-    name, has_tasks = parse_mixture(mixture).name, bool(parse_mixture(mixture).weights)
-    return DigitTaskVQA(split, num_examples, name, seed) if has_tasks else DigitVQA(split, num_examples, seed)
+    parsed = parse_mixture(mixture)
+    if not parsed.weights:
+        return DigitVQA(split, num_examples, seed)
+    return DigitTaskVQA(split, num_examples, parsed.name, seed)

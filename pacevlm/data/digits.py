@@ -213,8 +213,7 @@ def split_scans() -> dict[str, tuple[tuple[int, ...], ...]]:
     return {split: tuple(by_value) for split, by_value in splits.items()}
 
 
-def check_split(split: str) -> None:
-    """Raise DataError unless there is such a split."""
+def _check_split(split: str) -> None:
     if split not in SPLITS:
         raise DataError(f"the digits data set has no split {split!r}; choose one of {', '.join(SPLITS)}")
 
@@ -226,12 +225,12 @@ def sample_scene(rng: np.random.Generator, split: str, config: SceneConfig = DEF
         DataError: there is no such split.
         ConfigError: digits of these ranges do not fit on any canvas.
     """
-    check_split(split)
-    canvas, digits = sample_layout(rng, split, config)
+    _check_split(split)
+    canvas, digits = _sample_layout(rng, split, config)
     return Scene(render(rng, canvas, digits), digits)
 
 
-def sample_layout(
+def _sample_layout(
     rng: np.random.Generator, split: str, config: SceneConfig
 ) -> tuple[tuple[int, int], tuple[Digit, ...]]:
     """Draw a canvas `(width, height)` and its digits, without rendering them."""
@@ -327,11 +326,10 @@ def render(rng: np.random.Generator, canvas: tuple[int, int], digits: Sequence[D
 
 def valid_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """Every family that applies to a scene, once each, with a randomly chosen colour or digit to ask about."""
-    return questions_about(scene.digits, rng)
+    return _questions(scene.digits, rng)
 
 
-def questions_about(digits: Sequence[Digit], rng: np.random.Generator) -> list[Question]:
-    """The same as `valid_questions`, for digits that need not be rendered yet."""
+def _questions(digits: Sequence[Digit], rng: np.random.Generator) -> list[Question]:
     colour_counts = Counter(digit.colour for digit in digits)
     value_counts = Counter(digit.value for digit in digits)
     smallest = min(digit.height_px for digit in digits)
@@ -401,8 +399,8 @@ def scene_about(
         ConfigError: no scene of these ranges answered such a question.
     """
     for _ in range(_MAX_DRAWS):
-        canvas, digits = sample_layout(rng, split, config)
-        for question in questions_about(digits, rng):
+        canvas, digits = _sample_layout(rng, split, config)
+        for question in _questions(digits, rng):
             if question.family == family:
                 return Scene(render(rng, canvas, digits), digits), question
     raise ConfigError(f"no scene of {config} answered a question of family {family!r}; widen the ranges")
@@ -420,7 +418,7 @@ class DigitVQA(Sequence[Example]):
     """
 
     def __init__(self, split: str, num_examples: int, seed: int = 0, config: SceneConfig = DEFAULT_CONFIG) -> None:
-        check_split(split)
+        _check_split(split)
         if num_examples < 0 or seed < 0:
             raise DataError(f"num_examples={num_examples} and seed={seed} must not be negative")
         self.split = split

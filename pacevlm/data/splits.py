@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
 
-from pacevlm.config import DataConfig, PictureConfig, parse_mixture
+from pacevlm.config import DataConfig, PictureConfig
 from pacevlm.data.digit_tasks import load_digits
 from pacevlm.data.division import divide_files
 from pacevlm.data.metrics import Metric, load_metric
+from pacevlm.mixture import parse_mixture
 from pacevlm.types import Example
 
 # The data sets inside the package: a part's examples, given its name, how many there are, the mixture and the seed.
@@ -144,12 +145,12 @@ def load_splits(config: DataConfig, picture_config: PictureConfig | None = None)
         part: _Made(make(part, indices.stop, config.mixture, config.seed), indices) for part, indices in places.items()
     }
     mixture = parse_mixture(config.mixture)
-    facts = {"dataset": config.dataset, "seed": config.seed}
     # What was made before there were tasks is named as it was, so that its runs go on.
-    facts |= {"mixture": mixture.name} if mixture.weights else {}
+    name = f"{config.dataset}-{mixture.name}" if mixture.weights else config.dataset
     made_from = {
-        part: {**facts, "first": indices.start, "num_examples": len(indices)} for part, indices in places.items()
+        part: {"dataset": name, "seed": config.seed, "first": indices.start, "num_examples": len(indices)}
+        for part, indices in places.items()
     }
     if metric.needs_choices:
         metric.check(parts["train"][0])
-    return Splits(config.dataset, metric, parts["train"], parts["val"], parts["test"], made_from=made_from)
+    return Splits(name, metric, parts["train"], parts["val"], parts["test"], made_from=made_from)

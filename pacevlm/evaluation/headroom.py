@@ -26,8 +26,8 @@ from numpy.typing import ArrayLike, NDArray
 from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.baselines.ranking import BoolArray, IntArray, check_table
 from pacevlm.errors import DataError
+from pacevlm.evaluation.fronts import POINTS_BELOW, latency_at
 from pacevlm.evaluation.held_out import KNOBS, MODELS, NUM_FOLDS, SweptExamples, picture_folds, predict_accuracy
-from pacevlm.evaluation.prices import POINTS_BELOW, latency_at
 from pacevlm.evaluation.statistics import FloatArray, percentile_interval, ratio_interval, resampled_means
 
 Progress = Callable[[int, int], None]
@@ -80,7 +80,7 @@ def table_choices(swept: SweptExamples, folds: IntArray) -> IntArray:
             swept.feasible[:, train],
             num_pixels=swept.num_pixels[train],
         )
-        sizes = np.searchsorted(table.max_pixels, swept.num_pixels[held_out])
+        sizes = table.size_of(swept.num_pixels[held_out])
         for b, by_size in enumerate(table.orders[:, 0]):
             admitted = np.take_along_axis(swept.feasible[b, held_out], by_size[sizes], axis=1)
             chosen[b, held_out] = by_size[sizes, admitted.argmax(axis=1)]

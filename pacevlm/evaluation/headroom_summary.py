@@ -10,7 +10,14 @@ from typing import Annotated, Any, TypedDict
 
 from pacevlm.artefact import Count, Ms, Range, Share, Text, load_artefact, save_artefact, typed
 from pacevlm.errors import DataError
-from pacevlm.evaluation.summary import interval_text, milliseconds, percent
+from pacevlm.evaluation.summary import (
+    EqualAccuracyEntry,
+    IntervalEntry,
+    interval_text,
+    milliseconds,
+    percent,
+    ratio_text,
+)
 from pacevlm.printing import printable
 
 KIND, SCHEMA_VERSION = "headroom", 1
@@ -26,45 +33,32 @@ NUM_SHOWN = 8
 MANY = 0.5
 # Gains that are shown as 0.0 come from nowhere.
 LEAST_NAMED = 0.0005
-_Finite = Annotated[float, Range(-1e9, 1e9)]
-
-
-class _Interval(TypedDict):
-    mean: _Finite
-    low: _Finite
-    high: _Finite
 
 
 class _Budget(TypedDict):
     fraction: Ms
     budget_ms: Ms
     no_choice: Share
-    accuracy: dict[Text, _Interval]
-    gain: dict[Text, _Interval]
+    accuracy: dict[Text, IntervalEntry]
+    gain: dict[Text, IntervalEntry]
 
 
 class _Knob(TypedDict):
-    alone: _Interval
-    share: _Interval
+    alone: IntervalEntry
+    share: IntervalEntry
 
 
 class _Group(TypedDict):
     key: Text
     value: str
     share: Share
-    gain: _Interval
-
-
-class _Latency(TypedDict):
-    points_below: Count
-    mean_ms: dict[Text, Ms | None]
-    ratio: dict[Text, _Interval | None]
+    gain: IntervalEntry
 
 
 class _Moved(TypedDict):
     num_examples: Count
-    lead: _Interval
-    vanished: _Interval | None
+    lead: IntervalEntry
+    vanished: IntervalEntry | None
 
 
 class _Headroom(TypedDict):
@@ -77,15 +71,15 @@ class _Headroom(TypedDict):
     num_examples: Count
     num_pictures: Count
     seed: Count
-    full_accuracy: _Interval
+    full_accuracy: IntervalEntry
     models: dict[Text, dict[Text, Share]]
     budgets: Annotated[list[_Budget], Range(1, 10_000)]
-    learnable: _Interval
-    learnable_both_stages: _Interval | None
-    oracle_lead: _Interval
+    learnable: IntervalEntry
+    learnable_both_stages: IntervalEntry | None
+    oracle_lead: IntervalEntry
     knobs: dict[Text, _Knob]
     groups: list[_Group]
-    latency: list[_Latency]
+    latency: list[EqualAccuracyEntry]
     moved: _Moved | None
 
 
@@ -140,7 +134,7 @@ def headroom_sentence(results: Mapping[str, Any]) -> str:
             )
     if time is not None:
         text += (
-            f", and without budgets it takes {_ratio(time['ratio']['predictor'])} of the tables' mean latency at "
+            f", and without budgets it takes {ratio_text(time['ratio']['predictor'])} of the tables' mean latency at "
             f"{time['points_below']} points below full accuracy"
         )
     return f"{text}."
@@ -217,7 +211,7 @@ def text_tables(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[l
         [
             f"{entry['points_below']} points",
             *[milliseconds(entry["mean_ms"][name]) for name in ("lookup", "predictor", "oracle")],
-            *[_ratio(entry["ratio"][name]) for name in ("predictor", "oracle")],
+            *[ratio_text(entry["ratio"][name]) for name in ("predictor", "oracle")],
         ]
         for entry in results["latency"]
     ]
@@ -266,7 +260,3 @@ def _tried(results: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
 
 def _points(interval: Mapping[str, float]) -> str:
     return percent(interval["mean"], signed=True)
-
-
-def _ratio(interval: Mapping[str, float] | None) -> str:
-    return "–" if interval is None else f"{interval['mean']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pacevlm.errors import DataError
+from pacevlm.evaluation.statistics import FloatArray
 from pacevlm.evaluation.summary import sort_policies
 from pacevlm.files import write_atomic
 from pacevlm.knobs import TIERS, Knobs
@@ -31,7 +32,6 @@ OTHER_COLOURS = ("#56B4E9", "#B8A800")
 # Policies whose knobs do not depend on the budget: one point, not a line.
 POINTS = {"full": "*", "cheapest": "s"}
 MARKERS = {"controller": "o", "lookup_table": "D", "fixed": "^", "random": "v", "oracle": "x"}
-_AXES = ("latency_ms", "accuracy")
 STYLE: Any = {
     "svg.hashsalt": "pacevlm",
     "font.size": 10,
@@ -83,24 +83,7 @@ def plot_pareto(results: Mapping[str, Any], path_stem: str | Path) -> tuple[Path
             if name in POINTS:
                 # The same knobs at every budget: repeated timings of one thing, shown once.
                 x, accuracy = x.mean(keepdims=True), accuracy.mean(axis=1, keepdims=True)
-            colour = COLOURS.get(name, OTHER_COLOURS[i % len(OTHER_COLOURS)])
-            strong = name == "controller"
-            axes.errorbar(
-                x,
-                accuracy[0],
-                # A percentile interval may miss its own estimate by a hair; bars cannot be negative.
-                yerr=np.maximum([accuracy[0] - accuracy[1], accuracy[2] - accuracy[0]], 0),
-                color=colour,
-                marker=POINTS.get(name, MARKERS.get(name, "P")),
-                markersize=11 if name == "full" else 5.5,
-                linewidth=2.4 if strong else 1.5,
-                linestyle="--" if name == "oracle" else "-",
-                elinewidth=1.0,
-                capsize=2.5,
-                alpha=1.0 if strong else 0.9,
-                zorder=4 if strong else 3,
-            )
-            ends[name] = (float(x[-1]), float(accuracy[0][-1]), colour)
+            ends[name] = _draw_policy(axes, name, i, x, accuracy)
         _label_ends(axes, ends)
         axes.set_xlabel(
             "mean measured latency (ms)" if timed else "budget (ms); latency was not measured for all policies"
@@ -142,23 +125,12 @@ def plot_front(results: Mapping[str, Any], path_stem: str | Path) -> tuple[Path,
         ends = {}
         for i, name in enumerate(sort_policies(fronts["policies"])):
             points = fronts["policies"][name]
-            x, y = (np.array([[p[what][key] for key in ("mean", "low", "high")] for p in points]).T for what in _AXES)
-            y = 100 * y
-            colour = COLOURS.get(name, OTHER_COLOURS[i % len(OTHER_COLOURS)])
-            strong = name == "controller"
-            axes.errorbar(
-                x[0],
-                y[0],
-                yerr=np.maximum([y[0] - y[1], y[2] - y[0]], 0),
-                color=colour,
-                marker=MARKERS.get(name, "P"),
-                markersize=5.5,
-                linewidth=2.4 if strong else 1.5,
-                elinewidth=1.0 if strong else 0.0,
-                capsize=2.5 if strong else 0.0,
-                zorder=4 if strong else 3,
+            accuracy = (
+                100 * np.array([[point["accuracy"][key] for key in ("mean", "low", "high")] for point in points]).T
             )
-            ends[name] = (float(x[0, 0]), float(y[0, 0]), colour)
+            latency_ms = np.array([point["latency_ms"]["mean"] for point in points])
+            # Labels stand at the right end, where there is no price.
+            ends[name] = _draw_policy(axes, name, i, latency_ms[::-1], accuracy[:, ::-1])
         _label_ends(axes, ends)
         axes.set_xlabel("mean predicted latency (ms), the price of time rising from right to left")
         axes.set_ylabel("accuracy (%)")
@@ -256,6 +228,34 @@ def _stack(axes: Axes, labels: list[str], names: list[str], shares: np.ndarray[A
     axes.legend(
         handles[::-1], texts[::-1], fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderpad=0
     )
+
+
+def _draw_policy(axes: Axes, name: str, place: int, x: FloatArray, accuracy: FloatArray) -> tuple[float, float, str]:
+    """One policy's line through its points, with the accuracies' intervals; where it ends, and its colour.
+
+    Args:
+        place: of the policy among those drawn.
+        x: `(points,)`.
+        accuracy: means, lower and upper ends in per cent, `(3, points)`.
+    """
+    colour = COLOURS.get(name, OTHER_COLOURS[place % len(OTHER_COLOURS)])
+    strong = name == "controller"
+    axes.errorbar(
+        x,
+        accuracy[0],
+        # A percentile interval may miss its own estimate by a hair; bars cannot be negative.
+        yerr=np.maximum([accuracy[0] - accuracy[1], accuracy[2] - accuracy[0]], 0),
+        color=colour,
+        marker=POINTS.get(name, MARKERS.get(name, "P")),
+        markersize=11 if name == "full" else 5.5,
+        linewidth=2.4 if strong else 1.5,
+        linestyle="--" if name == "oracle" else "-",
+        elinewidth=1.0,
+        capsize=2.5,
+        alpha=1.0 if strong else 0.9,
+        zorder=4 if strong else 3,
+    )
+    return float(x[-1]), float(accuracy[0, -1]), colour
 
 
 def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:

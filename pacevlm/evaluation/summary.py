@@ -69,7 +69,9 @@ class RunFacts:
     summaries: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
 
-class _IntervalEntry(TypedDict):
+class IntervalEntry(TypedDict):
+    """An interval as files hold it."""
+
     mean: _Finite
     low: _Finite
     high: _Finite
@@ -90,8 +92,8 @@ class _ViolationEntry(TypedDict):
 
 
 class _PolicyEntry(TypedDict):
-    accuracy: _IntervalEntry
-    vs_lookup_table: _IntervalEntry | None
+    accuracy: IntervalEntry
+    vs_lookup_table: IntervalEntry | None
     latency_ms: _LatencyEntry
     violation_rate: Share | None
     infeasible_rate: Share
@@ -106,27 +108,29 @@ class _BudgetEntry(TypedDict):
 
 
 class _PointEntry(TypedDict):
-    accuracy: _IntervalEntry
-    latency_ms: _IntervalEntry
+    accuracy: IntervalEntry
+    latency_ms: IntervalEntry
 
 
-class _EqualEntry(TypedDict):
+class EqualAccuracyEntry(TypedDict):
+    """Mean latencies at equal accuracy as files hold them."""
+
     points_below: Count
     mean_ms: dict[Text, Ms | None]
-    ratio: dict[Text, _IntervalEntry | None]
+    ratio: dict[Text, IntervalEntry | None]
 
 
 class _MeasuredEntry(TypedDict):
     free_ms: Ms
     priced_ms: Ms
-    ratio: _IntervalEntry
+    ratio: IntervalEntry
     n: Count
 
 
 class _DefaultEntry(TypedDict):
     price: _Price
-    change: _IntervalEntry
-    latency_ratio: _IntervalEntry
+    change: IntervalEntry
+    latency_ratio: IntervalEntry
     measured: dict[Text, _MeasuredEntry]
 
 
@@ -134,7 +138,7 @@ class _FrontsEntry(TypedDict):
     budget_ms: Ms
     prices: Annotated[list[_Price], Range(1, 1000)]
     policies: Annotated[dict[Text, list[_PointEntry]], Range(1, 1000)]
-    equal_accuracy: list[_EqualEntry]
+    equal_accuracy: list[EqualAccuracyEntry]
     default: _DefaultEntry | None
 
 
@@ -169,8 +173,8 @@ class _Results(TypedDict):
     metric: _MetricEntry
     full: _FullEntry
     budgets: Annotated[list[_BudgetEntry], Range(1, 10_000)]
-    average: dict[Text, _IntervalEntry | None]
-    gap_closed: _IntervalEntry | None
+    average: dict[Text, IntervalEntry | None]
+    gap_closed: IntervalEntry | None
     fronts: _FrontsEntry | None
     dtype: str
     versions: dict[str, str]

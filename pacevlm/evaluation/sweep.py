@@ -23,7 +23,7 @@ from pacevlm.config import EvaluateConfig
 from pacevlm.controller.policy_interface import Policy, PolicyInput
 from pacevlm.data.metrics import Metric
 from pacevlm.errors import DataError
-from pacevlm.evaluation.prices import Front
+from pacevlm.evaluation.fronts import Front
 from pacevlm.evaluation.records import EvaluationRecord
 from pacevlm.evaluation.timed import describe_requests, time_requests
 from pacevlm.knobs import Knobs
@@ -310,6 +310,7 @@ def evaluate(
     pacing: Pacing,
     config: EvaluateConfig,
     *,
+    full_ms: float,
     num_threads: int | None = None,
     progress: Progress | None = None,
     partial_dir: Path | None = None,
@@ -324,6 +325,7 @@ def evaluate(
         policies: learned ones and baselines; `config.oracle` adds the oracle.
         objectives: one per fraction of `config.budgets`, of one kind of budget.
         pacing: the same for every policy.
+        full_ms: the full latency that prices are for, milliseconds.
         num_threads: CPU threads of the timed requests; None leaves them.
         partial_dir: folder that keeps what an interrupted evaluation timed and chose, under `PARTIAL_NAMES`, for the
             next one with the same settings. The caller removes the files once everything is written.
@@ -345,16 +347,8 @@ def evaluate(
     report = progress or (lambda *_: None)
     competitors = list(policies)
     if config.oracle:
-        competitors.append(
-            build_oracle(
-                engine,
-                examples,
-                pacing,
-                objectives[0].kind,
-                objectives[-1].budget_ms / config.budgets[-1],
-                partial(report, "every configuration"),
-            )
-        )
+        counting = partial(report, "every configuration")
+        competitors.append(build_oracle(engine, examples, pacing, objectives[0].kind, full_ms, counting))
     with use_num_threads(num_threads):
         timing = partial(report, "timed requests")
         timed = time_requests(

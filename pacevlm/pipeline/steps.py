@@ -17,8 +17,9 @@ from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.config import config_from_dict, config_to_dict
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
 from pacevlm.controller.policy_interface import Policy
+from pacevlm.evaluation.fronts import summarise_fronts
 from pacevlm.evaluation.learnable import evaluation_warnings, sweep_warnings, training_warnings
-from pacevlm.evaluation.prices import SMALL_COST, PriceTable, summarise_fronts
+from pacevlm.evaluation.prices import PriceTable
 from pacevlm.evaluation.summary import RunFacts
 from pacevlm.evaluation.sweep import (
     evaluate,
@@ -332,7 +333,6 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
         "factors": {"picture": guardrail.picture.factor("all")}
         | {group: calibration.factor(group) for group in calibration.num_samples},
         "default_price": prices.default_price,
-        "small_cost_price": prices.costing(SMALL_COST).price,
     }
 
 
@@ -407,11 +407,14 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
         objectives,
         pacing,
         config,
+        full_ms=run.full_p50_ms,
         num_threads=run.config.profile.num_threads,
         progress=run.reporter.progress,
         partial_dir=run.run_dir,
     )
-    fronts = measure_fronts(run, [controller, *baselines], examples)
+    # Those that heed a price.
+    priced = [policy for policy in (controller, *baselines) if policy.name in (controller.name, LookupTable.name)]
+    fronts = measure_fronts(run, priced, examples)
     device = run.estimator.device
     warnings = evaluation_warnings(evaluation.records, examples)
     earlier = [StepLog(run.run_dir).get(name) for name in ("lookup", "train")]
@@ -446,14 +449,13 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
 
 
 def measure_fronts(run: RunContext, policies: Sequence[Policy], examples: Sequence[Example]) -> dict[str, Any]:
-    """Accuracy against mean latency along the prices of time: controller, lookup table, and the best fixed knobs."""
+    """Accuracy against mean latency along the prices of time: policies that heed them, and the best fixed knobs."""
     prices, objective, pacing = run.config.train.prices, run.loose_objective, run.pacing()
     trained_on = run.splits.train[: run.config.lookup.num_examples]
-    priced = {policy.name: policy for policy in policies if policy.name in ("controller", "lookup_table")}
-    priced["fixed"] = fit_fixed_front(run.engine, trained_on, objective, pacing, full_ms=run.full_p50_ms, prices=prices)
+    fixed = fit_fixed_front(run.engine, trained_on, objective, pacing, full_ms=run.full_p50_ms, prices=prices)
     fronts = {
         name: run_prices(policy, run.engine, examples, objective, prices, pacing, run.count(f"prices of time, {name}"))
-        for name, policy in priced.items()
+        for name, policy in ({policy.name: policy for policy in policies} | {FixedPolicy.name: fixed}).items()
     }
     full = run.engine.run([(example, run.model.knob_space.full) for example in examples])
     default_price = PriceTable.load(run.run_dir / PRICES_NAME).default_price
@@ -471,14 +473,14 @@ def measure_fronts(run: RunContext, policies: Sequence[Policy], examples: Sequen
 def _time_default_price(
     run: RunContext, policies: Sequence[Policy], examples: Sequence[Example], price: float
 ) -> dict[str, NDArray[np.float64]]:
-    """Times of controller and lookup table without a price and at one, by policy, `(2, examples)`, milliseconds."""
+    """Times of policies without a price and at one, by policy, `(2, examples)`, milliseconds."""
     config, loose = run.config.evaluate, run.loose_objective
     if not config.num_timed:
         return {}
     with use_num_threads(run.config.profile.num_threads):
         timed = time_requests(
             run.model,
-            [policy for policy in policies if policy.name in ("controller", "lookup_table")],
+            policies,
             examples,
             [loose, dataclasses.replace(loose, price=price)],
             run.pacing(),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pacevlm.data.elements import ELEMENT_FAMILIES
-from pacevlm.models.experts import grouped_product, route, swiglu
+from pacevlm.models.experts import route, run_experts
 from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.blocks import MolmoEBlock, MolmoEMoE, rope_tables
 from recipes.embedded_model.corpus import PackedBatch
@@ -54,13 +54,10 @@ def contributions(mixture: MolmoEMoE, x: Tensor) -> Tensor:
     """What each chosen expert adds to the stream, best first: `(tokens, d_model)` to `(tokens, top_k, d_model)`."""
     flat = mixture.ff_norm(x)
     weights, experts = route(mixture.gate(flat), mixture.top_k, x.dtype)
-    pair_expert, order = torch.sort(experts.reshape(-1), stable=True)
-    num_experts = mixture.experts.gate_up_proj.shape[0]
-    ends = torch.searchsorted(pair_expert, torch.arange(num_experts), right=True, out_int32=True)
-    token = order.div(mixture.top_k, rounding_mode="floor")
-    inner = swiglu(grouped_product(flat[token], ends, mixture.experts.gate_up_proj))
-    out = grouped_product(inner, ends, mixture.experts.down_proj)[torch.argsort(order)]
-    return out.view(*experts.shape, -1) * weights.unsqueeze(-1)
+    matrices = mixture.experts.gate_up_proj, mixture.experts.down_proj
+    places = range(mixture.top_k)
+    each = [run_experts(flat, weights[:, i : i + 1], experts[:, i : i + 1], *matrices) for i in places]
+    return torch.stack(each, dim=1)
 
 
 def spread_loss(each: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pacevlm.config import MIXTURES, DataConfig, ImportanceConfig, parse_mixture
-from pacevlm.config import TASKS as TASK_NAMES
+from pacevlm.config import DataConfig, ImportanceConfig
 from pacevlm.data.digit_tasks import TASKS, DigitTaskVQA, load_digits
 from pacevlm.data.digits import FAMILIES, SPLITS, DigitVQA, valid_questions
 from pacevlm.data.elements import ELEMENT_FAMILIES, ELEMENTS
 from pacevlm.data.splits import load_splits
 from pacevlm.errors import ConfigError, DataError
+from pacevlm.mixture import MIXTURES, parse_mixture
+from pacevlm.mixture import TASKS as TASK_NAMES
 from pacevlm.types import Example
 
 
@@ -50,6 +51,16 @@ def test_the_mixture_tells_parts_apart() -> None:
         assert len({json.dumps(facts[part]) for facts in identities}) == len(mixtures)
     assert identity("thought=2, detail=1.0") == identity("detail=1,thought=2")  # one mixture in two spellings
     assert identity("detail=1,thought=1,overview=1,knowledge=1") == identity("crossed") == identity(None)
+
+
+@pytest.mark.parametrize("mixture", [*MIXTURES, "detail=1", "thought=0.5,detail=2"])
+def test_what_was_measured_says_the_mixture(mixture: str) -> None:
+    """Results, reports, headroom and block orders name the data set so."""
+    splits = load_splits(DataConfig(mixture=mixture, num_train=2, num_val=2, num_test=2))
+    mixed = parse_mixture(mixture)
+    assert splits.name == (f"digits-{mixed.name}" if mixed.weights else "digits")
+    for part in ("train", "val", "test"):
+        assert getattr(splits, part)[1].example_id == f"{splits.name}-{part}-0-1"
 
 
 def test_the_names_in_settings_are_those_of_the_data_set() -> None:

@@ -15,7 +15,7 @@ from pacevlm.baselines.one_choice import OneChoicePolicy
 from pacevlm.baselines.oracle import OraclePolicy
 from pacevlm.baselines.random_feasible import RandomFeasiblePolicy
 from pacevlm.controller.policy_interface import PolicyInput
-from pacevlm.evaluation.prices import Front, summarise_fronts
+from pacevlm.evaluation.fronts import Front, summarise_fronts
 from pacevlm.evaluation.records import EvaluationRecord
 from pacevlm.evaluation.summary import RunFacts, build_results
 from pacevlm.knobs import Knobs, KnobSpace

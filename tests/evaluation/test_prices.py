@@ -1,37 +1,20 @@
-"""Prices of time: what is measured of them, which is chosen, and fronts of policies at equal accuracy."""
+"""Prices of time: what is measured of them, and which is chosen."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from fronts import make_front
 
 from pacevlm.errors import CheckpointError, ConfigError, DataError
-from pacevlm.evaluation.prices import (
-    DEFAULT_COST,
-    POINTS_BELOW,
-    Front,
-    PricePoint,
-    PriceTable,
-    latency_at,
-    summarise_fronts,
-)
+from pacevlm.evaluation.prices import DEFAULT_COST, PricePoint, PriceTable
 from pacevlm.evaluation.statistics import Interval, paired_bootstrap
 
 PRICES = (0.0, 2.0, 8.0, 32.0)
-
-
-def make_front(num_examples: int = 300, seed: int = 0, slower: float = 1.0) -> Front:
-    """At every price a few examples more are wrong that were right before, and requests are faster."""
-    generator = np.random.default_rng(seed)
-    place = (generator.permutation(num_examples) + 0.5) / num_examples
-    accuracy = np.stack([place >= 0.1 + lost for lost in (0.0, 0.02, 0.05, 0.2)]).astype(float)
-    base_ms = generator.uniform(15, 25, num_examples)
-    return Front(accuracy, slower * np.stack([base_ms * share for share in (1.0, 0.8, 0.6, 0.3)]))
 
 
 def made_up(*costs: float) -> PriceTable:
@@ -116,50 +99,3 @@ def test_tables_survive_a_file_and_others_are_refused(tmp_path: Path, reseal: Ca
     for prices in ((1.0,), (0.0, 0.0), ()):
         with pytest.raises(DataError, match="rising from 0"):
             PriceTable(tuple(PricePoint(p, Interval(0, 0, 0), Interval(1, 1, 1)) for p in prices), 1, 1.0)
-
-
-def test_points_between_two_of_a_front_count_and_what_is_not_reached_does_not() -> None:
-    accuracy, latency_ms = [0.9, 0.8, 0.6], [20.0, 12.0, 8.0]
-    targets = [0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.1]
-    expected = [np.nan, 20.0, 16.0, 12.0, 10.0, 8.0, 8.0]
-    found = [float(latency_at(accuracy, latency_ms, target)) for target in targets]
-    np.testing.assert_allclose(found, expected)
-    # A point that others beat adds nothing.
-    assert latency_at([*accuracy, 0.7], [*latency_ms, 19.0], 0.7) == pytest.approx(10.0)
-    together = latency_at(np.tile(accuracy, (2, 1)), np.tile(latency_ms, (2, 1)), [0.85, 0.7])
-    np.testing.assert_allclose(together, [16.0, 10.0])
-
-
-@pytest.fixture
-def fronts() -> dict[str, Front]:
-    return {"controller": make_front(), "lookup_table": make_front(slower=1.25), "fixed": make_front(slower=2.0)}
-
-
-def test_fronts_are_compared_at_equal_accuracy(fronts: dict[str, Front]) -> None:
-    full = make_front().accuracy[0]
-    found = summarise_fronts(fronts, full, PRICES, budget_ms=50.0, default_price=2.0, num_resamples=300)
-    assert found["prices"] == list(PRICES)
-    controller = found["policies"]["controller"]
-    assert [point["accuracy"]["mean"] for point in controller] == pytest.approx([0.9, 0.88, 0.85, 0.7])
-    assert [row["points_below"] for row in found["equal_accuracy"]] == list(POINTS_BELOW)
-    for row in found["equal_accuracy"]:
-        # The same answers, slower by a factor: the ratio is known, and has no spread.
-        for name, ratio in (("lookup_table", 0.8), ("fixed", 0.5)):
-            assert row["ratio"][name] == pytest.approx({"mean": ratio, "low": ratio, "high": ratio})
-            assert row["mean_ms"]["controller"] == pytest.approx(ratio * row["mean_ms"][name])
-    assert found["equal_accuracy"][0]["mean_ms"]["controller"] == pytest.approx(controller[1]["latency_ms"]["mean"])
-    assert found["default"]["price"] == 2.0
-    assert found["default"]["change"]["mean"] == pytest.approx(-0.02)
-    assert found["default"]["latency_ratio"]["mean"] == pytest.approx(0.8)
-    json.dumps(found, allow_nan=False)
-
-
-def test_what_no_price_reaches_is_none(fronts: dict[str, Front]) -> None:
-    low = Front(np.zeros_like(fronts["fixed"].accuracy), fronts["fixed"].latency_ms)
-    found = summarise_fronts({**fronts, "fixed": low}, np.ones(300), PRICES, budget_ms=50.0, num_resamples=100)
-    for row in found["equal_accuracy"]:
-        assert row["mean_ms"]["fixed"] is None
-        assert row["ratio"]["fixed"] is None
-    alone: dict[str, Any] = summarise_fronts({"fixed": low}, np.ones(300), PRICES, budget_ms=50.0, num_resamples=100)
-    assert alone["default"] is None
-    json.dumps([found, alone], allow_nan=False)
