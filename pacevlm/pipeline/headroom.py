@@ -21,7 +21,6 @@ from pacevlm.evaluation.headroom import measure_headroom
 from pacevlm.evaluation.headroom_summary import write_headroom
 from pacevlm.evaluation.held_out import SweptExamples
 from pacevlm.evaluation.sweep import build_requests, exhaustive_sweep, feasible_table
-from pacevlm.latency.measuring import use_num_threads
 from pacevlm.pipeline.artefacts import GUARDRAIL_NAME, PROFILE_GUARDRAIL_NAME
 from pacevlm.pipeline.context import Reporter, RunContext
 from pacevlm.pipeline.lock import one_writer
@@ -128,15 +127,13 @@ def _token_outputs(
     tiers = run.model.knob_space.tiers
     token = ControllerPolicy(new_controller(run, seed).eval()).latency_token(requests[0])
     found = []
-    # First blocks run one by one, where threads only wait for each other.
-    with use_num_threads(1 if run.model.device.type == "cpu" else None):
-        for start in range(0, len(examples), CHUNK):
-            part = [example for example in examples[start : start + CHUNK] for _ in tiers]
-            outputs = run.engine.latency_token_outputs(
-                part, [*tiers] * (len(part) // len(tiers)), token.expand(len(part), -1)
-            )
-            found.append(outputs.double().cpu().numpy().reshape(-1, len(tiers), run.model.d_model))
-            run.reporter.progress("latency tokens", start + len(part) // len(tiers), len(examples))
+    for start in range(0, len(examples), CHUNK):
+        part = [example for example in examples[start : start + CHUNK] for _ in tiers]
+        outputs = run.engine.latency_token_outputs(
+            part, [*tiers] * (len(part) // len(tiers)), token.expand(len(part), -1)
+        )
+        found.append(outputs.double().cpu().numpy().reshape(-1, len(tiers), run.model.d_model))
+        run.reporter.progress("latency tokens", start + len(part) // len(tiers), len(examples))
     return np.concatenate(found)
 
 

@@ -142,9 +142,11 @@ class RolloutEngine:
         keys = list(places)
         lengths = {key: self._prompt_tokens(by_content[key[0]], key[1]) for key in keys}
         outputs, order = [], []
-        for chunk, output in self._in_chunks(run_chunk, keys, lengths):
-            outputs.append(output)
-            order += [i for key in chunk for i in places[key]]
+        # First blocks run one by one, where threads only wait for each other, very long where a core is not free.
+        with use_num_threads(1 if self.model.device.type == "cpu" else None):
+            for chunk, output in self._in_chunks(run_chunk, keys, lengths):
+                outputs.append(output)
+                order += [i for key in chunk for i in places[key]]
         return torch.cat(outputs)[torch.tensor(order, device=tokens.device).argsort()]
 
     def run(self, jobs: Sequence[tuple[Example, Knobs]], progress: Progress | None = None) -> list[Outcome]:

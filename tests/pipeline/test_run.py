@@ -139,7 +139,7 @@ def test_stored_settings_are_those_of_the_run(config: RunConfig, first: Recorder
 def test_results_and_records_say_the_same(config: RunConfig, first: Recorder) -> None:
     results, records = read_results(config.run_dir / "results.json"), read_records(config.run_dir / "records.jsonl")
     assert len(records) == len(POLICY_ORDER) * 2 * 6
-    assert results["dataset"] == {"name": "digits", "split": "test", "n": 6}
+    assert results["dataset"] == {"name": "digits-crossed", "split": "test", "n": 6}
     assert results["num_timed"] == 1
     full_ms = json.loads((config.run_dir / "steps.json").read_text())["profile"]["facts"]["full_p50_ms"]["e2e"]
     assert [budget["budget_ms"] for budget in results["budgets"]] == pytest.approx([0.7 * full_ms, full_ms])

@@ -168,6 +168,31 @@ def test_batches_side_by_side_give_what_batches_in_turn_give(
     assert progress[-1] == engine.num_run == len({(e.example_id, k) for e, k in jobs})
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_latency_tokens_take_one_thread_however_many_there_are(
+    tiny_elastic: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch, num_threads: int
+) -> None:
+    tiers = [tiny_elastic.knob_space.tiers[i % 2] for i in range(len(law_examples))]
+    tokens = torch.randn(len(tiers), tiny_elastic.d_model, generator=torch.Generator().manual_seed(0))
+    with use_num_threads(1):
+        expected = RolloutEngine(tiny_elastic).latency_token_outputs(law_examples, tiers, tokens)
+    seen: set[int] = set()
+
+    def watched(call: Any) -> Any:
+        def run(*args: Any) -> Any:
+            seen.add(torch.get_num_threads())
+            return call(*args)
+
+        return run
+
+    for part, name in ((tiny_elastic.adapter, "encode_vision"), (tiny_elastic.decoder, "latency_token")):
+        monkeypatch.setattr(part, name, watched(getattr(part, name)))
+    with use_num_threads(num_threads):
+        assert torch.equal(RolloutEngine(tiny_elastic).latency_token_outputs(law_examples, tiers, tokens), expected)
+        assert torch.get_num_threads() == num_threads
+    assert seen == {1}
+
+
 def test_a_fault_in_one_of_several_batches_comes_out(
     tiny_elastic: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
