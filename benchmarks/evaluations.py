@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Several finished evaluations, one training seed each, taken together: gain over the lookup table, and late requests.
+"""Several finished evaluations, one training seed each, taken together: gain over the baselines, and late requests.
 
 All must have asked the same questions at the same budgets. Seeds are averaged question by question, and the interval
 resamples questions; late requests are those of all runs. Prints a table and, last, one JSON line, which also goes to
@@ -67,11 +67,12 @@ def main() -> None:
         raise SystemExit("the evaluations asked different questions or budgets; give runs of the same ones")
     ids = sorted(next(iter(runs[0].values())))
     budgets: list[dict[str, Any]] = []
-    gains, lead = [], []
+    gains, over_fixed, lead = [], [], []
     for budget in facts[0]["budgets"]:
         fraction = budget["fraction"]
-        mean = {p: accuracy(runs, p, fraction, ids) for p in ("controller", "lookup_table", "oracle")}
+        mean = {p: accuracy(runs, p, fraction, ids) for p in ("controller", "lookup_table", "fixed", "oracle")}
         gains.append(mean["controller"] - mean["lookup_table"])
+        over_fixed.append(mean["controller"] - mean["fixed"])
         lead.append(mean["oracle"] - mean["lookup_table"])
         records = [r for run in runs for r in run["controller", fraction].values()]
         budgets.append(
@@ -81,6 +82,7 @@ def main() -> None:
                 "infeasible_rate": float(np.mean([not r.feasible for r in records])),
                 **{policy: bootstrap_mean(values).to_dict() for policy, values in mean.items()},
                 "gain": paired_bootstrap(mean["controller"], mean["lookup_table"]).to_dict(),
+                "gain_over_fixed": paired_bootstrap(mean["controller"], mean["fixed"]).to_dict(),
                 "late": {policy: late(runs, policy, fraction) for policy in ("controller", "lookup_table")},
             }
         )
@@ -95,22 +97,32 @@ def main() -> None:
         "num_timed": [f["num_timed"] for f in facts],
         "budgets": budgets,
         "gain": bootstrap_mean(average[:, 0]).to_dict(),
+        "gain_over_fixed": bootstrap_mean(np.mean(over_fixed, axis=0)).to_dict(),
         "gain_per_seed": [f["average"]["controller"] for f in facts],
         "gap_closed": closed.to_dict(),
     }
     table = Table(title=f"{len(runs)} evaluations of {len(ids)} questions")
-    for column in ("budget", "infeasible %", "lookup table %", "controller less it, points", "late %", "its late %"):
+    for column in (
+        "budget",
+        "infeasible %",
+        "lookup table %",
+        "controller less it, points",
+        "less fixed",
+        "late %",
+        "its late %",
+    ):
         table.add_column(column)
     for row in budgets:
         shown = [
             f"{percent(x['rate'])} [{percent(x['low'])}, {percent(x['high'])}], n {x['n']}"
             for x in row["late"].values()
         ]
-        gain = interval_text(row["gain"], signed=True)
+        gain, over = (interval_text(row[key], signed=True) for key in ("gain", "gain_over_fixed"))
         infeasible, base = percent(row["infeasible_rate"]), percent(row["lookup_table"]["mean"])
-        table.add_row(f"{row['fraction']:g}", infeasible, base, gain, *shown)
-    table.add_row("mean", "", "", interval_text(results["gain"], signed=True), "", "")
-    Console(width=140).print(table)
+        table.add_row(f"{row['fraction']:g}", infeasible, base, gain, over, *shown)
+    mean_gains = (interval_text(results[key], signed=True) for key in ("gain", "gain_over_fixed"))
+    table.add_row("mean", "", "", *mean_gains, "", "")
+    Console(width=160).print(table)
     print(f"gap to the oracle closed: {interval_text(results['gap_closed'])} %")
     arguments.results.mkdir(parents=True, exist_ok=True)
     target = arguments.results / f"evaluations-{Path(results['model']).name}.json"
