@@ -275,6 +275,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    for number in SIGNALS:  # commands would inherit it if `nohup` or a background job ignores one
+        if number is not signal.SIGKILL and signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     console = Console(stderr=True)
     SMALL["model.path"] = arguments.model
     if arguments.model == "embedded":

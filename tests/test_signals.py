@@ -18,11 +18,14 @@ from pacevlm.signals import STOP_SIGNALS, Stopped, stopping_on_signals
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Whatever a test does, the handlers of the test run come back."""
+    """Every test begins with a terminal's handlers, also below `nohup`, and the command puts back what it found."""
+    outside = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     after = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number, handler in before.items():
+    for number, handler in outside.items():
         signal.signal(number, handler)
     assert after == before
 
