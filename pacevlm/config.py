@@ -330,7 +330,7 @@ class EvaluateConfig:
         ConfigError: a value is outside its range.
     """
 
-    budgets: tuple[float, ...] = (0.35, 0.5, 0.7, 0.85, 1.0)
+    budgets: tuple[float, ...] = (0.5, 0.6, 0.7, 0.85, 1.0)
     num_timed: int = 200
     num_warmup: int = 100
     track_drift: bool = True

@@ -43,7 +43,9 @@ class Task:
         return scene, question
 
 
-_SMALL, _LARGE = CANVASES[:4], CANVASES[4:]
+# All tasks' pictures have the same sizes, or these would tell the tasks apart. Low tiers shrink them, so what shall not
+# need the higher ones has to be tall.
+_CANVASES, _TALL_PX = CANVASES[4:], 32
 
 TASKS: Mapping[str, Task] = {
     task.name: task
@@ -51,22 +53,22 @@ TASKS: Mapping[str, Task] = {
         Task(
             "detail",
             ("digit_of_colour", "colour_of_digit"),
-            SceneConfig(max_digits=4, min_height_px=8, max_height_px=11, canvases=_LARGE),
+            SceneConfig(max_digits=4, min_height_px=8, max_height_px=11, canvases=_CANVASES),
         ),
         Task(
             "thought",
             ("right_of", "difference", "product"),
-            SceneConfig(min_digits=2, max_digits=4, min_height_px=24, canvases=_SMALL),
+            SceneConfig(min_digits=2, max_digits=4, min_height_px=_TALL_PX, canvases=_CANVASES),
         ),
         Task(
             "overview",
             ("digit_of_colour", "colour_of_digit", "count_colour"),
-            SceneConfig(max_digits=3, min_height_px=24, canvases=_SMALL),
+            SceneConfig(max_digits=3, min_height_px=_TALL_PX, canvases=_CANVASES),
         ),
         Task(
             "knowledge",
             ELEMENT_FAMILIES,
-            SceneConfig(min_digits=2, max_digits=2, min_height_px=26, canvases=_SMALL),
+            SceneConfig(min_digits=2, max_digits=2, min_height_px=_TALL_PX, canvases=_CANVASES),
         ),
     )
 }

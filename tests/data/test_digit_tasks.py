@@ -72,6 +72,19 @@ def test_the_names_in_settings_are_those_of_the_data_set() -> None:
     assert not set(ELEMENT_FAMILIES) & set(FAMILIES)
 
 
+def test_sizes_tell_no_task_from_another() -> None:
+    """Else a table that goes by the size of the picture would know the task."""
+    assert len({task.scenes.usable_canvases for task in TASKS.values()}) == 1
+    sizes: dict[str, Counter[str]] = {name: Counter() for name in TASKS}
+    for example in load_digits("train", 1200, "crossed"):
+        sizes[example.metadata["task"]][example.metadata["canvas"]] += 1
+    together = sum(sizes.values(), Counter[str]())
+    for found in sizes.values():
+        for canvas, number in together.items():
+            expected = found.total() * number / together.total()
+            assert abs(found[canvas] - expected) < 4 * expected**0.5, (found, canvas)
+
+
 def test_examples_do_not_depend_on_access_order_or_length() -> None:
     forwards = [facts(example) for example in DigitTaskVQA("val", 30, "crossed", seed=4)]
     other = DigitTaskVQA("val", 50, "crossed", seed=4)
