@@ -3,8 +3,9 @@
 
 Every run directory is one training; all of them must share profile and training questions. Knobs are chosen under the
 bounds that they were trained with (those of the profile), so that the figure does not hang on how busy the machine was
-when bounds were calibrated last. Paired by question; the interval resamples questions. Prints a table and, last, one
-JSON line, which also goes to RESULTS/controller-MODEL.json. Outcomes are kept in the first run's directory.
+when bounds were calibrated last; `--margin` sets them to a multiple of the predictions, as `pacevlm headroom --margin`
+does. Paired by question; the interval resamples questions. Prints a table and, last, one JSON line, which also goes to
+RESULTS/controller-MODEL.json. Outcomes are kept in the first run's directory.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("run_dirs", nargs="+", type=Path, help="finished runs, one training seed each")
     parser.add_argument("--skip", type=int, default=3000, help="test questions left out in front")
     parser.add_argument("--num", type=int, default=5000, help="test questions to judge on")
+    parser.add_argument("--margin", type=float, help="bounds are this many times the predictions, 1.2 for example")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     console = Console(stderr=True)
@@ -73,6 +75,8 @@ def main() -> None:
     fractions = first.config.evaluate.budgets
     objectives = [Objective(fraction * first.full_p50_ms, first.config.train.budget_kind) for fraction in fractions]
     pacing = first.pacing(PROFILE_GUARDRAIL_NAME)
+    if arguments.margin is not None:
+        pacing = dataclasses.replace(pacing, guardrail=pacing.guardrail.with_margin(arguments.margin))
     with Progress(console=console) as progress:
         trained_on = first.splits.train[: first.config.lookup.num_examples]
         fitted = fit_baselines(first.engine, trained_on, objectives, pacing, full_ms=first.full_p50_ms, seed=0)
@@ -90,7 +94,7 @@ def main() -> None:
         "commit": source_commit() or "unknown",
         "model": first.config.model.path,
         "dataset": {"name": first.splits.name, "split": "test", "skipped": arguments.skip, "n": len(examples)},
-        "guardrail": "profile",
+        "guardrail": "profile" if arguments.margin is None else f"{arguments.margin:g} times the predictions",
         "seeds": [load_run_config(folder).train.seed for folder in arguments.run_dirs],
         "budgets": [
             {

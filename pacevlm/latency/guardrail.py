@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
@@ -257,6 +257,11 @@ class Guardrail:
             for kind, measured in measured_ms.items()
         }
         return cls(estimator, group_by, calibrations, picture)
+
+    def with_margin(self, margin: float) -> Guardrail:
+        """The same with bounds of so many times the predictions, as a machine with little noise would have them."""
+        flat = Calibration(self.picture.alpha, {}, math.log(margin), {})
+        return replace(self, calibrations=dict.fromkeys(self.calibrations, flat), picture=flat)
 
     def bound_samples_ms(self, samples: Sequence[Sample], kind: BudgetKind = "e2e") -> Array:
         """Bound measured requests with the knobs and output lengths they had, `(samples,)`, each by its own groups."""

@@ -69,6 +69,10 @@ def gather(run: RunContext, config: HeadroomConfig) -> tuple[SweptExamples, dict
     kind, space = run.config.train.budget_kind, run.model.knob_space
     is_calibrated = (run.run_dir / GUARDRAIL_NAME).is_file()
     pacing = run.pacing(GUARDRAIL_NAME if is_calibrated else PROFILE_GUARDRAIL_NAME)
+    guardrail = "calibrated guardrail" if is_calibrated else "guardrail as profiled"
+    if config.margin is not None:
+        pacing = dataclasses.replace(pacing, guardrail=pacing.guardrail.with_margin(config.margin))
+        guardrail = f"bounds {config.margin:g} times the predictions"
     objectives = [Objective(fraction * run.full_p50_ms, kind) for fraction in run.config.evaluate.budgets]
     accuracy = exhaustive_sweep(run.engine, examples, run.count("answers"))
     requests = build_requests(run.engine, examples, objectives, pacing)
@@ -77,16 +81,11 @@ def gather(run: RunContext, config: HeadroomConfig) -> tuple[SweptExamples, dict
     lengths = pacing.output_tokens_upper(views)
     predicted_ms = pacing.guardrail.estimator.predict_many([view.sizes for view in views], lengths, kind)
     predicted_ms = predicted_ms.reshape(len(examples), len(space))
-    budgets_ms = np.array([objective.budget_ms for objective in objectives])
-    feasible, guardrail = feasible_table(requests), "calibrated guardrail" if is_calibrated else "guardrail as profiled"
-    if config.margin is not None:
-        feasible = config.margin * predicted_ms <= budgets_ms[:, None, None]
-        guardrail = f"bounds {config.margin:g} times the predictions"
     swept = SweptExamples(
         space=space,
-        budgets_ms=budgets_ms,
+        budgets_ms=np.array([objective.budget_ms for objective in objectives]),
         accuracy=accuracy,
-        feasible=feasible,
+        feasible=feasible_table(requests),
         predicted_ms=predicted_ms,
         features=_stage1_features(requests[0], thumbnail=run.config.controller.thumbnail),
         token_outputs=_token_outputs(run, examples, requests[-1], config.seed) if config.latency_token else None,

@@ -142,7 +142,7 @@ def evaluation(
     controller: ControllerPolicy,
 ) -> Evaluation:
     baselines = fit_baselines(engine, train, objectives, pacing, full_ms=FULL_MS)
-    return evaluate(engine.model, engine, [controller, *baselines], test, objectives, pacing, CONFIG, full_ms=30.0)
+    return evaluate(engine.model, engine, [controller, *baselines], test, objectives, pacing, CONFIG, full_ms=FULL_MS)
 
 
 def test_the_material_is_worth_testing_with(evaluation: Evaluation) -> None:
@@ -269,7 +269,7 @@ def evaluate_with(monkeypatch: pytest.MonkeyPatch, run: Any, engine: RolloutEngi
     """Evaluate without the oracle, every timed request going through `run`."""
     monkeypatch.setattr(timed, "run_request", run)
     config = dataclasses.replace(CONFIG, oracle=False, num_warmup=2)
-    return evaluate(engine.model, engine, *args, config, full_ms=30.0)
+    return evaluate(engine.model, engine, *args, config, full_ms=FULL_MS)
 
 
 def test_policies_answer_the_same_requests_in_one_random_but_repeatable_order(
@@ -324,7 +324,7 @@ def test_bounds_follow_the_machine_and_are_the_same_for_every_policy(
 
     monkeypatch.setattr(timed, "run_request", run)
     config = dataclasses.replace(CONFIG, num_warmup=4, track_drift=True)
-    evaluation = evaluate(engine.model, engine, policies, test, objectives, pacing, config, full_ms=30.0)
+    evaluation = evaluate(engine.model, engine, policies, test, objectives, pacing, config, full_ms=FULL_MS)
     factors = np.full((len(FRACTIONS), len(test)), np.nan)
     was_timed = np.zeros(factors.shape, dtype=bool)
     places = {example.example_id: i for i, example in enumerate(test)}
@@ -375,7 +375,7 @@ def test_without_timing_there_are_no_latencies(
 ) -> None:
     policies = fit_baselines(engine, train, objectives, pacing, full_ms=FULL_MS)
     config = dataclasses.replace(CONFIG, num_timed=0, oracle=False)
-    evaluation = evaluate(engine.model, engine, policies, test, objectives, pacing, config, full_ms=30.0)
+    evaluation = evaluate(engine.model, engine, policies, test, objectives, pacing, config, full_ms=FULL_MS)
     assert evaluation.num_timed_requests == 0
     assert all(record.latency_ms is None for record in evaluation.records)
     assert "oracle" not in {record.policy for record in evaluation.records}
@@ -390,7 +390,7 @@ def test_a_budget_may_cover_the_first_token_alone(
 ) -> None:
     objectives = [Objective(objective.budget_ms, "ttft") for objective in objectives]
     config = dataclasses.replace(CONFIG, oracle=False)
-    evaluation = evaluate(engine.model, engine, [controller], test, objectives, pacing, config, full_ms=30.0)
+    evaluation = evaluate(engine.model, engine, [controller], test, objectives, pacing, config, full_ms=FULL_MS)
     timed = [record for record in evaluation.records if record.latency_ms is not None]
     assert timed
     assert all(record.latency_ms == record.metadata["ttft_ms"] <= record.metadata["e2e_ms"] for record in timed)
@@ -404,12 +404,12 @@ def test_unusable_input_is_refused(
     controller: ControllerPolicy,
 ) -> None:
     with pytest.raises(DataError, match="0 examples"):
-        evaluate(engine.model, engine, [controller], [], objectives, pacing, CONFIG, full_ms=30.0)
+        evaluate(engine.model, engine, [controller], [], objectives, pacing, CONFIG, full_ms=FULL_MS)
     with pytest.raises(DataError, match="2 objectives"):
-        evaluate(engine.model, engine, [controller], test, objectives[:2], pacing, CONFIG, full_ms=30.0)
+        evaluate(engine.model, engine, [controller], test, objectives[:2], pacing, CONFIG, full_ms=FULL_MS)
     twin = dataclasses.replace(test[1], example_id=test[0].example_id)
     with pytest.raises(DataError, match="3 examples with 2 different ids"):
-        evaluate(engine.model, engine, [controller], [*test[:2], twin], objectives, pacing, CONFIG, full_ms=30.0)
+        evaluate(engine.model, engine, [controller], [*test[:2], twin], objectives, pacing, CONFIG, full_ms=FULL_MS)
     other = dataclasses.replace(
         pacing,
         guardrail=dataclasses.replace(
@@ -417,7 +417,7 @@ def test_unusable_input_is_refused(
         ),
     )
     with pytest.raises(IdentityError):
-        evaluate(engine.model, engine, [controller], test, objectives, other, CONFIG, full_ms=30.0)
+        evaluate(engine.model, engine, [controller], test, objectives, other, CONFIG, full_ms=FULL_MS)
 
 
 def test_a_metric_summarises_the_answers_of_every_policy_at_every_budget(

@@ -99,6 +99,27 @@ def test_bounds_are_calibrated_predictions(random_estimator: Any, random_sizes: 
     np.testing.assert_allclose(guardrail.upper_bounds_ms(sizes, 7), expected, rtol=1e-14)
 
 
+@pytest.mark.parametrize("kind", ["e2e", "ttft"])
+@pytest.mark.parametrize("margin", [1.0, 1.2, 3.0])
+def test_a_margin_makes_every_bound_a_multiple_of_the_prediction(
+    kind: Any, margin: float, random_estimator: Any, random_sizes: Any
+) -> None:
+    """Whatever was calibrated before; and what is beyond the profile stays without a promise."""
+    rng = np.random.default_rng(11)
+    estimator = random_estimator(rng)
+    noisy = {"e2e": flat_calibration(9.0, low=0.7, high=0.1), "ttft": flat_calibration(0.4)}
+    guardrail = Guardrail(estimator, "tier", noisy, flat_calibration(9.0, all=0.3)).with_margin(margin)
+    inside = dataclasses.replace(random_sizes(rng), picture_kind="jpeg", num_pixels=1_000_000, num_bytes=900_000)
+    inside = dataclasses.replace(inside, num_text_tokens=200)
+    outside = dataclasses.replace(inside, num_text_tokens=5_000)
+    predicted_ms = estimator.predict_many([inside], [7], kind)[0]
+    for axis in range(3):
+        predicted_ms = np.maximum.accumulate(predicted_ms, axis=axis)
+    bounds_ms = guardrail.upper_bounds_many_ms([inside, outside], [7, 7], kind)
+    np.testing.assert_allclose(bounds_ms[0], margin * predicted_ms, rtol=1e-12)
+    assert np.isposinf(bounds_ms[1]).all()
+
+
 def test_the_pictures_part_is_calibrated_on_large_ones(make_device: Any, make_profile: Any) -> None:
     rng = np.random.default_rng(14)
     estimator = LatencyEstimator.fit(make_profile(make_device().measure(rng, 200)), trained_top_k=8)
