@@ -18,7 +18,8 @@ from pacevlm.knobs import Compute
 from pacevlm.models.adapter import Adapter, Rope
 from pacevlm.models.block_order import BlockOrder
 
-# Capacities are multiples of this, so that requests of many lengths share few graphs.
+# The smallest capacity. The others are its powers of two and the halves between them, so that a model of 32,768 positions
+# has thirteen, all of which are captured before the first request, and a step reads a third too much of a cache at most.
 CAPACITY_STEP = 512
 # Runs before a graph is captured: libraries set themselves up on their first call, which no graph may hold.
 NUM_WARMUP = 3
@@ -55,11 +56,18 @@ class GraphDecode:
         """Graphs captured so far."""
         return len(self._graphs)
 
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        """All buffer lengths, shortest first."""
+        double = [CAPACITY_STEP << i for i in range(self.max_positions.bit_length())]
+        lengths = sorted([*double, *(length * 3 // 2 for length in double)])
+        return (*(length for length in lengths if length < self.max_positions), self.max_positions)
+
     def capacity(self, num_tokens: int) -> int:
         """Buffer length for so many tokens of prompt and answer; raises ConfigError if there are more than fit."""
         if num_tokens > self.max_positions:
             raise ConfigError(f"{num_tokens} tokens of prompt and answer exceed the {self.max_positions} that fit")
-        return min(-(-num_tokens // CAPACITY_STEP) * CAPACITY_STEP, self.max_positions)
+        return next(length for length in self.capacities if length >= num_tokens)
 
     # Not inference mode, even inside it: buffers are written to for as long as the model lives, in any mode.
     @torch.inference_mode(False)
@@ -107,7 +115,8 @@ class GraphDecode:
         for block in range(self.adapter.num_blocks):
             _, keys, values = self.adapter.project(block, x, rope)
             self.load(block, keys, values)
-        for capacity in {self.capacity(count) for count in (*range(1, num_tokens, CAPACITY_STEP), num_tokens)}:
+        longest = self.capacity(num_tokens)
+        for capacity in (length for length in self.capacities if length <= longest):
             for top_k, num_blocks in computes:
                 self._graph(top_k, num_blocks, capacity)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -83,9 +84,27 @@ def test_several_rows_run_in_the_loop(tiny_elastic: ElasticModel, law_examples: 
 def test_capacities_are_few_and_suffice(tiny_elastic: ElasticModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_decode, "CAPACITY_STEP", 64)
     graph = GraphDecode(tiny_elastic.adapter, tiny_elastic.order, 1, max_positions=200)
-    assert [graph.capacity(count) for count in (1, 64, 65, 192, 193, 200)] == [64, 64, 128, 192, 200, 200]
+    assert [graph.capacity(count) for count in (1, 64, 65, 97, 129, 192, 193, 200)] == [
+        64,
+        64,
+        96,
+        128,
+        192,
+        192,
+        200,
+        200,
+    ]
     with pytest.raises(ConfigError, match="201 tokens of prompt and answer exceed the 200"):
         graph.capacity(201)
+
+
+@pytest.mark.parametrize("max_positions", [1, 511, 512, 513, 768, 4096, 32768, 131072])
+def test_capacities_grow_with_the_logarithm(tiny_elastic: ElasticModel, max_positions: int) -> None:
+    graph = GraphDecode(tiny_elastic.adapter, tiny_elastic.order, 1, max_positions=max_positions)
+    capacities = graph.capacities
+    assert capacities[-1] == max_positions
+    assert len(capacities) <= 2 * max(1, math.ceil(math.log2(max_positions / graph_decode.CAPACITY_STEP))) + 1
+    assert all(low < high <= 1.5 * low for low, high in itertools.pairwise(capacities))
 
 
 def test_a_cpu_captures_nothing(tiny_elastic: ElasticModel) -> None:
