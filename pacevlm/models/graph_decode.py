@@ -18,8 +18,8 @@ from pacevlm.knobs import Compute
 from pacevlm.models.adapter import Adapter, Rope
 from pacevlm.models.block_order import BlockOrder
 
-# The smallest capacity. The others are its powers of two and the halves between them, so that a model of 32,768 positions
-# has thirteen, all of which are captured before the first request, and a step reads a third too much of a cache at most.
+# The smallest capacity; the others are its doublings and what lies half way between. So a model of 32,768 positions has
+# thirteen, all of which can be captured before the first request, and a third of a cache at most is read for nothing.
 CAPACITY_STEP = 512
 # Runs before a graph is captured: libraries set themselves up on their first call, which no graph may hold.
 NUM_WARMUP = 3
