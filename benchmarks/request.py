@@ -217,7 +217,7 @@ def run_benchmark(arguments: argparse.Namespace, progress: Progress) -> dict[str
     space, full = model.knob_space, str(model.knob_space.full)
     examples = list(DigitVQA("val", arguments.num_requests, seed=arguments.seed))
     with use_num_threads(arguments.num_threads):
-        device = collect_device_facts(model.device, model.dtype, compiled=model.adapter.compiled)
+        device = collect_device_facts(model.device, model.dtype, compiler=model.adapter.compiler)
         timed, same = run_requests(model, examples, arguments.repeats, progress)
         by_knob = {
             name: {"ratio": ratio.mean, "low": ratio.low, "high": ratio.high, "p50_ms": timed.p50_ms(name)}

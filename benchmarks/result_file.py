@@ -23,7 +23,7 @@ def provenance(device: DeviceFacts) -> dict[str, Any]:
         "versions": {
             "torch": device.torch_version,
             "transformers": device.transformers_version,
-            "numba": device.numba_version,
+            "compiler": device.compiler,
         },
     }
 

@@ -242,7 +242,7 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     model = ElasticModel.from_pretrained(arguments.model, device=arguments.device, dtype=dtype)
     with Progress(console=console) as progress, use_num_threads(arguments.num_threads), torch.inference_mode():
-        device = collect_device_facts(model.device, model.dtype, compiled=model.adapter.compiled)
+        device = collect_device_facts(model.device, model.dtype, compiler=model.adapter.compiler)
         warm = sample_jobs(model, list(DigitVQA("val", 4)), 8, seed=3)
         timed_run(RolloutEngine(model), warm)
         for way in ALONE:

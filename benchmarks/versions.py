@@ -188,7 +188,7 @@ def main() -> None:
     commit = subprocess.run(["git", "-C", str(arguments.before), "rev-parse", "HEAD"], capture_output=True, text=True)
     torch.set_num_threads(arguments.num_threads)
     results = {
-        **provenance(collect_device_facts("cpu", torch.float32, compiled=True)),
+        **provenance(collect_device_facts("cpu", torch.float32, compiler="numba")),
         "before": commit.stdout.strip() or "unknown",
         "model": arguments.model,
         "seed": arguments.seed,

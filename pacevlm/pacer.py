@@ -194,7 +194,7 @@ class Pacer:
         if any_device and num_threads is not None:
             num_threads = min(num_threads, available_threads())
         with use_num_threads(num_threads):
-            facts = collect_device_facts(device, model.dtype, compiled=model.adapter.compiled)
+            facts = collect_device_facts(device, model.dtype, compiler=model.adapter.compiler)
         wanted = model.made_for if any_device else replace(model.made_for, device=facts.identity)
         estimator = LatencyEstimator.load(folder / ESTIMATOR_NAME, wanted)
         pacing = Pacing(

@@ -70,7 +70,7 @@ PRICES = PriceTable(
 def make_estimator(model: ElasticModel, coefficient: float = 1e-4) -> LatencyEstimator:
     stages = {stage: StageFit((coefficient,) * len(terms), 1, 0, 0.0, 0.0) for stage, terms in STAGE_TERMS.items()}
     facts = dataclasses.replace(
-        collect_device_facts("cpu", model.dtype, compiled=model.adapter.compiled), num_threads=NUM_THREADS
+        collect_device_facts("cpu", model.dtype, compiler=model.adapter.compiler), num_threads=NUM_THREADS
     )
     read = StageFit((coefficient,) * len(READ_TERMS), 1, 0, 0.0, 0.0)
     pictures = {"memory": PictureFit(read, 100_000, 0, 0), "jpeg": PictureFit(read, 100_000, 100_000, 50_000)}

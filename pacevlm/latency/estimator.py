@@ -24,7 +24,7 @@ from pacevlm.latency.stage_fit import StageFit, check_coefficients, fit_stage
 from pacevlm.latency.stage_terms import STAGE_TERMS, WORK_UNITS, measured_stages, stage_terms, terms_of
 from pacevlm.types import BudgetKind, RequestSizes, VisionSizes, check_budget_kind
 
-ESTIMATOR_SCHEMA_VERSION = 6
+ESTIMATOR_SCHEMA_VERSION = 7
 
 Array = NDArray[np.float64]
 

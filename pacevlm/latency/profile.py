@@ -22,7 +22,7 @@ from pacevlm.types import StageTimes
 if TYPE_CHECKING:
     import torch
 
-PROFILE_SCHEMA_VERSION = 5
+PROFILE_SCHEMA_VERSION = 6
 MAX_NUM_THREADS = 1024
 
 
@@ -35,7 +35,7 @@ class DeviceFacts:
         device_name: the processor's or accelerator's own name.
         num_threads: threads that one CPU operation may use.
         dtype: number format of the model's weights, for example `float32`.
-        numba_version: the compiler of the loops that ran the model; None where none are compiled.
+        compiler: what compiled what runs between the matrix products, and its version; None where nothing did.
         load_average: the machine's mean number of runnable processes over 1, 5 and 15 minutes, where it tells.
         clock_mhz: the processor's or accelerator's clock rate when the profile began, where it tells.
         clock: the timer that measured, and its resolution.
@@ -47,7 +47,7 @@ class DeviceFacts:
     dtype: str
     torch_version: str
     transformers_version: str
-    numba_version: str | None
+    compiler: str | None
     python_version: str
     platform: str
     load_average: tuple[float, float, float] | None
@@ -67,7 +67,7 @@ class DeviceFacts:
     @property
     def identity(self) -> tuple[str, str, int, str, str]:
         """The facts that must agree before latencies carry over: device type, name, threads, dtype, kind of loops."""
-        loops = "not compiled" if self.numba_version is None else "compiled"
+        loops = "not compiled" if self.compiler is None else "compiled"
         return self.device_type, self.device_name, self.num_threads, self.dtype, loops
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,12 +82,12 @@ class DeviceFacts:
 
 
 def collect_device_facts(
-    device: str | torch.device, dtype: str | torch.dtype, *, compiled: bool = False
+    device: str | torch.device, dtype: str | torch.dtype, *, compiler: str | None = None
 ) -> DeviceFacts:
     """Describe the device that a model runs on, and the machine's state now.
 
     Args:
-        compiled: whether the model's family runs compiled loops there.
+        compiler: the package that compiles what the model's family runs between matrix products there.
 
     Raises:
         ConfigError: there is no such device here.
@@ -104,7 +104,7 @@ def collect_device_facts(
         dtype=str(dtype).removeprefix("torch."),
         torch_version=str(torch.__version__),
         transformers_version=metadata.version("transformers"),
-        numba_version=_installed_version("numba") if compiled else None,
+        compiler=None if compiler is None else f"{compiler} {_installed_version(compiler)}",
         python_version=platform.python_version(),
         platform=platform.platform(),
         load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,

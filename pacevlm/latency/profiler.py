@@ -181,7 +181,7 @@ def profile_requests(
     model_identity: str,
     device: str | torch.device,
     dtype: str | torch.dtype,
-    compiled: bool = False,
+    compiler: str | None = None,
     request_ids: Sequence[str] = (),
     path: str | os.PathLike[str] | None = None,
     keep_partial: bool = False,
@@ -201,7 +201,7 @@ def profile_requests(
         model_identity: names the model's weights and settings.
         device: where the model runs.
         dtype: of its weights.
-        compiled: whether it runs compiled loops there.
+        compiler: what compiled what runs between its matrix products there, if anything did.
         request_ids: what tells the requests from others; an interrupted run with other ones is not gone on with.
         path: where the profile is written. Meanwhile measurements are appended to `<path>.partial.jsonl`, from which an
             interrupted run with the same settings goes on.
@@ -216,7 +216,7 @@ def profile_requests(
     """
     workload = plan_workload(space, settings)
     with use_num_threads(settings.num_threads):
-        facts = collect_device_facts(device, dtype, compiled=compiled)
+        facts = collect_device_facts(device, dtype, compiler=compiler)
         header = {
             "model_identity": model_identity,
             "knob_space": space.to_dict(),

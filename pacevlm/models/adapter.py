@@ -106,7 +106,8 @@ class Adapter(ABC, Generic[PromptT, PreparedT]):
         default_vision_budgets: what tiers mean where nobody says otherwise, cheapest first.
         fixed_blocks: blocks that no configuration leaves out, besides those in front of stage 2.
         position_axes: axes of the rotary positions that prompts are given; 0 where positions count 0, 1, 2 and so on.
-        compiled: whether loops between matrix products are compiled; latencies with and without do not compare.
+        compiler: what compiles what runs between matrix products, `numba` or `triton`; latencies with and without do
+            not compare.
     """
 
     num_blocks: int
@@ -121,7 +122,7 @@ class Adapter(ABC, Generic[PromptT, PreparedT]):
     default_vision_budgets: Mapping[str, int]
     fixed_blocks: frozenset[int] = frozenset()
     position_axes: int = 0
-    compiled: bool = False
+    compiler: str | None = None
 
     # Text and pictures ------------------------------------------------------------------------------------------------
 

@@ -115,16 +115,20 @@ def run_experts(
             return _run_one_token(x, weights, experts, gate_up_proj, down_proj)
         if not (_supports_grouped_mm(x, gate_up_proj) and _supports_grouped_mm(x, down_proj)):
             return _run_one_token_gathered(x, weights, experts, gate_up_proj, down_proj)
-    num_experts = gate_up_proj.shape[0]
+    num_tokens, top_k = experts.shape
     pair_expert = experts.reshape(-1)
-    pair_weight = weights.reshape(-1)
     kept = None if keep is None else keep.reshape(-1).nonzero().squeeze(-1)
-    pair_expert, order = torch.sort(pair_expert if kept is None else pair_expert[kept], stable=True)
+    # Two bytes are sorted in a quarter of the passes that eight take on a GPU.
+    pair_expert, order = torch.sort((pair_expert if kept is None else pair_expert[kept]).to(torch.int16), stable=True)
     pair = order if kept is None else kept[order]
-    pair_token = pair.div(experts.shape[1], rounding_mode="floor")
-    pair_weight = pair_weight.index_select(0, pair)
     # Unlike counting, which asks the device for the highest number, this can be part of a CUDA graph.
-    ends = torch.searchsorted(pair_expert, torch.arange(num_experts, device=x.device), right=True, out_int32=True)
-    inner = swiglu(grouped_product(x.index_select(0, pair_token), ends, gate_up_proj))
-    out = grouped_product(inner, ends, down_proj)
-    return torch.zeros_like(x).index_add_(0, pair_token, out * pair_weight.unsqueeze(-1))
+    every = torch.arange(gate_up_proj.shape[0], dtype=torch.int16, device=x.device)
+    ends = torch.searchsorted(pair_expert, every, right=True, out_int32=True)
+    rows = x.index_select(0, pair.div(top_k, rounding_mode="floor"))
+    out = grouped_product(swiglu(grouped_product(rows, ends, gate_up_proj)), ends, down_proj)
+    # Back in the order of tokens: a sum of k rows each, which is quicker than adding rows where they belong, and the
+    # same every time. Experts that do not run have some row or other, and no weight.
+    place = pair.new_zeros(num_tokens * top_k).index_copy_(0, pair, torch.arange(len(pair), device=x.device))
+    if keep is not None:
+        weights = weights * keep
+    return torch.matmul(weights[:, None], out.index_select(0, place).view(num_tokens, top_k, -1)).squeeze(1)

@@ -148,7 +148,7 @@ class RunContext:
     def estimator(self) -> LatencyEstimator:
         """The fitted estimator; raises IdentityError if it was fitted for another model or device."""
         with use_num_threads(self.config.profile.num_threads):
-            facts = collect_device_facts(self.model.device, self.model.dtype, compiled=self.model.adapter.compiled)
+            facts = collect_device_facts(self.model.device, self.model.dtype, compiler=self.model.adapter.compiler)
         with saying_how_to_go_on():
             wanted = dataclasses.replace(self.model.made_for, device=facts.identity)
             return LatencyEstimator.load(self.run_dir / ESTIMATOR_NAME, wanted)

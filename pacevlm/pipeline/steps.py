@@ -127,7 +127,7 @@ def fit_profile(run: RunContext) -> dict[str, Any]:
 def _wanted(run: RunContext) -> Identity:
     """What a profile has to be made for to be this run's."""
     with use_num_threads(run.config.profile.num_threads):
-        facts = collect_device_facts(run.model.device, run.model.dtype, compiled=run.model.adapter.compiled)
+        facts = collect_device_facts(run.model.device, run.model.dtype, compiler=run.model.adapter.compiler)
     return dataclasses.replace(run.model.made_for, device=facts.identity)
 
 

@@ -69,7 +69,7 @@ def nominal_pacing(model: ElasticModel, picture_kinds: Collection[str] = ("memor
     estimator = LatencyEstimator(
         model_identity=model.identity,
         knob_space=model.knob_space,
-        device=collect_device_facts(model.device, model.dtype, compiled=model.adapter.compiled),
+        device=collect_device_facts(model.device, model.dtype, compiler=model.adapter.compiler),
         trained_top_k=model.trained_top_k,
         stage2_after=model.stage2_after,
         stages=stages,
@@ -169,7 +169,7 @@ def measure_profile(
         model_identity=model.identity,
         device=model.device,
         dtype=model.dtype,
-        compiled=model.adapter.compiled,
+        compiler=model.adapter.compiler,
         request_ids=[
             Example("", source, question, (), picture_config=model.picture_config).content_id
             for source, question in requests

@@ -99,7 +99,7 @@ def device_facts() -> DeviceFacts:
         dtype="float32",
         torch_version="0",
         transformers_version="0",
-        numba_version=None,
+        compiler=None,
         python_version="3",
         platform="none",
         load_average=(0.1, 0.2, 0.3),

@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -100,7 +101,7 @@ def damage(values: Any, *route: str | int, to: Any) -> None:
         (("device", "num_threads"), "1"),
         (("device", "dtype"), 32),
         (("device", "torch_version"), None),
-        (("device", "numba_version"), 0.6),
+        (("device", "compiler"), 0.6),
         (("noise_floor", "repeats_ms"), [1.0]),
         (("model_identity",), ""),
         (("extra",), 1),
@@ -169,8 +170,8 @@ def test_identity(make_profile: Any, device_facts: DeviceFacts, space: KnobSpace
 
 
 def test_compiled_loops_count_where_they_run(device_facts: DeviceFacts) -> None:
-    without = dataclasses.replace(device_facts, numba_version=None)
-    one, other = (dataclasses.replace(without, numba_version=version).identity for version in ("1", "2"))
+    without = dataclasses.replace(device_facts, compiler=None)
+    one, other = (dataclasses.replace(without, compiler=version).identity for version in ("1", "2"))
     assert one == other != without.identity
-    assert collect_device_facts("cpu", "float32").numba_version is None
-    assert collect_device_facts("cpu", "float32", compiled=True).numba_version is not None
+    assert collect_device_facts("cpu", "float32").compiler is None
+    assert collect_device_facts("cpu", "float32", compiler="numba").compiler == f"numba {numba.__version__}"

@@ -20,7 +20,7 @@ from pacevlm.models.molmoe.runtime.cpu_kernels import as_floats
 class CompiledMolmoEAdapter(MolmoEAdapter):
     """`MolmoEAdapter` with compiled loops; its results are equal but for rounding."""
 
-    compiled = True
+    compiler = "numba"
 
     def __init__(self, model: MolmoEForConditionalGeneration, processor: MolmoEProcessor) -> None:
         super().__init__(model, processor)

@@ -51,6 +51,11 @@ def load_molmoe(folder: Path, device: torch.device, dtype: torch.dtype) -> Molmo
         from pacevlm.models.molmoe.runtime.compiled_adapter import CompiledMolmoEAdapter
 
         return CompiledMolmoEAdapter(model, processor)
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from pacevlm.models.molmoe.runtime.triton_adapter import TritonMolmoEAdapter, compiles_here
+
+        if compiles_here(device):
+            return TritonMolmoEAdapter(model, processor)
     return MolmoEAdapter(model, processor)
 
 

@@ -1,0 +1,162 @@
+"""Triton kernels for what a GPU would otherwise run as many small kernels, or as a product far too wide for one token.
+
+A decode step of one request is bound by launches and by reading its weights once. Each function computes what torch
+does in `blocks` and `experts`, which `pytest -m gpu` compares. None of them is differentiable.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Rows of a weight matrix that a program multiplies at once, and most columns: of the sizes tried on an H200 the best.
+BLOCK_ROWS, MAX_BLOCK_COLS = 4, 2048
+
+
+@triton.jit
+def _rms_norm(x_ptr, weight_ptr, out_ptr, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    mask = cols < WIDTH
+    x = tl.load(x_ptr + row * WIDTH + cols, mask, 0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x) / WIDTH + eps)
+    # Half precision rounds here, as the model was trained; the product is rounded when it is stored.
+    x = (x * scale).to(out_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + row * WIDTH + cols, x * tl.load(weight_ptr + cols, mask, 0.0).to(tl.float32), mask)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension with float32 statistics; the weight multiplies after the cast back."""
+    x = x.contiguous()
+    out, width = torch.empty_like(x), x.shape[-1]
+    _rms_norm[(x.numel() // width,)](x, weight, out, eps, width, triton.next_power_of_2(width))
+    return out
+
+
+@triton.jit
+def _route(logits_ptr, weights_ptr, experts_ptr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    token, experts = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    logits = tl.load(logits_ptr + token * EXPERTS + experts, experts < EXPERTS, float("-inf")).to(tl.float32)
+    shares = tl.exp(logits - tl.max(logits))
+    shares = shares / tl.sum(shares)
+    for place in range(TOP_K):
+        best = tl.argmax(shares, 0)
+        tl.store(weights_ptr + token * TOP_K + place, tl.max(shares).to(weights_ptr.dtype.element_ty))
+        tl.store(experts_ptr + token * TOP_K + place, best.to(tl.int64))
+        shares = tl.where(experts == best, -1.0, shares)
+
+
+def route(router_logits: Tensor, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See `pacevlm.models.experts.route`."""
+    router_logits = router_logits.contiguous()
+    num_tokens, num_experts = router_logits.shape
+    weights = torch.empty(num_tokens, top_k, dtype=dtype, device=router_logits.device)
+    experts = torch.empty(num_tokens, top_k, dtype=torch.int64, device=router_logits.device)
+    _route[(num_tokens,)](router_logits, weights, experts, num_experts, top_k, triton.next_power_of_2(num_experts))
+    return weights, experts
+
+
+@triton.jit
+def _gate_up(
+    x_ptr, weights_ptr, experts_ptr, matrix_ptr, out_ptr,
+    WIDTH: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    place, rows = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    matrix = matrix_ptr + tl.load(experts_ptr + place) * (2 * INNER * WIDTH) + rows[:, None] * WIDTH
+    gate, up = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, WIDTH, COLS):
+        cols = start + tl.arange(0, COLS)
+        mask = (rows < INNER)[:, None] & (cols < WIDTH)[None, :]
+        x = tl.load(x_ptr + cols, cols < WIDTH, 0.0).to(tl.float32)[None, :]
+        gate += tl.load(matrix + cols[None, :], mask, 0.0).to(tl.float32) * x
+        up += tl.load(matrix + INNER * WIDTH + cols[None, :], mask, 0.0).to(tl.float32) * x
+    gates = tl.sum(gate, 1)
+    out = gates * tl.sigmoid(gates) * tl.sum(up, 1) * tl.load(weights_ptr + place).to(tl.float32)
+    tl.store(out_ptr + place * INNER + rows, out, rows < INNER)
+
+
+@triton.jit
+def _down(
+    inner_ptr, experts_ptr, matrix_ptr, out_ptr,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for place in range(TOP_K):
+        matrix = matrix_ptr + tl.load(experts_ptr + place) * (WIDTH * INNER) + rows[:, None] * INNER
+        for start in range(0, INNER, COLS):
+            cols = start + tl.arange(0, COLS)
+            mask = (rows < WIDTH)[:, None] & (cols < INNER)[None, :]
+            inner = tl.load(inner_ptr + place * INNER + cols, cols < INNER, 0.0)[None, :]
+            total += tl.load(matrix + cols[None, :], mask, 0.0).to(tl.float32) * inner
+    tl.store(out_ptr + rows, tl.sum(total, 1).to(out_ptr.dtype.element_ty), rows < WIDTH)
+
+
+def run_one_token(x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """See `pacevlm.models.experts.run_experts`, for one token: reads the active experts' weights and nothing else."""
+    _, width, inner_width = down_proj.shape
+    top_k = experts.shape[1]
+    inner = torch.empty(top_k, inner_width, dtype=torch.float32, device=x.device)
+    cols = min(MAX_BLOCK_COLS, triton.next_power_of_2(width))
+    grid = (top_k, triton.cdiv(inner_width, BLOCK_ROWS))
+    _gate_up[grid](x.contiguous(), weights, experts, gate_up_proj, inner, width, inner_width, BLOCK_ROWS, cols)
+    out = torch.empty_like(x)
+    cols = min(MAX_BLOCK_COLS, triton.next_power_of_2(inner_width))
+    _down[(triton.cdiv(width, BLOCK_ROWS),)](
+        inner, experts, down_proj, out, top_k, width, inner_width, BLOCK_ROWS, cols
+    )
+    return out
+
+
+# Not compiled anew for numbers of tokens that are 1 or even, as Triton would do in the middle of a request.
+@triton.jit(do_not_specialize=["num_tokens", "row_stride", "rope_stride"])
+def _normalise_and_rotate(
+    projected_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, eps, num_tokens, row_stride, rope_stride,
+    QUERY: tl.constexpr, KEY: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, token = row // num_tokens, row % num_tokens
+    width = tl.where(part == 0, QUERY, KEY)
+    cols, dtype = tl.arange(0, BLOCK), q_ptr.dtype.element_ty
+    inside = cols % HEAD
+    partner = cols - inside + (inside + HEAD // 2) % HEAD
+    of_query, of_key = (cols < width) & (part == 0), (cols < width) & (part == 1)
+    x_ptr = projected_ptr + row * row_stride + part * QUERY
+    x = tl.load(x_ptr + cols, cols < width, 0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x) / width + eps)
+    other = tl.load(x_ptr + partner, cols < width, 0.0).to(tl.float32)
+    weight = tl.load(q_weight_ptr + cols, of_query, 0.0) + tl.load(k_weight_ptr + cols, of_key, 0.0)
+    other_weight = tl.load(q_weight_ptr + partner, of_query, 0.0) + tl.load(k_weight_ptr + partner, of_key, 0.0)
+    # Half precision rounds where the model was trained to: behind the norm, behind its weight, behind the rotation.
+    x = ((x * scale).to(dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype).to(tl.float32)
+    other = ((other * scale).to(dtype).to(tl.float32) * other_weight.to(tl.float32)).to(dtype).to(tl.float32)
+    angle = batch * rope_stride + token * HEAD + inside
+    rotated = x * tl.load(cos_ptr + angle) + other * tl.load(sin_ptr + angle)
+    place = ((batch * (width // HEAD) + cols // HEAD) * num_tokens + token) * HEAD + inside
+    tl.store(q_ptr + place, rotated, of_query)
+    tl.store(k_ptr + place, rotated, of_key)
+
+
+def normalise_and_rotate(
+    projected: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, rope: tuple[Tensor, Tensor], head_dim: int
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys of a fused projection, normalised over all heads and rotated by half-split tables.
+
+    Args:
+        projected: `(batch, tokens, query + key + value)`.
+        rope: cosines and sines, each `(batch or 1, 1, tokens, head_dim)` float32.
+
+    Returns:
+        queries and keys, each `(batch, heads, tokens, head_dim)`.
+    """
+    projected = projected.contiguous()
+    batch, num_tokens, row_stride = projected.shape
+    cos, sin = (table.contiguous() for table in rope)
+    query, key = q_norm.shape[0], k_norm.shape[0]
+    q = projected.new_empty(batch, query // head_dim, num_tokens, head_dim)
+    k = projected.new_empty(batch, key // head_dim, num_tokens, head_dim)
+    rope_stride = cos.stride(0) if cos.shape[0] > 1 else 0
+    block = triton.next_power_of_2(max(query, key))
+    _normalise_and_rotate[(batch * num_tokens, 2)](
+        projected, q_norm, k_norm, cos, sin, q, k, eps, num_tokens, row_stride, rope_stride, query, key, head_dim, block
+    )
+    return q, k
