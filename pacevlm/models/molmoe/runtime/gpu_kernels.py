@@ -116,7 +116,8 @@ def _normalise_and_rotate(
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, token = row // num_tokens, row % num_tokens
     width = tl.where(part == 0, QUERY, KEY)
-    cols, dtype = tl.arange(0, BLOCK), q_ptr.dtype.element_ty
+    cols = tl.arange(0, BLOCK)
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
     inside = cols % HEAD
     partner = cols - inside + (inside + HEAD // 2) % HEAD
     of_query, of_key = (cols < width) & (part == 0), (cols < width) & (part == 1)
