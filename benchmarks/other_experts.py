@@ -47,13 +47,14 @@ class _ModuleBlock:
 def _replaced(model: ElasticModel, forward_of: Callable[[Any], Callable[..., Tensor]]) -> Iterator[None]:
     blocks: list[Any] = list(model.adapter.model.model.transformer.blocks)
     own, modules = model.adapter.blocks, [block.mlp.experts for block in blocks]
+    graph, model.decoder.graph = model.decoder.graph, None  # it would replay its own blocks
     for module in modules:
         module.forward = forward_of(module)
     model.adapter.blocks = [_ModuleBlock(block) for block in blocks]
     try:
         yield
     finally:
-        model.adapter.blocks = own
+        model.adapter.blocks, model.decoder.graph = own, graph
         for module in modules:
             del module.forward
 

@@ -225,8 +225,9 @@ def test_a_whole_run_and_its_bundle(
     (start,) = json.loads((config.run_dir / "train/run.json").read_text())["starts"]
     assert start["device"]["device_type"] == other_device
 
-    monkeypatch.setattr(loading, "find_spec", lambda _: None)
-    plain = load_elastic_model(dataclasses.replace(config.model, device="cpu"))
+    with monkeypatch.context() as without_numba:
+        without_numba.setattr(loading, "find_spec", lambda _: None)
+        plain = load_elastic_model(dataclasses.replace(config.model, device="cpu"))
     examples = {example.example_id: example for example in load_splits(config.data).test}
     records = [record for record in read_records(config.run_dir / "records.jsonl") if record.policy == "controller"]
     assert len(records) == 6

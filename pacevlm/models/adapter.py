@@ -192,7 +192,8 @@ class Adapter(ABC, Generic[PromptT, PreparedT]):
         """Attention output for the residual stream, `(rows, tokens, d_model)`.
 
         Args:
-            mask: True where a query may look, `(rows, 1, queries, keys)`; None where everything, or `is_causal`, says.
+            mask: True where a query may look, or what is added to its scores, `(rows, 1, queries, keys)`; None where
+                everything, or `is_causal`, says.
         """
 
     @abstractmethod

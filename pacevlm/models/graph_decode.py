@@ -134,7 +134,9 @@ class GraphDecode:
         adapter = self.adapter
         x = adapter.embed_tokens(self._token)[:, None]
         rope = self._rope()
-        mask = (torch.arange(capacity, device=x.device) <= self._place)[None, None, None]
+        # Added to scores rather than true or false, which attention would turn into this in every block.
+        behind = torch.arange(capacity, device=x.device) > self._place
+        mask = x.new_zeros(1, 1, 1, capacity).masked_fill_(behind, float("-inf"))
         for block in sorted(self.order.kept(num_blocks)):
             q, k, v = adapter.project(block, x, rope)
             keys, values = self._caches[block]

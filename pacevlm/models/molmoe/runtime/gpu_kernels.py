@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Rows of a weight matrix that a program multiplies at once, and most columns: of the sizes tried on an H200 the best.
 BLOCK_ROWS, MAX_BLOCK_COLS = 4, 2048
+# Of fewer rows, a router's for example, each gets a program of its own.
+FEW_ROWS = 512
 
 
 @triton.jit
@@ -29,6 +31,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     out, width = torch.empty_like(x), x.shape[-1]
     _rms_norm[(x.numel() // width,)](x, weight, out, eps, width, triton.next_power_of_2(width))
+    return out
+
+
+@triton.jit
+def _multiply_row(
+    x_ptr, matrix_ptr, out_ptr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, WIDTH, COLS):
+        cols = start + tl.arange(0, COLS)
+        mask = (rows < HEIGHT)[:, None] & (cols < WIDTH)[None, :]
+        x = tl.load(x_ptr + cols, cols < WIDTH, 0.0).to(tl.float32)[None, :]
+        total += tl.load(matrix_ptr + rows[:, None] * WIDTH + cols[None, :], mask, 0.0).to(tl.float32) * x
+    tl.store(out_ptr + rows, tl.sum(total, 1).to(out_ptr.dtype.element_ty), rows < HEIGHT)
+
+
+def multiply_row(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear` of a single row, `(..., width)` to `(..., height)`; the library's product is made for many."""
+    height, width = weight.shape
+    out = x.new_empty(*x.shape[:-1], height)
+    rows = 1 if height < FEW_ROWS else BLOCK_ROWS
+    cols = min(MAX_BLOCK_COLS, triton.next_power_of_2(width))
+    _multiply_row[(triton.cdiv(height, rows),)](x.contiguous(), weight, out, height, width, rows, cols)
     return out
 
 

@@ -22,11 +22,16 @@ from pacevlm.models.molmoe.runtime.frozen_block import FrozenBlock
 class TritonBlock(FrozenBlock):
     """`FrozenBlock` with kernels where no gradient is asked for; its results are equal but for rounding."""
 
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`(..., width)` to `(..., rows of the weight)`."""
+        is_one_row = x.numel() == x.shape[-1] and not x.requires_grad
+        return gpu_kernels.multiply_row(x, weight) if is_one_row else F.linear(x, weight)
+
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """See `MolmoEAttention.project`."""
         if x.requires_grad:
             return FrozenBlock.project(self, x, rope)
-        projected = F.linear(gpu_kernels.rms_norm(x, self.attn_norm, self.eps), self.att_proj)
+        projected = self.linear(gpu_kernels.rms_norm(x, self.attn_norm, self.eps), self.att_proj)
         q, k = gpu_kernels.normalise_and_rotate(projected, self.q_norm, self.k_norm, self.eps, rope, self.head_dim)
         return q, k, self._heads(projected[..., sum(self.widths[:2]) :])
 
@@ -36,7 +41,7 @@ class TritonBlock(FrozenBlock):
             return FrozenBlock.mix_experts(self, x, top_k)
         flat = gpu_kernels.rms_norm(x, self.ff_norm, self.eps).flatten(0, 1)
         widest, keep = spread_top_k(top_k, x.shape[1])
-        weights, experts = gpu_kernels.route(F.linear(flat, self.gate), widest, x.dtype)
+        weights, experts = gpu_kernels.route(self.linear(flat, self.gate), widest, x.dtype)
         if len(flat) == 1:
             return gpu_kernels.run_one_token(flat, weights, experts, self.gate_up_proj, self.down_proj).view_as(x)
         return run_experts(flat, weights, experts, self.gate_up_proj, self.down_proj, keep).view_as(x)

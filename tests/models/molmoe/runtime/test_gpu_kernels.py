@@ -38,6 +38,15 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize(("height", "width"), [(6144, 2048), (64, 2048), (17, 24), (515, 3000)])
+def test_multiply_row(dtype: torch.dtype, height: int, width: int) -> None:
+    from pacevlm.models.molmoe.runtime import gpu_kernels
+
+    x, weight = draw(1, 1, width, dtype=dtype), draw(height, width, dtype=dtype)
+    assert error(gpu_kernels.multiply_row(x, weight), x.double() @ weight.double().T) < ROUNDING[dtype]
+
+
+@DTYPES
 @pytest.mark.parametrize(("num_experts", "top_k"), [(64, 8), (10, 3), (128, 1), (5, 5)])
 def test_route(dtype: torch.dtype, num_experts: int, top_k: int) -> None:
     from pacevlm.models.molmoe.runtime import gpu_kernels
