@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import tyro
 
 from pacevlm.checks import MAX_COUNT, MAX_SEED, check_path, check_whole
-from pacevlm.config import HeadroomConfig, ImportanceConfig, check_model_path
+from pacevlm.config import SMALL_STUDY, HeadroomConfig, ImportanceConfig, StudyConfig, check_model_path
 from pacevlm.config_file import ConfigFile, read_config_file
 from pacevlm.console import RichReporter, print_answer, print_prices, print_results
 from pacevlm.errors import ConfigError, PacevlmError
@@ -144,6 +144,41 @@ def headroom(arguments: Sequence[str]) -> None:
     with RichReporter() as reporter:
         results = run_headroom(options.run_dir, options.settings, reporter)
     print("\n" + format_headroom(results), end="")
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """How much of a study to make.
+
+    Attributes:
+        small: a first look of some twenty minutes: one profile, two seeds, 500 questions and 200 steps.
+        settings: how much is made.
+    """
+
+    small: bool = False
+    settings: Annotated[StudyConfig, tyro.conf.arg(name="")] = field(default_factory=StudyConfig)
+
+
+def study(arguments: Sequence[str]) -> None:
+    """Train controllers of several seeds under several profiles, and judge them with every other policy.
+
+    Latencies are replayed: predictions, off by what the profile's measurements were off by. Writes worth.json into the
+    study directory; a second start does what is missing, and goes on where the first was stopped.
+
+    Examples:
+      pacevlm study --small
+      pacevlm study --study-dir runs/study --traffics crossed --num-seeds 3
+      pacevlm study --ablations
+    """
+    default = StudyOptions(small=True, settings=SMALL_STUDY) if "--small" in arguments else None
+    options = parse_options(study, StudyOptions, arguments, default=default)
+    check_model_path(options.settings.model)
+    from pacevlm.pipeline.study import format_worth, run_study
+
+    with RichReporter() as reporter:
+        worth = run_study(options.settings, reporter)
+    print("\n" + format_worth(worth), end="")
+    print(f"\nall tables: {printable(options.settings.study_dir / 'worth.json')}")
 
 
 @dataclass(frozen=True)
@@ -397,6 +432,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "report": report,
+    "study": study,
     "sample": sample,
     "answer": answer,
     "prices": prices,

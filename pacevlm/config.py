@@ -382,6 +382,61 @@ class HeadroomConfig:
 
 
 @dataclass(frozen=True)
+class StudyConfig:
+    """How much of a study is made; the defaults take hours on two CPU cores.
+
+    Attributes:
+        study_dir: folder that holds everything the study leaves behind.
+        model: model directory, or `embedded`.
+        traffics: mixtures of the embedded data set, each a part of its own; one after the other.
+        num_seeds: trainings under each profile.
+        num_profiles: profiles of the machine; those in STUDY/TRAFFIC/profiles come first, by name.
+        num_train: training questions, all run with every configuration.
+        num_test: test questions, the same.
+        steps: of each training.
+        batch_size: contexts of a step.
+        num_samples, repeats: of a profile that is measured.
+        alpha: how often a latency may exceed its bound.
+        ablations: also train without some part, three seeds each, under the first profile.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    study_dir: Path = Path("runs/study")
+    model: str = "embedded"
+    traffics: tuple[str, ...] = ("crossed", "uniform")
+    num_seeds: int = 5
+    num_profiles: int = 3
+    num_train: int = 2000
+    num_test: int = 3000
+    steps: int = 800
+    batch_size: int = 256
+    num_samples: int = 800
+    repeats: int = 2
+    alpha: float = 0.025
+    ablations: bool = False
+
+    def __post_init__(self) -> None:
+        check_path("study_dir", self.study_dir)
+        check_path("model", self.model)
+        check_whole(self, 1, 100, "num_seeds", "num_profiles")
+        check_whole(self, 5, MAX_COUNT, "num_train")
+        check_whole(self, 1, MAX_COUNT, "num_test", "steps", "batch_size", "num_samples", "repeats")
+        check_real(self, MIN_ALPHA, 1, "alpha", below=True)
+        if not self.traffics:
+            raise ConfigError("traffics names nothing; give crossed, uniform or both")
+        for traffic in self.traffics:
+            parse_mixture(traffic)
+
+
+SMALL_STUDY = StudyConfig(
+    num_seeds=2, num_profiles=1, num_train=500, num_test=500, steps=200, batch_size=128, num_samples=250, repeats=1
+)
+"""A first look of some twenty minutes."""
+
+
+@dataclass(frozen=True)
 class ImportanceConfig:
     """How the order in which blocks are given up is measured.
 

@@ -256,7 +256,7 @@ def run_prices(
         knobs = choose_knobs(policy, engine, examples, row)
         outcomes = engine.run(list(zip(examples, knobs, strict=True)))
         accuracy[i] = [outcome.accuracy for outcome in outcomes]
-        latency_ms[i] = _predict(pacing, row, outcomes)
+        latency_ms[i] = predict_ms(pacing, row, outcomes)
         if progress is not None:
             progress(i + 1, len(prices))
     return Front(accuracy, latency_ms)
@@ -377,7 +377,7 @@ def evaluate(
     disagreements = 0
     for (policy_name, b), row in chosen.items():
         answered = [next(outcomes) for _ in row]
-        predicted_ms = _predict(pacing, requests[b], answered)
+        predicted_ms = predict_ms(pacing, requests[b], answered)
         for i, (example, request, outcome) in enumerate(zip(examples, requests[b], answered, strict=True)):
             record = EvaluationRecord(
                 policy=policy_name,
@@ -422,7 +422,7 @@ def summarise_answers(
     return found
 
 
-def _predict(pacing: Pacing, requests: Sequence[PolicyInput], outcomes: Sequence[Outcome]) -> NDArray[np.float64]:
+def predict_ms(pacing: Pacing, requests: Sequence[PolicyInput], outcomes: Sequence[Outcome]) -> NDArray[np.float64]:
     """Predicted latency of every request with the knobs and the output length it had, `(requests,)`."""
     estimator = pacing.guardrail.estimator
     lengths = [outcome.num_output_tokens for outcome in outcomes]

@@ -54,7 +54,8 @@ def run_headroom(run_dir: Path, config: HeadroomConfig, reporter: Reporter | Non
     if StepLog(run_dir).get("profile") is None:
         raise ConfigError(f"{run_dir} holds no finished profile; run `pacevlm profile --run-dir {run_dir}` first")
     with one_writer(run_dir):
-        swept, about = gather(run, config)
+        number = config.num_examples or run.config.lookup.num_examples
+        swept, about = gather(run, config, list(run.splits.train[:number]))
         fractions = run.config.evaluate.budgets
         measured = measure_headroom(swept, fractions, seed=config.seed, progress=run.count("fits"))
         results = {**about, **measured}
@@ -62,10 +63,10 @@ def run_headroom(run_dir: Path, config: HeadroomConfig, reporter: Reporter | Non
     return results
 
 
-def gather(run: RunContext, config: HeadroomConfig) -> tuple[SweptExamples, dict[str, str]]:
-    """What the headroom of a run's training examples is measured on, and what it belongs to; raises as its parts."""
-    number = config.num_examples or run.config.lookup.num_examples
-    examples = list(run.splits.train[:number])
+def gather(
+    run: RunContext, config: HeadroomConfig, examples: Sequence[Example]
+) -> tuple[SweptExamples, dict[str, str]]:
+    """What the headroom of a run's examples is measured on, and what it belongs to; raises as its parts."""
     kind, space = run.config.train.budget_kind, run.model.knob_space
     is_calibrated = (run.run_dir / GUARDRAIL_NAME).is_file()
     pacing = run.pacing(GUARDRAIL_NAME if is_calibrated else PROFILE_GUARDRAIL_NAME)

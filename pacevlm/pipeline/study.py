@@ -1,0 +1,298 @@
+"""A study: controllers of several seeds under several profiles, judged with every other policy on the same questions.
+
+    STUDY/crossed/outcomes.jsonl                what the model answered, shared by all runs (hard links)
+    STUDY/crossed/profiles/*.json               profiles; those that lie there are used, missing ones measured
+    STUDY/crossed/PROFILE/seed0/                an ordinary run directory, trained and not calibrated
+    STUDY/crossed/PROFILE/records.safetensors   what every policy did, under the profile's replayed clock
+    STUDY/worth.json                            the tables, made from the records
+
+Nothing that is done is done again, and two processes may work on different traffics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pacevlm.baselines.lookup_table import LookupTable
+from pacevlm.config import DataConfig, HeadroomConfig, LookupConfig, ProfileConfig, StudyConfig
+from pacevlm.controller.policy import ControllerPolicy
+from pacevlm.controller.policy_interface import Policy, PolicyInput
+from pacevlm.errors import ConfigError
+from pacevlm.evaluation.headroom import best_choice, measure_headroom
+from pacevlm.evaluation.held_out import KNOBS, predict_others
+from pacevlm.evaluation.sweep import (
+    build_oracle,
+    build_requests,
+    choose_knobs,
+    exhaustive_sweep,
+    feasible_table,
+    fit_baselines,
+    predict_ms,
+    run_prices,
+)
+from pacevlm.evaluation.worth import CONTROLLER, SUPERVISED, TABLE, StudyRecords, format_worth, measure_worth
+from pacevlm.files import sha256_file, write_atomic, write_json_atomic
+from pacevlm.knobs import Knobs, KnobSpace
+from pacevlm.latency.profile import Profile
+from pacevlm.latency.replay import ReplayedClock
+from pacevlm.pipeline.artefacts import OUTCOMES_NAME, PROFILE_GUARDRAIL_NAME, PROFILE_NAME
+from pacevlm.pipeline.context import Reporter, RunContext, SilentReporter
+from pacevlm.pipeline.headroom import gather
+from pacevlm.pipeline.run import run_pipeline
+from pacevlm.pipeline.run_config import RunConfig, load_run_config, train_defaults
+from pacevlm.request.pacing import Pacing
+from pacevlm.training.run_record import source_commit
+from pacevlm.training.train_config import TrainConfig
+from pacevlm.types import Example, Objective
+
+__all__ = ["format_worth", "run_study"]
+
+WORTH_NAME, RECORDS_NAME = "worth.json", "records.safetensors"
+# What a training is without, beside the first profile: how its settings differ.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "no mask": {"mask": False},
+    "no multiplier": {"constraint": {"k_p": 0.0, "k_i": 0.0}},
+    "group scaling": {"grpo": {"scale_rewards": "group"}},
+    "no prices": {"max_price": 0.0},
+    "no tightening": {"max_tightening": 1.0},
+}
+
+
+def run_study(config: StudyConfig, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Do what is missing of a study, and write `worth.json` of all traffics whose records are there.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is missing.
+        PacevlmError: whatever a run raises.
+    """
+    import sklearn  # noqa: F401  # before anything long runs
+
+    reporter = reporter or SilentReporter()
+    worth: dict[str, Any] = {"commit": source_commit() or "unknown"}
+    for traffic in config.traffics:
+        study = _Traffic(config, traffic, reporter)
+        worth[traffic] = measure_worth([study.judge(profile) for profile in study.profiles()])
+        write_json_atomic(config.study_dir / WORTH_NAME, worth)
+    return worth
+
+
+class _Traffic:
+    """All runs on one kind of questions."""
+
+    def __init__(self, config: StudyConfig, traffic: str, reporter: Reporter) -> None:
+        self.config, self.traffic, self.reporter = config, traffic, reporter
+        self.folder = config.study_dir / traffic
+        self.data = DataConfig(mixture=traffic, num_train=config.num_train, num_test=config.num_test)
+
+    def run_config(self, folder: Path, profile: ProfileConfig, seed: int = 0, **changes: Any) -> RunConfig:
+        """An ordinary run on this traffic."""
+        defaults = RunConfig()
+        train = _changed(train_defaults(steps=self.config.steps, batch_size=self.config.batch_size), changes)
+        return dataclasses.replace(
+            defaults,
+            run_dir=folder,
+            model=dataclasses.replace(defaults.model, path=self.config.model),
+            data=self.data,
+            profile=dataclasses.replace(
+                profile, num_lengths=min(profile.num_lengths, self.config.num_train), alpha=self.config.alpha
+            ),
+            lookup=LookupConfig(num_examples=self.config.num_train),
+            train=dataclasses.replace(train, seed=seed),
+        )
+
+    def profiles(self) -> list[Path]:
+        """The profiles, the reference first; those that are missing are measured now."""
+        folder = self.folder / "profiles"
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count():
+            found = sorted(folder.glob("*.json"))
+            if len(found) >= self.config.num_profiles:
+                return found[: self.config.num_profiles]
+            name = f"measured{number}"
+            if (folder / f"{name}.json").exists():
+                continue
+            settings = dataclasses.replace(
+                ProfileConfig(), num_samples=self.config.num_samples, repeats=self.config.repeats, seed=number
+            )
+            run = run_pipeline(
+                self.run_config(self.folder / f"profiling-{name}", settings), "profile", reporter=self.reporter
+            )
+            with write_atomic(folder / f"{name}.json") as temporary:
+                shutil.copyfile(run.run_dir / PROFILE_NAME, temporary)
+        raise AssertionError
+
+    def train(self, profile: Path, seed: int, name: str = "", **changes: Any) -> Path:
+        """The finished run directory of one training."""
+        folder = self.folder / profile.stem / f"{name.replace(' ', '-')}{'-' if name else ''}seed{seed}"
+        config = self.run_config(folder, ProfileConfig(source=str(profile)), seed, **changes)
+        _share(self.folder / OUTCOMES_NAME, folder / OUTCOMES_NAME)
+        run_pipeline(config, "train", reporter=self.reporter)
+        return folder
+
+    def judge(self, profile: Path) -> StudyRecords:
+        """What every policy does with the test questions under one profile, from the folder where it is known."""
+        config, path = self.config, self.folder / profile.stem / RECORDS_NAME
+        is_reference = profile == self.profiles()[0]
+        seeds = range(config.num_seeds)
+        ablations = ABLATIONS if config.ablations and is_reference else {}
+        ablated = range(min(config.num_seeds, 3))
+        header = {**dataclasses.asdict(config), "study_dir": "", "profile": sha256_file(profile)}
+        header = {name: value for name, value in header.items() if name not in ("study_dir", "traffics")}
+        known = StudyRecords.load(path, _plain(header))
+        if known is not None:
+            return known
+        runs = {f"{CONTROLLER} {seed}": self.train(profile, seed) for seed in seeds}
+        for name, changes in ablations.items():
+            runs |= {f"{name} {seed}": self.train(profile, seed, name, **changes) for seed in ablated}
+        records = _judge(
+            RunContext(load_run_config(runs[f"{CONTROLLER} 0"]), self.reporter),
+            runs,
+            profile,
+            tuple(ablations),
+            tuple(seeds),
+        )
+        records.save(path, _plain(header))
+        return records
+
+
+def _plain(header: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: str(value) for name, value in header.items()}
+
+
+def _changed(train: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """Settings with some replaced, nested ones by name."""
+    flat = {
+        name: dataclasses.replace(getattr(train, name), **value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    return dataclasses.replace(train, **flat)
+
+
+def _share(store: Path, place: Path) -> None:
+    """Let a run append to the outcomes of its traffic; on a file system without hard links it gets a copy."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.exists():
+        return
+    store.touch()
+    try:
+        os.link(store, place)
+    except OSError:
+        shutil.copyfile(store, place)
+
+
+def _judge(
+    run: RunContext,
+    folders: Mapping[str, Path],
+    profile_path: Path,
+    ablations: tuple[str, ...],
+    seeds: tuple[int, ...],
+) -> StudyRecords:
+    engine, space, kind = run.engine, run.model.knob_space, run.config.train.budget_kind
+    pacing, full_ms = run.pacing(PROFILE_GUARDRAIL_NAME), run.full_p50_ms
+    clock = ReplayedClock(run.estimator, Profile.load(profile_path).samples, kind)
+    train, test = list(run.splits.train[: run.config.lookup.num_examples]), list(run.splits.test)
+    fractions = run.config.evaluate.budgets
+    objectives = [Objective(fraction * full_ms, kind) for fraction in fractions]
+    exhaustive_sweep(engine, train, run.count("training answers"))
+    outcomes = exhaustive_sweep(engine, test, run.count("test answers"))
+    requests = build_requests(engine, test, objectives, pacing)
+
+    prices = run.config.train.prices
+    baselines = fit_baselines(engine, train, objectives, pacing, full_ms=full_ms, prices=prices)
+    policies: dict[str, Policy] = {policy.name: policy for policy in baselines}
+    policies["oracle"] = build_oracle(engine, test, pacing, kind, full_ms)
+    for name, folder in folders.items():
+        policies[name] = ControllerPolicy(RunContext(load_run_config(folder)).controller().eval())
+    chosen: dict[str, list[list[Knobs]]] = {}
+    for number, (name, policy) in enumerate(policies.items(), start=1):
+        chosen[name] = [choose_knobs(policy, engine, test, row) for row in requests]
+        run.reporter.progress("policies", number, len(policies))
+    chosen["task_table"] = _task_choices(run, train, test, objectives, pacing, requests)
+    learnable, chosen[SUPERVISED] = _supervised_choices(run, train, test, requests)
+
+    accuracy, latency_ms = np.empty((2, len(chosen), len(fractions), len(test)))
+    for p, by_budget in enumerate(chosen.values()):
+        for b, knobs in enumerate(by_budget):
+            answers = engine.run(list(zip(test, knobs, strict=True)))
+            ratios = [clock.ratio(e.example_id, choice) for e, choice in zip(test, knobs, strict=True)]
+            accuracy[p, b] = [answer.accuracy for answer in answers]
+            latency_ms[p, b] = predict_ms(pacing, requests[b], answers) * ratios
+    priced = [policies[TABLE], *(policies[f"{CONTROLLER} {seed}"] for seed in seeds)]
+    fronts = [
+        run_prices(policy, engine, test, run.loose_objective, prices, pacing, run.count("prices of time"))
+        for policy in priced
+    ]
+    return StudyRecords(
+        profile=profile_path.stem,
+        seeds=seeds,
+        fractions=fractions,
+        budgets_ms=tuple(objective.budget_ms for objective in objectives),
+        prices=prices,
+        policies=tuple(chosen),
+        tasks=tuple(_task(example) for example in test),
+        learnable=learnable,
+        ablations=ablations,
+        accuracy=accuracy,
+        latency_ms=latency_ms,
+        feasible=np.array([[request.any_feasible for request in row] for row in requests]),
+        front_accuracy=np.stack([front.accuracy for front in fronts]),
+        front_ms=np.stack([front.latency_ms for front in fronts]),
+        full_accuracy=outcomes[:, space.index(space.full)],
+        knob_accuracy=np.stack([outcomes[:, space.index(knobs)] for knobs in _lowered(space)]),
+    )
+
+
+def _lowered(space: KnobSpace) -> list[Knobs]:
+    """Every knob at its lowest value, the others full."""
+    full, cheapest = space.full, space.cheapest
+    return [dataclasses.replace(full, **{knob: getattr(cheapest, knob)}) for knob in KNOBS]
+
+
+def _task(example: Example) -> str:
+    """What a question is of: its task where the traffic has tasks, else its family."""
+    return str(example.metadata.get("task", example.metadata.get("family", "all")))
+
+
+def _task_choices(
+    run: RunContext,
+    train: Sequence[Example],
+    test: Sequence[Example],
+    objectives: Sequence[Objective],
+    pacing: Pacing,
+    requests: Sequence[Sequence[PolicyInput]],
+) -> list[list[Knobs]]:
+    """A lookup table for each task, which no request tells: what knowing the task alone is worth."""
+    tables: dict[str, LookupTable] = {}
+    for task in sorted({_task(example) for example in test}):
+        own = [example for example in train if _task(example) == task] or list(train)
+        fitted = fit_baselines(run.engine, own, objectives, pacing, full_ms=run.full_p50_ms)
+        tables[task] = next(policy for policy in fitted if isinstance(policy, LookupTable))
+    return [[tables[_task(e)].choose(request) for e, request in zip(test, row, strict=True)] for row in requests]
+
+
+def _supervised_choices(
+    run: RunContext, train: list[Example], test: list[Example], requests: Sequence[Sequence[PolicyInput]]
+) -> tuple[dict[str, float], list[list[Knobs]]]:
+    """What is learnable on the training questions, points, and the choices of the predictor that says so."""
+    config = HeadroomConfig(latency_token=False, num_moved=0)
+    swept, _ = gather(run, config, train)
+    found = measure_headroom(swept, run.config.evaluate.budgets, progress=run.count("fits"))
+    if found["learnable"] is None:
+        raise ConfigError("headroom found nothing to measure on the training questions")
+    models = found["models"]["stage1"]
+    both, _ = gather(run, config, [*train, *test])
+    predicted = predict_others(both, np.arange(len(train) + len(test)) < len(train), max(models, key=models.get))
+    feasible = feasible_table(requests).copy()
+    feasible[~feasible.any(axis=2), 0] = True
+    choices = best_choice(predicted, feasible, both.predicted_ms[len(train) :])
+    space = run.model.knob_space
+    learnable = {name: 100 * value for name, value in found["learnable"].items()}
+    return learnable, [[space[int(index)] for index in row] for row in choices]

@@ -1,0 +1,98 @@
+"""A study: what is missing is done, what is there is not done again, and its tables follow from its records."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pacevlm.config import StudyConfig
+from pacevlm.errors import ConfigError
+from pacevlm.evaluation.worth import StudyRecords, measure_worth
+from pacevlm.pipeline import study
+from pacevlm.pipeline.study import run_study
+
+
+@pytest.fixture(scope="module")
+def config(tiny_elastic_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
+    return StudyConfig(
+        study_dir=tmp_path_factory.mktemp("study"),
+        model=str(tiny_elastic_dir),
+        traffics=("crossed",),
+        num_seeds=1,
+        num_profiles=1,
+        num_train=24,
+        num_test=8,
+        steps=1,
+        batch_size=4,
+        num_samples=24,
+        repeats=1,
+        alpha=0.4,
+    )
+
+
+@pytest.fixture(scope="module")
+def worth(config: StudyConfig) -> dict[str, Any]:
+    return run_study(config)
+
+
+def test_tables_are_made_from_records_alone(config: StudyConfig, worth: dict[str, Any]) -> None:
+    assert json.loads((config.study_dir / "worth.json").read_text()) == worth
+    records = StudyRecords.load(config.study_dir / "crossed/measured0/records.safetensors")
+    assert records is not None
+    assert measure_worth([records]) == worth["crossed"]
+    expected = {"lookup_table", "fixed", "full", "cheapest", "random", "oracle", "task_table", "supervised"}
+    assert set(records.policies) == {*expected, "controller 0"}
+    assert records.accuracy.shape == (9, 5, 8)
+    # No policy is above the oracle, which knows every answer.
+    assert (records.accuracy.sum(axis=2) <= records.accuracy[records.of("oracle")].sum(axis=1) + 1e-9).all()
+
+
+def test_what_is_there_is_not_done_again(
+    config: StudyConfig, worth: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("done again")
+
+    monkeypatch.setattr(study, "run_pipeline", fail)
+    assert run_study(config) == worth
+    (config.study_dir / "crossed/measured0/records.safetensors").unlink()
+    with pytest.raises(AssertionError, match="done again"):
+        run_study(config)
+    monkeypatch.undo()
+    assert run_study(config) == worth  # from the trained controller and the outcomes that are there
+
+
+def test_all_runs_share_what_the_model_answered(config: StudyConfig, worth: dict[str, Any]) -> None:
+    store, own = (
+        config.study_dir / "crossed/outcomes.jsonl",
+        config.study_dir / "crossed/measured0/seed0/outcomes.jsonl",
+    )
+    assert os.path.samefile(store, own)
+    assert len(store.read_text().splitlines()) > 24 * 36
+
+
+def test_a_profile_that_lies_there_is_taken(config: StudyConfig, worth: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "crossed/profiles").mkdir(parents=True)
+    given = (config.study_dir / "crossed/profiles/measured0.json").read_bytes()
+    (tmp_path / "crossed/profiles/reference.json").write_bytes(given)
+    found = run_study(StudyConfig(**{**vars(config), "study_dir": tmp_path}))
+    assert found["crossed"]["profiles"] == ["reference"]
+    # The same questions, profile and seed: the same tables.
+    assert {**found["crossed"], "profiles": 0, "profile_gains": 0} == {
+        **worth["crossed"],
+        "profiles": 0,
+        "profile_gains": 0,
+    }
+
+
+def test_a_study_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="traffics names nothing"):
+        StudyConfig(traffics=())
+    with pytest.raises(ConfigError, match="mixture is 'sideways'"):
+        StudyConfig(traffics=("sideways",))
+    with pytest.raises(ConfigError, match="num_seeds"):
+        StudyConfig(num_seeds=0)
