@@ -95,7 +95,7 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     lookup: LookupConfig = field(default_factory=LookupConfig)
     controller: ControllerSettings = field(default_factory=ControllerSettings)
-    train: TrainConfig = field(default_factory=lambda: train_defaults(steps=250))
+    train: TrainConfig = field(default_factory=lambda: train_defaults(steps=800))
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
