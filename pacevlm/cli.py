@@ -114,6 +114,52 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
+class RebaseOptions:
+    """Which run's controller to keep, and where.
+
+    Attributes:
+        source: a run directory whose controller is trained; it stays as it is.
+        run_dir: folder of the new run; SOURCE-rebased if None.
+        device: where the model runs, for example `cuda`; where it ran if None.
+        num_threads: CPU threads of a request; as many as it had if None.
+        transfer: carry the latencies over with some eighty measurements instead of a whole profile.
+    """
+
+    source: tyro.conf.Positional[Path]
+    run_dir: Path | None = None
+    device: str | None = None
+    num_threads: int | None = None
+    transfer: bool = False
+
+
+def rebase(arguments: Sequence[str]) -> None:
+    """Keep a trained controller on this device: profile and calibrate anew, and do not train again.
+
+    For another GPU, an update of the driver, another number of threads. The new run directory is one like any other:
+    `pacevlm evaluate` tells what the controller is worth there.
+
+    Examples:
+      pacevlm rebase runs/mine
+      pacevlm rebase runs/mine --run-dir runs/other --num-threads 2 --transfer
+    """
+    options = parse_options(rebase, RebaseOptions, arguments)
+    check_path("source", options.source)
+    run_dir = options.run_dir or options.source.with_name(f"{options.source.name}-rebased")
+    from pacevlm.pipeline.rebase import rebase_run
+
+    with RichReporter() as reporter:
+        rebase_run(
+            options.source,
+            run_dir,
+            device=options.device,
+            num_threads=options.num_threads,
+            transfer=options.transfer,
+            reporter=reporter,
+        )
+    print(f"\ncontroller, guardrail and estimator: {printable(run_dir / 'bundle')}")
+
+
+@dataclass(frozen=True)
 class HeadroomOptions:
     """Which run's data to measure, and how.
 
@@ -432,6 +478,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "report": report,
+    "rebase": rebase,
     "study": study,
     "sample": sample,
     "answer": answer,

@@ -274,6 +274,19 @@ class Controller(nn.Module):
         controller.load_state_dict(weights)
         return controller.to(device)
 
+    def rebased(self, reference_ms: float, estimator_fingerprint: str) -> Self:
+        """The same controller with another full latency and another estimator, those of another device."""
+        with torch.random.fork_rng(devices=[]):
+            controller = type(self)(
+                dataclasses.replace(self.config, reference_ms=reference_ms),
+                model_identity=self.model_identity,
+                knob_space=self.knob_space,
+                estimator_fingerprint=estimator_fingerprint,
+                d_model=self.d_model,
+            )
+        controller.load_state_dict(self.state_dict())
+        return controller.to(next(self.parameters()).device)
+
     def _check_request(self, request: PolicyInput) -> None:
         shape = self.knob_space.shape
         if request.feasible.shape != shape or len(request.view.sizes.vision) != shape[0]:
