@@ -25,7 +25,7 @@ from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.config import DataConfig, HeadroomConfig, LookupConfig, ProfileConfig, StudyConfig
 from pacevlm.controller.policy import ControllerPolicy
 from pacevlm.controller.policy_interface import Policy, PolicyInput
-from pacevlm.errors import ConfigError
+from pacevlm.errors import ConfigError, DataError
 from pacevlm.evaluation.headroom import best_choice, measure_headroom
 from pacevlm.evaluation.held_out import KNOBS, predict_others
 from pacevlm.evaluation.sweep import (
@@ -39,7 +39,7 @@ from pacevlm.evaluation.sweep import (
     run_prices,
 )
 from pacevlm.evaluation.worth import CONTROLLER, SUPERVISED, TABLE, StudyRecords, format_worth, measure_worth
-from pacevlm.files import sha256_file, write_atomic, write_json_atomic
+from pacevlm.files import read_json, sha256_file, write_atomic, write_json_atomic
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.profile import Profile
 from pacevlm.latency.replay import ReplayedClock
@@ -56,6 +56,8 @@ from pacevlm.types import Example, Objective
 __all__ = ["format_worth", "run_study"]
 
 WORTH_NAME, RECORDS_NAME = "worth.json", "records.safetensors"
+# The settings that records depend on, besides their profile and the ablations.
+_OF_RECORDS = ("model", "num_seeds", "num_train", "num_test", "steps", "batch_size", "alpha")
 # What a training is without, beside the first profile: how its settings differ.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no mask": {"mask": False},
@@ -67,7 +69,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def run_study(config: StudyConfig, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Do what is missing of a study, and write `worth.json` of all traffics whose records are there.
+    """Do what is missing of a study, and write its tables into `worth.json`; those of other traffics stay there.
 
     Raises:
         ModuleNotFoundError: scikit-learn is missing.
@@ -76,11 +78,13 @@ def run_study(config: StudyConfig, reporter: Reporter | None = None) -> dict[str
     import sklearn  # noqa: F401  # before anything long runs
 
     reporter = reporter or SilentReporter()
-    worth: dict[str, Any] = {"commit": source_commit() or "unknown"}
+    path, worth = config.study_dir / WORTH_NAME, {}
     for traffic in config.traffics:
         study = _Traffic(config, traffic, reporter)
-        worth[traffic] = measure_worth([study.judge(profile) for profile in study.profiles()])
-        write_json_atomic(config.study_dir / WORTH_NAME, worth)
+        found = measure_worth([study.judge(profile) for profile in study.profiles()])
+        worth[traffic] = {"commit": source_commit() or "unknown", **found}
+        known = read_json(path, "tables of a study", DataError) if path.exists() else {}
+        write_json_atomic(path, known | worth)
     return worth
 
 
@@ -144,9 +148,9 @@ class _Traffic:
         seeds = range(config.num_seeds)
         ablations = ABLATIONS if config.ablations and is_reference else {}
         ablated = range(min(config.num_seeds, 3))
-        header = {**dataclasses.asdict(config), "study_dir": "", "profile": sha256_file(profile)}
-        header = {name: value for name, value in header.items() if name not in ("study_dir", "traffics")}
-        known = StudyRecords.load(path, _plain(header))
+        settings = {name: getattr(config, name) for name in _OF_RECORDS}
+        header = settings | {"profile": sha256_file(profile), "ablations": list(ablations)}
+        known = StudyRecords.load(path, header)
         if known is not None:
             return known
         runs = {f"{CONTROLLER} {seed}": self.train(profile, seed) for seed in seeds}
@@ -159,12 +163,8 @@ class _Traffic:
             tuple(ablations),
             tuple(seeds),
         )
-        records.save(path, _plain(header))
+        records.save(path, header)
         return records
-
-
-def _plain(header: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: str(value) for name, value in header.items()}
 
 
 def _changed(train: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
