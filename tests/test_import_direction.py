@@ -55,7 +55,7 @@ OPTIONAL: dict[str, frozenset[str]] = {
         f"pacevlm.models.molmoe.runtime.{module}"
         for module in ("cpu_loops", "cpu_kernels", "compiled_block", "compiled_adapter")
     ),
-    "triton": frozenset({"pacevlm.models.molmoe.runtime.gpu_kernels"}),
+    "triton": frozenset(f"pacevlm.models.molmoe.runtime.{module}" for module in ("gpu_kernels", "triton_adapter")),
     "sklearn": frozenset(),
     "trl": frozenset(),
 }

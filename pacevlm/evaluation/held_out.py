@@ -115,26 +115,17 @@ def predict_accuracy(
     Returns:
         `(examples, configurations)`.
     """
-    predicted = np.empty(swept.accuracy.shape)
+    shape = swept.space.shape[0], swept.space.num_stage2
+    predicted = np.empty((len(swept.accuracy), *shape))
     for fold in range(NUM_FOLDS):
-        predicted[folds == fold] = predict_others(swept, folds != fold, model, with_token=with_token, seed=seed)
+        train = folds != fold
+        inputs = _inputs(swept, train, with_token)
+        accuracy = swept.accuracy[train].reshape(-1, *shape)
+        fit = _fit_linear if model == "linear" else _fit_trees
+        predicted[~train] = fit(swept, inputs[train], accuracy, inputs[~train], seed)
         if progress is not None:
             progress()
-    return predicted
-
-
-def predict_others(
-    swept: SweptExamples, train: BoolArray, model: str, *, with_token: bool = False, seed: int = 0
-) -> FloatArray:
-    """Predicted accuracy of the examples that are not for training, `(others, configurations)`; see `predict_accuracy`.
-
-    Args:
-        train: which examples the model is fitted on, `(examples,)`.
-    """
-    shape = swept.space.shape[0], swept.space.num_stage2
-    inputs, accuracy = _inputs(swept, train, with_token), swept.accuracy[train].reshape(-1, *shape)
-    fit = _fit_linear if model == "linear" else _fit_trees
-    return fit(swept, inputs[train], accuracy, inputs[~train], seed).reshape(int((~train).sum()), -1)
+    return predicted.reshape(len(predicted), -1)
 
 
 def _inputs(swept: SweptExamples, train: BoolArray, with_token: bool) -> FloatArray:

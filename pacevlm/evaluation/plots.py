@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Okabe and Ito, Color Universal Design, 2008: told apart under the common kinds of colour blindness.
 COLOURS = {
     "controller": "#0072B2",
+    "predictor": "#56B4E9",
     "lookup_table": "#D55E00",
     "fixed": "#009E73",
     "full": "#222222",
@@ -28,10 +29,10 @@ COLOURS = {
     "random": "#CC79A7",
     "oracle": "#555555",
 }
-OTHER_COLOURS = ("#56B4E9", "#B8A800")
+OTHER_COLOURS = ("#B8A800", "#7F3C8D")
 # Policies whose knobs do not depend on the budget: one point, not a line.
 POINTS = {"full": "*", "cheapest": "s"}
-MARKERS = {"controller": "o", "lookup_table": "D", "fixed": "^", "random": "v", "oracle": "x"}
+MARKERS = {"controller": "o", "predictor": "P", "lookup_table": "D", "fixed": "^", "random": "v", "oracle": "x"}
 STYLE: Any = {
     "svg.hashsalt": "pacevlm",
     "font.size": 10,

@@ -35,7 +35,7 @@ RESULTS_SCHEMA_VERSION = 2
 _Finite = Annotated[float, Range(-1e9, 1e9)]
 _Price = Annotated[float, Range(0.0, MAX_PRICE)]
 
-POLICY_ORDER = ("controller", "lookup_table", "fixed", "full", "cheapest", "random", "oracle")
+POLICY_ORDER = ("controller", "predictor", "lookup_table", "fixed", "full", "cheapest", "random", "oracle")
 
 
 @dataclass(frozen=True)

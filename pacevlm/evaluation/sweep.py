@@ -18,6 +18,7 @@ from pacevlm.baselines.fixed import FixedPolicy
 from pacevlm.baselines.full import FullPolicy
 from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.baselines.oracle import OraclePolicy
+from pacevlm.baselines.predictor import PredictorPolicy
 from pacevlm.baselines.random_feasible import RandomFeasiblePolicy
 from pacevlm.config import EvaluateConfig
 from pacevlm.controller.policy_interface import Policy, PolicyInput
@@ -179,7 +180,7 @@ def fit_baselines(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Policy]:
-    """Every policy that needs no controller: lookup table and fixed knobs, fitted on training examples, and the rest.
+    """Every policy that needs no controller: lookup table, fixed knobs and predictor as fitted, and the rest.
 
     Args:
         examples: of the training split; each runs with every configuration unless that is remembered.
@@ -195,7 +196,8 @@ def fit_baselines(
     budgets_ms, kind = [objective.budget_ms for objective in objectives], objectives[0].kind
     between_ms = np.geomspace(0.5 * budgets_ms[0], 1.5 * budgets_ms[-1], NUM_TABLE_BUDGETS)
     table_ms = sorted({*budgets_ms, *between_ms.tolist()})
-    feasible = feasible_table(build_requests(engine, examples, [Objective(ms, kind) for ms in table_ms], pacing))
+    requests = build_requests(engine, examples, [Objective(ms, kind) for ms in table_ms], pacing)
+    feasible = feasible_table(requests)
     asked_for = [table_ms.index(budget_ms) for budget_ms in budgets_ms]
     table = LookupTable.fit(
         space,
@@ -212,6 +214,7 @@ def fit_baselines(
         FullPolicy(space),
         CheapestPolicy(space),
         RandomFeasiblePolicy(space, seed),
+        PredictorPolicy.fit(space, requests[0], accuracy),
     ]
 
 

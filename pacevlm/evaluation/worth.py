@@ -21,7 +21,7 @@ from pacevlm.evaluation.fronts import Front, summarise_fronts
 from pacevlm.evaluation.statistics import FloatArray, Interval, bootstrap_mean, ratio_interval, resampled_means
 from pacevlm.files import load_safetensors, load_safetensors_metadata, save_safetensors_atomic
 
-CONTROLLER, TABLE, SUPERVISED = "controller", "lookup_table", "supervised"
+CONTROLLER, TABLE, PREDICTOR = "controller", "lookup_table", "predictor"
 KIND = "pacevlm study 1"
 
 
@@ -41,7 +41,8 @@ class StudyRecords:
         ablations: names of controllers that were trained otherwise, each `NAME SEED` among the policies.
         accuracy, latency_ms: `(policies, budgets, questions)`; latencies are replayed.
         feasible: whether the guardrail admitted anything, `(budgets, questions)`.
-        front_accuracy, front_ms: of the lookup table, and then of the controllers, `(1 + seeds, prices, questions)`.
+        front_accuracy, front_ms: of the lookup table, the predictor and the controllers, `(2 + seeds, prices,
+            questions)`.
         full_accuracy: with the full configuration, `(questions,)`.
         knob_accuracy: with one knob at its lowest value and the others full, `(3, questions)`.
     """
@@ -125,10 +126,17 @@ def measure_worth(cells: Sequence[StudyRecords]) -> dict[str, Any]:
             f"{fraction:g}": _mean(gains[:, b].mean(axis=0)).to_dict() for b, fraction in enumerate(first.fractions)
         },
         "seed_gains": [_mean(of_seed.mean(axis=0)).to_dict() for of_seed in gains],
+        "predictor_gains": {
+            cell.profile: _mean(
+                100 * (cell.accuracy[cell.of(PREDICTOR)] - cell.accuracy[cell.of(TABLE)]).mean(axis=0)
+            ).to_dict()
+            for cell in cells
+        },
         "profile_gains": {cell.profile: _mean(cell.gains().mean(axis=(0, 1))).to_dict() for cell in cells},
         "learnable_points": dict(first.learnable),
         "share_of_learnable": gain.mean / learnable if learnable > 0 else None,
-        "latency_at_equal_accuracy": _equal_accuracy(first),
+        "latency_at_equal_accuracy": _equal_accuracy(first, slice(2, None)),
+        "predictor_latency_at_equal_accuracy": _equal_accuracy(first, slice(1, 2)),
         "late": {f"{fraction:g}": _late(first, b) for b, fraction in enumerate(first.fractions)},
         "full_accuracy": _mean(100 * first.full_accuracy).to_dict(),
         "knob_costs": _knob_costs(first),
@@ -157,10 +165,10 @@ def _mean(values: FloatArray) -> Interval:
     return bootstrap_mean(values, num_resamples=4000)
 
 
-def _equal_accuracy(records: StudyRecords) -> dict[str, Any]:
-    """The controllers' mean latency over the table's, a few points below full accuracy; seeds count as one front."""
+def _equal_accuracy(records: StudyRecords, places: slice) -> dict[str, Any]:
+    """Mean latency of some fronts over the table's, a few points below full accuracy; seeds count as one front."""
     fronts = {
-        CONTROLLER: Front(records.front_accuracy[1:].mean(axis=0), records.front_ms[1:].mean(axis=0)),
+        CONTROLLER: Front(records.front_accuracy[places].mean(axis=0), records.front_ms[places].mean(axis=0)),
         TABLE: Front(records.front_accuracy[0], records.front_ms[0]),
     }
     found = summarise_fronts(fronts, records.full_accuracy, records.prices, budget_ms=records.budgets_ms[-1])
@@ -203,6 +211,8 @@ def format_worth(worth: Mapping[str, Any]) -> str:
             + "".join(f"; {name} {_points(gain)}" for name, gain in found["profile_gains"].items()),
             "  at each budget                 "
             + ", ".join(f"{fraction}: {gain['mean']:+.1f}" for fraction, gain in found["gain_at"].items()),
+            "  predictor less lookup table    "
+            + "; ".join(f"{name} {_points(gain)}" for name, gain in found["predictor_gains"].items()),
             f"  learnable                      {_points(found['learnable_points'])} points"
             + ("" if share is None else f", of which {share:.2f} are reached"),
             "  others less lookup table       "

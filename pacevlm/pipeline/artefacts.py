@@ -22,7 +22,7 @@ PROFILE_NAME, ESTIMATOR_NAME, OUTPUT_LENGTH_NAME = "profile.json", "estimator.js
 PROFILE_GUARDRAIL_NAME, GUARDRAIL_NAME = "guardrail_profile.json", "guardrail.json"
 PRICES_NAME = "prices.json"
 CONTROLLER_NAME, BUNDLE_FOLDER = "controller", "bundle"
-LOOKUP_NAME, FIXED_NAME = "lookup_table.json", "fixed.json"
+LOOKUP_NAME, FIXED_NAME, PREDICTOR_NAME = "lookup_table.json", "fixed.json", "predictor.json"
 # What an unfinished step has measured so far; it goes once the step is finished.
 PARTIAL_NAMES = {
     "profile": (f"{PROFILE_NAME}.partial.jsonl",),
@@ -44,7 +44,7 @@ def source_files(config: RunConfig, step: str) -> tuple[str, ...]:
         "lookup": (),
         "train": (f"{train}/{CHECKPOINT_NAME}", f"{train}/{METRICS_NAME}"),
         "calibrate": (GUARDRAIL_NAME, PRICES_NAME),
-        "evaluate": (RECORDS_NAME, RESULTS_NAME, SHOWN_NAME, LOOKUP_NAME, FIXED_NAME),
+        "evaluate": (RECORDS_NAME, RESULTS_NAME, SHOWN_NAME, LOOKUP_NAME, FIXED_NAME, PREDICTOR_NAME),
     }[step]
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pacevlm.baselines.fixed import FixedPolicy
 from pacevlm.baselines.lookup_table import LookupTable
+from pacevlm.baselines.predictor import PredictorPolicy
 from pacevlm.config import config_from_dict, config_to_dict
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
 from pacevlm.controller.policy_interface import Policy
@@ -51,6 +52,7 @@ from pacevlm.pipeline.artefacts import (
     LOOKUP_NAME,
     OUTPUT_LENGTH_NAME,
     PARTIAL_NAMES,
+    PREDICTOR_NAME,
     PRICES_NAME,
     PROFILE_GUARDRAIL_NAME,
     PROFILE_NAME,
@@ -397,6 +399,8 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
             policy.save(run.run_dir / LOOKUP_NAME)
         elif isinstance(policy, FixedPolicy):
             policy.save(run.run_dir / FIXED_NAME)
+        elif isinstance(policy, PredictorPolicy):
+            policy.save(run.run_dir / PREDICTOR_NAME)
     examples = list(run.splits.test)
     controller = ControllerPolicy(run.controller().eval())
     evaluation = evaluate(
@@ -413,7 +417,8 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
         partial_dir=run.run_dir,
     )
     # Those that heed a price.
-    priced = [policy for policy in (controller, *baselines) if policy.name in (controller.name, LookupTable.name)]
+    heeding = (controller.name, PredictorPolicy.name, LookupTable.name)
+    priced = [policy for policy in (controller, *baselines) if policy.name in heeding]
     fronts = measure_fronts(run, priced, examples)
     device = run.estimator.device
     warnings = evaluation_warnings(evaluation.records, examples)

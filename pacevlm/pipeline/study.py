@@ -26,19 +26,18 @@ from pacevlm.config import DataConfig, HeadroomConfig, LookupConfig, ProfileConf
 from pacevlm.controller.policy import ControllerPolicy
 from pacevlm.controller.policy_interface import Policy, PolicyInput
 from pacevlm.errors import ConfigError, DataError
-from pacevlm.evaluation.headroom import best_choice, measure_headroom
-from pacevlm.evaluation.held_out import KNOBS, predict_others
+from pacevlm.evaluation.headroom import measure_headroom
+from pacevlm.evaluation.held_out import KNOBS
 from pacevlm.evaluation.sweep import (
     build_oracle,
     build_requests,
     choose_knobs,
     exhaustive_sweep,
-    feasible_table,
     fit_baselines,
     predict_ms,
     run_prices,
 )
-from pacevlm.evaluation.worth import CONTROLLER, SUPERVISED, TABLE, StudyRecords, format_worth, measure_worth
+from pacevlm.evaluation.worth import CONTROLLER, PREDICTOR, TABLE, StudyRecords, format_worth, measure_worth
 from pacevlm.files import read_json, sha256_file, write_atomic, write_json_atomic
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.profile import Profile
@@ -216,7 +215,6 @@ def _judge(
         chosen[name] = [choose_knobs(policy, engine, test, row) for row in requests]
         run.reporter.progress("policies", number, len(policies))
     chosen["task_table"] = _task_choices(run, train, test, objectives, pacing, requests)
-    learnable, chosen[SUPERVISED] = _supervised_choices(run, train, test, requests)
 
     accuracy, latency_ms = np.empty((2, len(chosen), len(fractions), len(test)))
     for p, by_budget in enumerate(chosen.values()):
@@ -225,7 +223,7 @@ def _judge(
             ratios = [clock.ratio(e.example_id, choice) for e, choice in zip(test, knobs, strict=True)]
             accuracy[p, b] = [answer.accuracy for answer in answers]
             latency_ms[p, b] = predict_ms(pacing, requests[b], answers) * ratios
-    priced = [policies[TABLE], *(policies[f"{CONTROLLER} {seed}"] for seed in seeds)]
+    priced = [policies[TABLE], policies[PREDICTOR], *(policies[f"{CONTROLLER} {seed}"] for seed in seeds)]
     fronts = [
         run_prices(policy, engine, test, run.loose_objective, prices, pacing, run.count("prices of time"))
         for policy in priced
@@ -238,7 +236,7 @@ def _judge(
         prices=prices,
         policies=tuple(chosen),
         tasks=tuple(_task(example) for example in test),
-        learnable=learnable,
+        learnable=_learnable(run, train),
         ablations=ablations,
         accuracy=accuracy,
         latency_ms=latency_ms,
@@ -278,21 +276,10 @@ def _task_choices(
     return [[tables[_task(e)].choose(request) for e, request in zip(test, row, strict=True)] for row in requests]
 
 
-def _supervised_choices(
-    run: RunContext, train: list[Example], test: list[Example], requests: Sequence[Sequence[PolicyInput]]
-) -> tuple[dict[str, float], list[list[Knobs]]]:
-    """What is learnable on the training questions, points, and the choices of the predictor that says so."""
-    config = HeadroomConfig(latency_token=False, num_moved=0)
-    swept, _ = gather(run, config, train)
-    found = measure_headroom(swept, run.config.evaluate.budgets, progress=run.count("fits"))
-    if found["learnable"] is None:
+def _learnable(run: RunContext, train: list[Example]) -> dict[str, float]:
+    """What headroom calls learnable on the training questions, points with their interval."""
+    swept, _ = gather(run, HeadroomConfig(latency_token=False, num_moved=0), train)
+    found = measure_headroom(swept, run.config.evaluate.budgets, progress=run.count("fits"))["learnable"]
+    if found is None:
         raise ConfigError("headroom found nothing to measure on the training questions")
-    models = found["models"]["stage1"]
-    both, _ = gather(run, config, [*train, *test])
-    predicted = predict_others(both, np.arange(len(train) + len(test)) < len(train), max(models, key=models.get))
-    feasible = feasible_table(requests).copy()
-    feasible[~feasible.any(axis=2), 0] = True
-    choices = best_choice(predicted, feasible, both.predicted_ms[len(train) :])
-    space = run.model.knob_space
-    learnable = {name: 100 * value for name, value in found["learnable"].items()}
-    return learnable, [[space[int(index)] for index in row] for row in choices]
+    return {name: 100 * value for name, value in found.items()}

@@ -13,6 +13,7 @@ from pacevlm.baselines.full import FullPolicy
 from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.baselines.one_choice import OneChoicePolicy
 from pacevlm.baselines.oracle import OraclePolicy
+from pacevlm.baselines.predictor import PredictorPolicy
 from pacevlm.baselines.random_feasible import RandomFeasiblePolicy
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.evaluation.fronts import Front, summarise_fronts
@@ -60,8 +61,10 @@ def make_records(num_examples: int, num_timed: int, seed: int = 0) -> list[Evalu
     train, test = _world(space, 300, seed), _world(space, num_examples, seed + 1)
     masks = np.stack([train["latency_ms"] * 1.05 <= budget_ms for budget_ms in budgets_ms])
     ids = [f"example-{i:04d}" for i in range(num_examples)]
+    swept = [_request(space, train, i, budgets_ms[-1], str(i)) for i in range(300)]
     policies: list[OneChoicePolicy] = [
         _Reader(space),
+        PredictorPolicy.fit(space, swept, train["accuracy"]),
         LookupTable.fit(space, budgets_ms, train["accuracy"], masks),
         FixedPolicy.fit(space, budgets_ms, train["accuracy"], masks),
         FullPolicy(space),
@@ -78,19 +81,8 @@ def make_records(num_examples: int, num_timed: int, seed: int = 0) -> list[Evalu
     records = []
     for fraction, budget_ms in zip(FRACTIONS, budgets_ms, strict=True):
         for i, example_id in enumerate(ids):
-            mask = test["latency_ms"][i] * 1.05 <= budget_ms
-            any_feasible = bool(mask.any())
-            mask[0] |= not any_feasible
+            request = _request(space, test, i, budget_ms, example_id)
             side = int(1000 * test["size"][i])
-            sizes = RequestSizes((VisionSizes(1, 144),) * 3, 12, side * side)
-            request = PolicyInput(
-                view=RequestView(torch.zeros(4), sizes, (side, side), None),
-                objective=Objective(budget_ms),
-                bounds_ms=test["latency_ms"][i].reshape(space.shape) * 1.05,
-                feasible=mask.reshape(space.shape),
-                any_feasible=any_feasible,
-                example_id=example_id,
-            )
             for policy in policies:
                 tier = policy.choose_tier(request)
                 knobs = Knobs(tier, *policy.choose_compute(request, tier, policy.latency_token(request)))
@@ -105,12 +97,27 @@ def make_records(num_examples: int, num_timed: int, seed: int = 0) -> list[Evalu
                         accuracy=float(test["accuracy"][i, space.index(knobs)]),
                         latency_ms=predicted_ms * float(generator.lognormal(0, 0.03)) if i < num_timed else None,
                         predicted_latency_ms=predicted_ms,
-                        feasible=any_feasible,
+                        feasible=request.any_feasible,
                         family="count",
                         metadata={"side": side},
                     )
                 )
     return records
+
+
+def _request(space: KnobSpace, world: dict[str, np.ndarray], i: int, budget_ms: float, example_id: str) -> PolicyInput:
+    mask = world["latency_ms"][i] * 1.05 <= budget_ms
+    any_feasible = bool(mask.any())
+    mask[0] |= not any_feasible
+    side = int(1000 * world["size"][i])
+    return PolicyInput(
+        view=RequestView(torch.zeros(4), RequestSizes((VisionSizes(1, 144),) * 3, 12, side * side), (side, side), None),
+        objective=Objective(budget_ms),
+        bounds_ms=world["latency_ms"][i].reshape(space.shape) * 1.05,
+        feasible=mask.reshape(space.shape),
+        any_feasible=any_feasible,
+        example_id=example_id,
+    )
 
 
 FACTS = RunFacts(

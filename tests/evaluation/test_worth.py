@@ -14,7 +14,7 @@ from pacevlm.evaluation.worth import StudyRecords, format_worth, measure_worth
 from pacevlm.files import save_safetensors_atomic
 
 NUM = 40
-POLICIES = ("lookup_table", "full", "controller 0", "controller 1", "no mask 0")
+POLICIES = ("lookup_table", "predictor", "controller 0", "controller 1", "no mask 0")
 LEARNABLE = {"mean": 5.0, "low": 4.0, "high": 6.0}
 
 
@@ -28,8 +28,8 @@ def make_records(profile: str = "a", *, gain: float = 0.1, learnable: float = 5.
     latency_ms[2, 0, :10] = 11.0  # one controller of two is late on a quarter of the questions at the first budget
     feasible = np.ones((2, NUM), dtype=bool)
     feasible[0, 20:] = False
-    front_accuracy = np.broadcast_to(np.linspace(0.9, 0.5, 3)[None, :, None], (3, 3, NUM)).copy()
-    front_ms = np.broadcast_to(np.array([20.0, 16.0, 12.0])[:, None, None] * np.ones((3, 1)), (3, 3, NUM)).copy()
+    front_accuracy = np.broadcast_to(np.linspace(0.9, 0.5, 3)[None, :, None], (4, 3, NUM)).copy()
+    front_ms = np.broadcast_to(np.array([20.0, 15.0, 16.0, 12.0])[:, None, None] * np.ones((3, 1)), (4, 3, NUM)).copy()
     return StudyRecords(
         profile=profile,
         seeds=(0, 1),
@@ -61,7 +61,7 @@ def test_gains_are_over_the_table_on_the_same_questions() -> None:
     )
     assert found["gain_at"]["0.5"]["mean"] == pytest.approx(10.0)
     assert found["share_of_learnable"] == pytest.approx(2.0)
-    assert found["gains"]["full"]["mean"] == pytest.approx(40.0)
+    assert found["gains"]["predictor"]["mean"] == pytest.approx(40.0)
     assert found["ablations"]["no mask"]["gain_points"]["mean"] == pytest.approx(5.0)
     assert found["policies"]["controller"][0]["mean"] == pytest.approx(60.0)
     json.dumps(found, allow_nan=False)
@@ -90,9 +90,11 @@ def test_a_knob_costs_each_task_what_full_accuracy_loses() -> None:
 
 
 def test_latency_is_compared_at_equal_accuracy() -> None:
-    found = measure_worth([make_records()])["latency_at_equal_accuracy"]
-    # The controllers' fronts are 16 and 12 ms, 14 on average, the table's 20.
-    assert {points: ratio["mean"] for points, ratio in found.items()} == pytest.approx(dict.fromkeys("246", 0.7))
+    worth = measure_worth([make_records()])
+    # The controllers' fronts are 16 and 12 ms, 14 on average, the predictor's 15, the table's 20.
+    for name, expected in (("latency_at_equal_accuracy", 0.7), ("predictor_latency_at_equal_accuracy", 0.75)):
+        found = {points: ratio["mean"] for points, ratio in worth[name].items()}
+        assert found == pytest.approx(dict.fromkeys("246", expected))
 
 
 def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:

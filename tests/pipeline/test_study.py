@@ -44,7 +44,7 @@ def test_tables_are_made_from_records_alone(config: StudyConfig, worth: dict[str
     records = StudyRecords.load(config.study_dir / "crossed/measured0/records.safetensors")
     assert records is not None
     assert {"commit": worth["crossed"]["commit"], **measure_worth([records])} == worth["crossed"]
-    expected = {"lookup_table", "fixed", "full", "cheapest", "random", "oracle", "task_table", "supervised"}
+    expected = {"lookup_table", "fixed", "full", "cheapest", "random", "oracle", "task_table", "predictor"}
     assert set(records.policies) == {*expected, "controller 0"}
     assert records.accuracy.shape == (9, 5, 8)
     # No policy is above the oracle, which knows every answer.

@@ -1,0 +1,115 @@
+"""A predictor of accuracy as a policy: what supervised learning makes of the same sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pacevlm.baselines.one_choice import OneChoicePolicy
+from pacevlm.baselines.ranking import FloatArray
+from pacevlm.baselines.stored import load_fitted, save_fitted
+from pacevlm.controller.features import size_features, time_costs
+from pacevlm.controller.policy_interface import PolicyInput
+from pacevlm.errors import CheckpointError, DataError
+from pacevlm.knobs import Knobs, KnobSpace
+
+KIND = "accuracy predictor"
+# Of standardised features; the same as headroom's linear predictor has.
+RIDGE_ALPHA = 100.0
+
+
+class _Stored(TypedDict):
+    centre: list[float]
+    spread: list[float]
+    weights: list[list[float]]
+    intercept: list[float]
+
+
+class PredictorPolicy(OneChoicePolicy):
+    """Wants the admitted configuration whose predicted accuracy, less what its time costs, is highest.
+
+    One ridge regression for each configuration on what stage 1 sees: sizes and the question's mean embedding. It knows
+    no budget, so all budgets and prices share what it learned; the guardrail's mask and the price do the rest.
+
+    Args:
+        space: the knob space.
+        centre, spread: of the features, `(features,)`.
+        weights: `(features, configurations)`.
+        intercept: mean accuracies, `(configurations,)`.
+
+    Raises:
+        DataError: the shapes do not fit each other or the knob space.
+    """
+
+    name = "predictor"
+
+    def __init__(
+        self, space: KnobSpace, centre: FloatArray, spread: FloatArray, weights: FloatArray, intercept: FloatArray
+    ) -> None:
+        super().__init__(space)
+        self.centre, self.spread = np.asarray(centre, dtype=np.float64), np.asarray(spread, dtype=np.float64)
+        self.weights, self.intercept = np.asarray(weights, dtype=np.float64), np.asarray(intercept, dtype=np.float64)
+        num_features = len(self.centre)
+        shapes = (self.spread.shape, self.weights.shape, self.intercept.shape)
+        if shapes != ((num_features,), (num_features, len(space)), (len(space),)):
+            raise DataError(
+                f"a predictor of {num_features} features and {len(space)} configurations cannot have shapes {shapes}"
+            )
+
+    @classmethod
+    def fit(cls, space: KnobSpace, requests: Sequence[PolicyInput], accuracy: FloatArray) -> Self:
+        """Fit to swept training examples.
+
+        Args:
+            requests: one per example, at any budget.
+            accuracy: `(examples, configurations)`, without NaN.
+
+        Raises:
+            DataError: an accuracy is missing, or shapes disagree.
+        """
+        accuracy = np.asarray(accuracy, dtype=np.float64)
+        if accuracy.shape != (len(requests), len(space)) or not len(requests) or np.isnan(accuracy).any():
+            raise DataError(
+                f"accuracy has shape {accuracy.shape}; a predictor needs every one of {len(requests)} examples with "
+                f"each of {len(space)} configurations"
+            )
+        features = np.stack([request_features(request) for request in requests])
+        centre, spread = features.mean(axis=0), features.std(axis=0)
+        spread = np.where(spread > 1e-9, spread, 1.0)
+        rows, intercept = (features - centre) / spread, accuracy.mean(axis=0)
+        gram = rows.T @ rows + RIDGE_ALPHA * np.eye(rows.shape[1])
+        return cls(space, centre, spread, np.linalg.solve(gram, rows.T @ (accuracy - intercept)), intercept)
+
+    def predict(self, request: PolicyInput) -> NDArray[np.float64]:
+        """Predicted accuracy of every configuration, `(configurations,)`."""
+        features = (request_features(request) - self.centre) / self.spread
+        return np.asarray(features @ self.weights + self.intercept)
+
+    def choose(self, request: PolicyInput) -> Knobs:
+        """The admitted configuration that is worth most; of equal ones the first of the space, the cheapest."""
+        worth = self.predict(request) - time_costs(request).reshape(-1)
+        return self.space[int(np.where(self.feasible(request), np.round(worth, 9), -np.inf).argmax())]
+
+    def save(self, path: str | Path) -> None:
+        """Write the predictor as JSON; raises StorageError."""
+        names = ("centre", "spread", "weights", "intercept")
+        save_fitted(path, KIND, self.space, {name: getattr(self, name).tolist() for name in names})
+
+    @classmethod
+    def load(cls, path: str | Path, space: KnobSpace) -> Self:
+        """Read a saved predictor; raises CheckpointError if malformed, IdentityError if of another knob space."""
+        content = load_fitted(path, KIND, space, _Stored)
+        try:
+            return cls(space, **{name: np.array(values) for name, values in content.items()})
+        except (DataError, ValueError) as error:
+            raise CheckpointError(f"{path} is malformed: {error}; fit the policy again") from error
+
+
+def request_features(request: PolicyInput) -> NDArray[np.float64]:
+    """What stage 1 sees of a request apart from budget and mask, `(features,)`; raises ImageError without an image."""
+    question = request.view.question_embedding.double().cpu().numpy()
+    return np.concatenate([np.array(size_features(request)), question])
