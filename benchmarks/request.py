@@ -23,6 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 from timing import Interleaved, bootstrap_ratio
 
+from pacevlm.controller.policy import ControllerPolicy
 from pacevlm.data.digits import DigitVQA
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.measuring import use_num_threads
@@ -149,7 +150,7 @@ def _with_loop(model: ElasticModel, work: Callable[[], Any]) -> Any:
 def controller_cost(run_dir: Path, examples: Sequence[Example], progress: Progress) -> dict[str, Any]:
     """What the decision takes: encoding the budget, the guardrail, both stages, and the latency token's block."""
     pacer = Pacer.from_pretrained(run_dir)
-    model, policy = pacer.model, pacer.policy
+    model, policy = pacer.model, ControllerPolicy(pacer.controller)
     objective = Objective(pacer.full_p50_ms, pacer.kind)
     parts: dict[str, list[float]] = {}
 

@@ -296,9 +296,11 @@ class ControllerSettings:
 
 @dataclass(frozen=True)
 class CalibrateConfig:
-    """The guardrail's second calibration, on the knobs that the trained controller picks.
+    """What answers, and the guardrail's second calibration, on the knobs that it picks.
 
     Attributes:
+        policy: what the bundle answers with: the `predictor`, fitted to the sweep of training questions, or the trained
+            `controller`. An evaluation judges both.
         num_requests: validation requests timed, each at a random budget.
         seed: which examples and budgets are drawn.
 
@@ -306,10 +308,13 @@ class CalibrateConfig:
         ConfigError: a value is outside its range.
     """
 
+    policy: Literal["predictor", "controller"] = "predictor"
     num_requests: int = 400
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.policy not in ("predictor", "controller"):
+            raise ConfigError(f"policy is {self.policy!r}; use 'predictor' or 'controller'")
         check_whole(self, 2, MAX_COUNT, "num_requests")
         check_whole(self, 0, MAX_SEED, "seed")
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pacevlm.artefact import Ms, Range, Sha256, Text, load_artefact, save_artefact, typed
+from pacevlm.baselines.predictor import PredictorPolicy
 from pacevlm.config import PictureConfig, config_to_dict
 from pacevlm.controller.checkpoint import JSON_NAME as CONTROLLER_JSON
 from pacevlm.controller.checkpoint import WEIGHTS_NAME as CONTROLLER_WEIGHTS
@@ -23,6 +24,7 @@ from pacevlm.devices import resolve_device
 from pacevlm.errors import CheckpointError, ConfigError, IdentityError
 from pacevlm.evaluation.prices import PricePoint, PriceTable
 from pacevlm.files import find_portable, portable_path, sha256_file
+from pacevlm.identity import Identity
 from pacevlm.images import ImageSource
 from pacevlm.knobs import Knobs, KnobSpace, check_budget_ms
 from pacevlm.latency.drift import DriftCorrection, DriftSettings
@@ -40,12 +42,12 @@ from pacevlm.types import Answer, BudgetKind, Objective, RequestSizes, check_bud
 BUNDLE_FILE = "bundle.json"
 BUNDLE_FOLDER = "bundle"
 KIND = "bundle"
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 ESTIMATOR_NAME, GUARDRAIL_NAME, OUTPUT_LENGTH_NAME = "estimator.json", "guardrail.json", "output_length.json"
-PRICES_NAME = "prices.json"
+PRICES_NAME, PREDICTOR_NAME = "prices.json", "predictor.json"
 CONTROLLER_FOLDER = "controller"
-# Files that every bundle lists. A model without bounds on its answers has no OUTPUT_LENGTH_NAME, and a controller
-# whose prices were not calibrated no PRICES_NAME.
+# Files that every bundle lists. A model without bounds on its answers has no OUTPUT_LENGTH_NAME, one whose prices were
+# not calibrated no PRICES_NAME, and one that answers with its controller no PREDICTOR_NAME.
 _LISTED = (
     ESTIMATOR_NAME,
     GUARDRAIL_NAME,
@@ -85,13 +87,14 @@ class Pacer:
 
     Args:
         model: the frozen model.
-        controller: chooses the knobs.
+        controller: chooses the knobs, where there is no predictor.
         pacing: guardrail and output lengths.
         kind: what budgets cover.
         full_p50_ms: median milliseconds of the full configuration on the profiled device.
         model_path: where the model came from, `embedded` or a directory; stored in bundles.
         num_threads: CPU threads of a request, as profiled; None leaves them as they are.
-        prices: what prices of time cost and save with this controller; None where that was not measured.
+        prices: what prices of time cost and save with what chooses; None where that was not measured.
+        predictor: chooses the knobs; None leaves it to the controller.
         drift: correction of the guardrail's bounds that follows the machine; None holds on to the profile.
 
     Raises:
@@ -111,6 +114,7 @@ class Pacer:
         num_threads: int | None = None,
         prices: PriceTable | None = None,
         drift: DriftCorrection | None = None,
+        predictor: PredictorPolicy | None = None,
     ) -> None:
         pacing.made_for.check("the pacing", model.made_for)
         controller.made_for.check("the controller", pacing.made_for)
@@ -118,7 +122,10 @@ class Pacer:
         self.model, self.controller, self.pacing, self.kind = model, controller, pacing, kind
         self.full_p50_ms = check_budget_ms(full_p50_ms)
         self.model_path, self.num_threads = os.fspath(model_path), num_threads
-        self.policy: Policy = ControllerPolicy(controller.eval())
+        if predictor is not None:
+            Identity(knob_space=predictor.space).check("the predictor", Identity(knob_space=model.knob_space))
+        self.predictor = predictor
+        self.policy: Policy = ControllerPolicy(controller.eval()) if predictor is None else predictor
         self.prices = prices
         if drift is not None:
             drift.check_guardrail(pacing.guardrail, kind)
@@ -218,6 +225,9 @@ class Pacer:
             model_path=place,
             num_threads=num_threads,
             prices=PriceTable.load(folder / PRICES_NAME) if PRICES_NAME in values["files"] else None,
+            predictor=PredictorPolicy.load(folder / PREDICTOR_NAME, model.knob_space)
+            if PREDICTOR_NAME in values["files"]
+            else None,
         )
         pacer._loaded_with = {
             "path": os.path.abspath(path),
@@ -244,6 +254,9 @@ class Pacer:
         if self.prices is not None:
             self.prices.save(folder / PRICES_NAME)
             listed.append(PRICES_NAME)
+        if self.predictor is not None:
+            self.predictor.save(folder / PREDICTOR_NAME)
+            listed.append(PREDICTOR_NAME)
         source, absolute_path = self.model_path, None
         if source != "embedded":
             absolute_path = os.path.abspath(source)
@@ -308,7 +321,7 @@ class Pacer:
             image: path, bytes, PIL image or uint8 array.
             question: the user's text.
             budget_ms: milliseconds for what the bundle's budgets cover, by default the whole request.
-            policy: chooses the knobs in place of the controller.
+            policy: chooses the knobs in place of the bundle's own, for example `ControllerPolicy(pacer.controller)`.
             price: what time is worth below the budget: points of accuracy for one whole full latency. 0 spends the
                 budget wherever that may help; None takes `default_price`.
 
@@ -449,7 +462,7 @@ def _read_bundle(folder: Path) -> dict[str, Any]:
     values: dict[str, Any] = load_artefact(path, KIND, SCHEMA_VERSION, CheckpointError)
     values = typed(_Bundle, values, str(path), CheckpointError)
     listed = set(values["files"])
-    if not set(_LISTED) <= listed <= {*_LISTED, OUTPUT_LENGTH_NAME, PRICES_NAME}:
+    if not set(_LISTED) <= listed <= {*_LISTED, OUTPUT_LENGTH_NAME, PRICES_NAME, PREDICTOR_NAME}:
         raise CheckpointError(f"{path} lists the files {sorted(listed)}, not {sorted(_LISTED)}; save the bundle again")
     for name, digest in values["files"].items():
         if not (folder / name).exists():

@@ -27,8 +27,10 @@ from PIL import Image
 
 import pacevlm
 from pacevlm.baselines.full import FullPolicy
+from pacevlm.baselines.predictor import PredictorPolicy
 from pacevlm.config import PictureConfig
-from pacevlm.controller.policy import Controller, ControllerConfig
+from pacevlm.controller.features import num_size_features
+from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.errors import (
     BudgetError,
@@ -41,7 +43,7 @@ from pacevlm.errors import (
 )
 from pacevlm.evaluation.prices import PricePoint, PriceTable
 from pacevlm.evaluation.statistics import Interval
-from pacevlm.knobs import Knobs
+from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.drift import DriftCorrection, DriftSettings
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
@@ -103,7 +105,16 @@ def make_pacer(model: ElasticModel, folder: Path, *, lengths: bool = True, **par
         num_threads=NUM_THREADS,
         prices=parts.get("prices", PRICES),
         drift=parts.get("drift"),
+        predictor=parts.get("predictor"),
     )
+
+
+def make_predictor(space: KnobSpace, d_model: int, favourite: Knobs) -> PredictorPolicy:
+    """One that thinks best of some knobs, whatever the request."""
+    num_features = num_size_features(len(space.tiers)) + d_model
+    intercept = np.array([1.0 if knobs == favourite else 0.5 for knobs in space])
+    zeros, ones = np.zeros(num_features), np.ones(num_features)
+    return PredictorPolicy(space, zeros, ones, np.zeros((num_features, len(space))), intercept)
 
 
 @pytest.fixture(scope="module")
@@ -576,7 +587,7 @@ def test_missing_and_malformed_files_are_named(bundle: Path, changed: Callable[.
         Pacer.from_pretrained(tmp_path / "nothing")
     for changes, message in (
         ({"schema_version": 99}, "99"),
-        ({"schema_version": 3}, "has schema version 3, but this version of pacevlm reads 4; make it anew"),
+        ({"schema_version": 3}, "has schema version 3, but this version of pacevlm reads 5; make it anew"),
         ({"kind": "controller"}, "controller"),
         ({"files": {}}, "lists the files"),
         ({"files": {"../../elsewhere": "0" * 64}}, "lists the files"),
@@ -670,3 +681,25 @@ def test_the_version_is_the_projects() -> None:
         pytest.skip("installed without its project file")
     declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
     assert declared.get("version", pacevlm.__version__) == pacevlm.__version__
+
+
+def test_a_predictor_answers_in_place_of_the_controller_and_goes_with_the_bundle(
+    tiny_elastic: ElasticModel, tiny_elastic_dir: Path, image: Image.Image, tmp_path: Path
+) -> None:
+    space = tiny_elastic.knob_space
+    predictor = make_predictor(space, tiny_elastic.d_model, space[5])
+    pacer = make_pacer(tiny_elastic, tiny_elastic_dir, predictor=predictor)
+    pacer.save_pretrained(tmp_path)
+    read = Pacer.from_pretrained(tmp_path)
+    for one in (pacer, read):
+        assert one.policy is one.predictor
+        assert one.answer(image, "How many?", 1e6, price=0.0).knobs == space[5]
+        asked = one.answer(image, "How many?", 1e6, ControllerPolicy(one.controller), price=0.0)
+        assert asked.answer == run_forced(one.model, image, "How many?", asked.knobs).answer
+    assert "predictor.json" in json.loads((tmp_path / "bundle.json").read_text())["files"]
+    (tmp_path / "predictor.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"predictor\.json is not the file that the bundle was written with"):
+        Pacer.from_pretrained(tmp_path)
+    other = KnobSpace(("low", "medium", "high"), (2, 3), (5, 6))
+    with pytest.raises(IdentityError, match="the predictor was made for another knob space"):
+        make_pacer(tiny_elastic, tiny_elastic_dir, predictor=make_predictor(other, tiny_elastic.d_model, other.full))

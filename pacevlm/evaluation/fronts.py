@@ -62,6 +62,7 @@ def summarise_fronts(
     prices: Sequence[float],
     *,
     budget_ms: float,
+    own: str = "controller",
     default_price: float = 0.0,
     measured_ms: Mapping[str, ArrayLike] | None = None,
     num_resamples: int = NUM_FRONT_RESAMPLES,
@@ -70,10 +71,11 @@ def summarise_fronts(
     """Accuracy against mean latency along the prices, and mean latencies at equal accuracy, ready for `results.json`.
 
     Args:
-        fronts: by policy, all on the same examples; ratios are those of `controller` to each other one.
+        fronts: by policy, all on the same examples.
         full_accuracy: of every example with the full configuration, `(examples,)`.
         prices: points of accuracy per full latency, `(prices,)`.
         budget_ms: the budget of all requests.
+        own: the policy whose ratios to each other one are wanted, and whose default price it is.
         default_price: one of the prices; what is used where none is given.
         measured_ms: by policy, of examples timed alone without a price and at the default one, `(2, examples)`.
         num_resamples, seed: bootstrap resamples of the examples, shared by all intervals.
@@ -93,8 +95,8 @@ def summarise_fronts(
     def compare(points: int) -> dict[str, Any]:
         target = means[:, 0] - points / 100
         reached = {name: latency_at(accuracy[name], latency_ms[name], target) for name in fronts}
-        own = reached.get("controller", np.full(len(means), np.nan))
-        ratios = {name: own / taken for name, taken in reached.items() if name != "controller"}
+        own_ms = reached.get(own, np.full(len(means), np.nan))
+        ratios = {name: own_ms / taken for name, taken in reached.items() if name != own}
         return {
             "points_below": points,
             "mean_ms": {name: None if np.isnan(taken[0]) else float(taken[0]) for name, taken in reached.items()},
@@ -107,16 +109,17 @@ def summarise_fronts(
         }
 
     default = None
-    if "controller" in fronts and default_price in prices:
-        place, own, own_ms = list(prices).index(default_price), accuracy["controller"], latency_ms["controller"]
+    if own in fronts and default_price in prices:
+        place, own_accuracy, own_ms = list(prices).index(default_price), accuracy[own], latency_ms[own]
         default = {
             "price": default_price,
-            "change": interval(own[:, place] - own[:, 0]),
+            "change": interval(own_accuracy[:, place] - own_accuracy[:, 0]),
             "latency_ratio": interval(own_ms[:, place] / own_ms[:, 0]),
             "measured": {name: _compare_times(np.asarray(ms), seed) for name, ms in (measured_ms or {}).items()},
         }
     return {
         "budget_ms": budget_ms,
+        "own": own,
         "prices": list(prices),
         "policies": {
             name: [

@@ -1,4 +1,4 @@
-"""Prices of time: what each costs and saves with one controller, and which one to take.
+"""Prices of time: what each costs and saves with the policy that answers, and which one to take.
 
 Latencies are predictions in full latencies, as those of the front that a table is measured from.
 """
@@ -59,7 +59,7 @@ class _Stored(TypedDict):
 
 @dataclass(frozen=True)
 class PriceTable:
-    """What prices cost and save with one controller, on examples that it was not trained on.
+    """What prices cost and save with one policy, on examples that it was not trained on.
 
     Attributes:
         points: one for each price, from none up.

@@ -142,10 +142,11 @@ def _tiles(results: Mapping[str, Any], headroom: Mapping[str, Any] | None) -> li
     def range_text(interval: Mapping[str, float], *, signed: bool = False) -> str:
         return f"95 %: {percent(interval['low'], signed=signed)} to {percent(interval['high'], signed=signed)}"
 
-    average = results["average"].get("controller")
-    if average:
-        value = f"{percent(average['mean'], signed=True)} points"
-        add("controller vs lookup table, mean over budgets", value, range_text(average, signed=True))
+    for name in ("controller", "predictor"):
+        average = results["average"].get(name)
+        if average:
+            value = f"{percent(average['mean'], signed=True)} points"
+            add(f"{name} vs lookup table, mean over budgets", value, range_text(average, signed=True))
     share = None if headroom is None else learned_share(headroom, results)
     if headroom is not None and share is not None:
         note = f"learnable: {interval_text(headroom['learnable'], signed=True)} points"

@@ -30,7 +30,7 @@ from pacevlm.knobs import MAX_PRICE
 from pacevlm.printing import printable
 
 RESULTS_KIND = "evaluation result"
-RESULTS_SCHEMA_VERSION = 2
+RESULTS_SCHEMA_VERSION = 3
 # Shares, and ratios of differences of shares.
 _Finite = Annotated[float, Range(-1e9, 1e9)]
 _Price = Annotated[float, Range(0.0, MAX_PRICE)]
@@ -136,6 +136,7 @@ class _DefaultEntry(TypedDict):
 
 class _FrontsEntry(TypedDict):
     budget_ms: Ms
+    own: Text
     prices: Annotated[list[_Price], Range(1, 1000)]
     policies: Annotated[dict[Text, list[_PointEntry]], Range(1, 1000)]
     equal_accuracy: list[EqualAccuracyEntry]
@@ -399,15 +400,16 @@ def describe_fronts(fronts: Mapping[str, Any] | None) -> list[str]:
     """Mean latencies at equal accuracy, and what the default price gives, one line each."""
     if not fronts:
         return []
-    lines = ["mean latency at equal accuracy (the controller's as a ratio):"]
+    own = fronts["own"].replace("_", " ")
+    lines = [f"mean latency at equal accuracy (the {own}'s as a ratio):"]
     for row in fronts["equal_accuracy"]:
         others = [
             f"{name.replace('_', ' ')} {milliseconds(row['mean_ms'][name])} ms ({ratio_text(row['ratio'][name])})"
             for name in sort_policies(row["ratio"])
             if row["ratio"][name]
         ]
-        own = f"controller {milliseconds(row['mean_ms'].get('controller'))} ms"
-        lines.append(f"{row['points_below']} points below full: {', '.join([own, *others])}")
+        first = f"{own} {milliseconds(row['mean_ms'].get(fronts['own']))} ms"
+        lines.append(f"{row['points_below']} points below full: {', '.join([first, *others])}")
     if fronts["default"]:
         default = fronts["default"]
         lines.append(
@@ -468,11 +470,11 @@ def format_summary(results: Mapping[str, Any]) -> str:
         markup=False,
     )
     console.print(table)
-    average = (results.get("average") or {}).get("controller")
-    if average:
-        console.print(
-            f"controller vs lookup table, mean over budgets: {interval_text(average, signed=True)} points", markup=False
-        )
+    for name in ("controller", "predictor"):
+        average = (results.get("average") or {}).get(name)
+        if average:
+            gain = interval_text(average, signed=True)
+            console.print(f"{name} vs lookup table, mean over budgets: {gain} points", markup=False)
     if results.get("gap_closed"):
         console.print(f"gap to the oracle closed: {interval_text(results['gap_closed'])} %", markup=False)
     for line in describe_fronts(results.get("fronts")):

@@ -43,18 +43,19 @@ def source_files(config: RunConfig, step: str) -> tuple[str, ...]:
         "profile": (PROFILE_NAME,),
         "lookup": (),
         "train": (f"{train}/{CHECKPOINT_NAME}", f"{train}/{METRICS_NAME}"),
-        "calibrate": (GUARDRAIL_NAME, PRICES_NAME),
-        "evaluate": (RECORDS_NAME, RESULTS_NAME, SHOWN_NAME, LOOKUP_NAME, FIXED_NAME, PREDICTOR_NAME),
+        "calibrate": (GUARDRAIL_NAME, PRICES_NAME, PREDICTOR_NAME),
+        "evaluate": (RECORDS_NAME, RESULTS_NAME, SHOWN_NAME, LOOKUP_NAME, FIXED_NAME),
     }[step]
 
 
 def made_files(config: RunConfig, step: str) -> tuple[str, ...]:
     """What a step makes of its source files."""
+    answering = (PREDICTOR_NAME,) if config.calibrate.policy == "predictor" else ()
     return {
         "profile": (ESTIMATOR_NAME, PROFILE_GUARDRAIL_NAME, OUTPUT_LENGTH_NAME),
         "lookup": (OUTCOMES_NAME,),
         "train": (f"{config.train.run_dir.name}/{RUN_NAME}", *_CONTROLLER_FILES),
-        "calibrate": tuple(f"{BUNDLE_FOLDER}/{name}" for name in _BUNDLE_FILES),
+        "calibrate": tuple(f"{BUNDLE_FOLDER}/{name}" for name in (*_BUNDLE_FILES, *answering)),
         "evaluate": DRAWN_NAMES,
     }[step]
 

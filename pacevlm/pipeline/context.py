@@ -11,8 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pacevlm.baselines.predictor import PredictorPolicy
 from pacevlm.config import MADE_DATASETS, DataConfig
-from pacevlm.controller.policy import Controller
+from pacevlm.controller.policy import Controller, ControllerPolicy
+from pacevlm.controller.policy_interface import Policy
 from pacevlm.data.splits import Splits, load_splits
 from pacevlm.errors import DataError, IdentityError, PacevlmError
 from pacevlm.files import sha256_file
@@ -28,6 +30,7 @@ from pacevlm.pipeline.artefacts import (
     GUARDRAIL_NAME,
     OUTCOMES_NAME,
     OUTPUT_LENGTH_NAME,
+    PREDICTOR_NAME,
     PROFILE_GUARDRAIL_NAME,
 )
 from pacevlm.pipeline.loading import load_elastic_model
@@ -167,6 +170,17 @@ class RunContext:
         with saying_how_to_go_on():
             wanted = dataclasses.replace(estimator.made_for, d_model=self.model.d_model)
             return Controller.from_pretrained(self.run_dir / CONTROLLER_NAME, wanted, device=self.model.device)
+
+    def predictor(self) -> PredictorPolicy:
+        """The fitted predictor."""
+        with saying_how_to_go_on():
+            return PredictorPolicy.load(self.run_dir / PREDICTOR_NAME, self.model.knob_space)
+
+    def policy(self) -> Policy:
+        """What the bundle answers with."""
+        if self.config.calibrate.policy == "predictor":
+            return self.predictor()
+        return ControllerPolicy(self.controller().eval())
 
     @property
     def full_p50_ms(self) -> float:

@@ -55,7 +55,7 @@ _AGAIN: dict[str, Callable[[RunContext], Any]] = {
 # What is out of date once a step has been done again.
 _DEPENDENT: dict[str, tuple[str, ...]] = {
     "profile": ("train", "calibrate", "evaluate"),
-    "lookup": ("evaluate",),
+    "lookup": ("calibrate", "evaluate"),
     "train": ("calibrate", "evaluate"),
     "calibrate": ("evaluate",),
     "evaluate": (),
@@ -199,12 +199,12 @@ def step_settings(run: RunContext, step: str) -> dict[str, Any]:
     settings["train"] = config.train.identity()
     if step == "train":
         return settings
-    settings["calibrate"] = config_to_dict(config.calibrate)
+    settings |= {"calibrate": config_to_dict(config.calibrate), "lookup": config_to_dict(config.lookup)}
     data["val"] = identity.get("val")
     if step == "calibrate":
         return settings
     data["test"] = identity.get("test")
-    return settings | {"lookup": config_to_dict(config.lookup), "evaluate": config_to_dict(config.evaluate)}
+    return settings | {"evaluate": config_to_dict(config.evaluate)}
 
 
 def _changes(done: FinishedStep | None, settings: dict[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ from pacevlm.evaluation.learnable import evaluation_warnings, sweep_warnings, tr
 from pacevlm.evaluation.prices import PriceTable
 from pacevlm.evaluation.summary import RunFacts
 from pacevlm.evaluation.sweep import (
+    build_requests,
     evaluate,
     exhaustive_sweep,
     fit_baselines,
@@ -31,6 +32,7 @@ from pacevlm.evaluation.sweep import (
     summarise_answers,
 )
 from pacevlm.evaluation.timed import time_requests
+from pacevlm.files import sha256_file
 from pacevlm.identity import Identity
 from pacevlm.latency.calibrate import coverage, fit_latency, full_p50_ms
 from pacevlm.latency.conformal import min_num_scores
@@ -62,6 +64,7 @@ from pacevlm.pipeline.artefacts import (
 from pacevlm.pipeline.context import RunContext, saying_how_to_go_on
 from pacevlm.pipeline.outputs import HEADROOM_NAME, write_outputs
 from pacevlm.pipeline.step_log import StepLog
+from pacevlm.request.pacing import Pacing
 from pacevlm.request.profiling import measure_profile
 from pacevlm.request.run import run_request
 from pacevlm.training.checkpoint import load_checkpoint
@@ -278,7 +281,7 @@ def new_controller(run: RunContext, seed: int) -> Controller:
 
 
 def calibrate_step(run: RunContext) -> dict[str, Any]:
-    """Calibrate the guardrail again on the knobs that the controller picks, measure prices, and write the bundle.
+    """Fit the predictor, calibrate the guardrail again on the knobs of what answers, measure prices, write the bundle.
 
     A bound that was calibrated on knobs drawn evenly promises nothing about those that a policy prefers, because it
     prefers what just fits. The requests are of the validation split, each at a random budget and without a price, which
@@ -286,15 +289,16 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
     save, on all validation examples.
     """
     config, profile_config, model = run.config.calibrate, run.config.profile, run.model
-    pacing, controller = run.pacing(PROFILE_GUARDRAIL_NAME), run.controller()
-    policy = ControllerPolicy(controller.eval())
+    pacing = run.pacing(PROFILE_GUARDRAIL_NAME)
+    fit_predictor(run, pacing)
+    policy = run.policy()
     rng = np.random.default_rng([config.seed, 1])
     order = rng.permutation(len(run.splits.val))
     train = run.config.train
     budgets_ms = run.full_bound_ms * rng.uniform(train.min_budget, train.max_budget, config.num_requests)
     header = {
         "model_identity": model.identity,
-        "controller": weights_sha256(controller),
+        "policy": [policy.name, weights_sha256(run.controller()), sha256_file(run.run_dir / PREDICTOR_NAME)],
         "pacing": pacing.identity,
         "examples": [run.splits.val[int(place)].content_id for place in order[: config.num_requests]],
         "num_threads": profile_config.num_threads,
@@ -338,7 +342,15 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
     }
 
 
-def measure_prices(run: RunContext, policy: ControllerPolicy) -> PriceTable:
+def fit_predictor(run: RunContext, pacing: Pacing) -> None:
+    """Fit the predictor to the swept training examples, whose outcomes are known by now."""
+    examples = list(run.splits.train[: run.config.lookup.num_examples])
+    accuracy = exhaustive_sweep(run.engine, examples, run.count("answers"))
+    (requests,) = build_requests(run.engine, examples, [run.loose_objective], pacing)
+    PredictorPolicy.fit(run.model.knob_space, requests, accuracy).save(run.run_dir / PREDICTOR_NAME)
+
+
+def measure_prices(run: RunContext, policy: Policy) -> PriceTable:
     """What prices of time cost and save on the validation examples, where the budget hardly ever binds."""
     prices, examples = run.config.train.prices, list(run.splits.val)
     front = run_prices(
@@ -358,6 +370,7 @@ def write_bundle(run: RunContext) -> None:
         model_path=run.config.model.path,
         num_threads=run.config.profile.num_threads,
         prices=PriceTable.load(run.run_dir / PRICES_NAME),
+        predictor=run.predictor() if run.config.calibrate.policy == "predictor" else None,
     )
     pacer.save_pretrained(run.run_dir / BUNDLE_FOLDER)
 
@@ -399,8 +412,6 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
             policy.save(run.run_dir / LOOKUP_NAME)
         elif isinstance(policy, FixedPolicy):
             policy.save(run.run_dir / FIXED_NAME)
-        elif isinstance(policy, PredictorPolicy):
-            policy.save(run.run_dir / PREDICTOR_NAME)
     examples = list(run.splits.test)
     controller = ControllerPolicy(run.controller().eval())
     evaluation = evaluate(
@@ -469,6 +480,7 @@ def measure_fronts(run: RunContext, policies: Sequence[Policy], examples: Sequen
         [outcome.accuracy for outcome in full],
         prices,
         budget_ms=objective.budget_ms,
+        own=run.config.calibrate.policy,
         default_price=default_price,
         measured_ms=_time_default_price(run, policies, examples, default_price) if default_price else None,
         seed=run.config.evaluate.seed,

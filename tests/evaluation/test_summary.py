@@ -41,6 +41,7 @@ SCHEMA = {
     "gap_closed": INTERVAL,
     "fronts": {
         "budget_ms": float,
+        "own": str,
         "prices": [float],
         "policies": {
             name: [{"accuracy": INTERVAL, "latency_ms": INTERVAL}] for name in ("controller", "lookup_table", "fixed")
