@@ -353,8 +353,8 @@ def test_choices_are_not_made_twice(moved: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("pacevlm.evaluation.sweep.choose_knobs", counted)
     run_pipeline(config)
     assert kept.count("\n") == 1 + 2 * 5
-    # Fronts are not kept: three policies at every price.
-    assert num_chosen == 2 * (len(POLICY_ORDER) * 2 - 5) + 3 * len(config.train.prices)
+    # Fronts are not kept: four policies at every price.
+    assert num_chosen == 2 * (len(POLICY_ORDER) * 2 - 5) + 4 * len(config.train.prices)
     assert not list(config.run_dir.glob("*.partial.jsonl"))
     assert (config.run_dir / "records.jsonl").read_text().count("\n") == before.count("\n")
 
