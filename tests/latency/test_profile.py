@@ -16,6 +16,7 @@ import torch
 from pacevlm.errors import ConfigError, IdentityError, ProfileError
 from pacevlm.identity import ANYTHING, Identity
 from pacevlm.knobs import Knobs, KnobSpace
+from pacevlm.latency.calibrate import fit_latency, full_p50_ms
 from pacevlm.latency.profile import DeviceFacts, NoiseFloor, Profile, Sample, collect_device_facts
 from pacevlm.types import StageTimes
 
@@ -175,3 +176,12 @@ def test_compiled_loops_count_where_they_run(device_facts: DeviceFacts) -> None:
     assert one == other != without.identity
     assert collect_device_facts("cpu", "float32").compiler is None
     assert collect_device_facts("cpu", "float32", compiler="numba").compiler == f"numba {numba.__version__}"
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("profiles/*.json")), ids=lambda path: path.stem)
+def test_profiles_of_the_project_are_read_and_fitted(path: Path) -> None:
+    profile = Profile.load(path)
+    top_k = max(profile.knob_space.top_ks)
+    fit = fit_latency(profile, trained_top_k=top_k, stage2_after=1, alpha=0.1)
+    assert fit.report.ape_p50 < 0.15
+    assert full_p50_ms(profile) > 0
