@@ -38,6 +38,7 @@ from rich.table import Table
 from pacevlm.artefact import content_sha256
 from pacevlm.baselines.fixed import FixedPolicy
 from pacevlm.baselines.lookup_table import LookupTable
+from pacevlm.baselines.predictor import PredictorPolicy
 from pacevlm.console import describe_step
 from pacevlm.controller.policy import Controller, ControllerPolicy
 from pacevlm.data.jsonl import JsonlDataset
@@ -138,7 +139,7 @@ class Doors:
         (run_dir / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         parts = (
             *("bundle/estimator.json", "bundle/guardrail.json", "bundle/output_length.json"),
-            "bundle/prices.json",
+            *("bundle/prices.json", "bundle/predictor.json"),
             *("bundle/controller/controller.json", "bundle/controller/controller.safetensors", "bundle/bundle.json"),
         )
         self.doors: dict[str, Callable[[Path], Any]] = {
@@ -152,6 +153,7 @@ class Doors:
             "controller/controller.safetensors": self._controller,
             "lookup_table.json": lambda path: self._choose(LookupTable.load(path, self.space)),
             "fixed.json": lambda path: self._choose(FixedPolicy.load(path, self.space)),
+            "predictor.json": lambda path: self._choose(PredictorPolicy.load(path, self.space)),
             "prices.json": lambda path: np.array([PriceTable.load(path).full_ms]),
             "steps.json": self._steps,
             "results.json": self._results,

@@ -196,7 +196,14 @@ def make_config(run_dir: Path, model: ModelConfig) -> RunConfig:
         model=dataclasses.replace(model, max_new_tokens=2, vision_budgets=(1, 1, 2)),
         data=DataConfig(num_train=24, num_val=4, num_test=3),
         profile=ProfileConfig(
-            num_requests=4, num_samples=24, repeats=1, max_warmup=1, num_lengths=24, alpha=0.4, num_threads=2
+            num_requests=4,
+            num_samples=24,
+            repeats=1,
+            max_warmup=1,
+            max_megapixels=0.02,
+            num_lengths=24,
+            alpha=0.4,
+            num_threads=2,
         ),
         lookup=LookupConfig(num_examples=2),
         train=TrainConfig(

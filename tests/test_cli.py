@@ -95,7 +95,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("name", COMMANDS)
 def test_unknown_options_are_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "steps.json").write_text("{}")  # or evaluate would say first that there is no run
-    needed = ["image.png", "Which?", "--budget-ms", "5"] if name == "answer" else []
+    needed = {"answer": ["image.png", "Which?", "--budget-ms", "5"], "rebase": ["runs/old"]}.get(name, [])
     where = [] if name in ("importance", "sample") else ["--run-dir", str(tmp_path)]
     assert run(name, *needed, *where, "--no-such-option", "3") == 2
     assert "--no-such-option" in capsys.readouterr().err

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self, TypedDict
+from typing import Annotated, Self, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pacevlm.artefact import Range
 from pacevlm.baselines.one_choice import OneChoicePolicy
 from pacevlm.baselines.ranking import FloatArray
 from pacevlm.baselines.stored import load_fitted, save_fitted
@@ -20,13 +21,19 @@ from pacevlm.knobs import Knobs, KnobSpace
 KIND = "accuracy predictor"
 # Of standardised features; the same as headroom's linear predictor has.
 RIDGE_ALPHA = 100.0
+# A feature that varies less says nothing.
+MIN_SPREAD = 1e-9
+
+
+# Far beyond what a fit gives, and small enough for sums of products.
+_Number = Annotated[float, Range(-1e6, 1e6)]
 
 
 class _Stored(TypedDict):
-    centre: list[float]
-    spread: list[float]
-    weights: list[list[float]]
-    intercept: list[float]
+    centre: list[_Number]
+    spread: list[Annotated[float, Range(MIN_SPREAD, 1e6)]]
+    weights: list[list[_Number]]
+    intercept: list[_Number]
 
 
 class PredictorPolicy(OneChoicePolicy):
@@ -79,7 +86,7 @@ class PredictorPolicy(OneChoicePolicy):
             )
         features = np.stack([request_features(request) for request in requests])
         centre, spread = features.mean(axis=0), features.std(axis=0)
-        spread = np.where(spread > 1e-9, spread, 1.0)
+        spread = np.where(spread > MIN_SPREAD, spread, 1.0)
         rows, intercept = (features - centre) / spread, accuracy.mean(axis=0)
         gram = rows.T @ rows + RIDGE_ALPHA * np.eye(rows.shape[1])
         return cls(space, centre, spread, np.linalg.solve(gram, rows.T @ (accuracy - intercept)), intercept)
