@@ -144,7 +144,8 @@ def rebase(arguments: Sequence[str]) -> None:
     """
     options = parse_options(rebase, RebaseOptions, arguments)
     check_path("source", options.source)
-    run_dir = options.run_dir or options.source.with_name(f"{options.source.name}-rebased")
+    source = options.source.resolve()
+    run_dir = options.run_dir or source.parent / f"{source.name}-rebased"
     from pacevlm.pipeline.rebase import rebase_run
 
     with RichReporter() as reporter:
@@ -219,7 +220,8 @@ def study(arguments: Sequence[str]) -> None:
     default = StudyOptions(small=True, settings=SMALL_STUDY) if "--small" in arguments else None
     options = parse_options(study, StudyOptions, arguments, default=default)
     check_model_path(options.settings.model)
-    from pacevlm.pipeline.study import format_worth, run_study
+    from pacevlm.evaluation.worth import format_worth
+    from pacevlm.pipeline.study import run_study
 
     with RichReporter() as reporter:
         worth = run_study(options.settings, reporter)

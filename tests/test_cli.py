@@ -101,6 +101,15 @@ def test_unknown_options_are_refused(name: str, tmp_path: Path, capsys: pytest.C
     assert "--no-such-option" in capsys.readouterr().err
 
 
+def test_the_folder_one_stands_in_can_be_rebased(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "..", "/"):
+        assert run("rebase", name) == 2
+        assert "settings of a run" in capsys.readouterr().err
+
+
 def test_values_outside_their_range_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "--run-dir", tmp_path, "--profile.alpha", "2") == 2
     assert "alpha is 2.0" in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -127,8 +127,11 @@ def run_experts(
     rows = x.index_select(0, pair.div(top_k, rounding_mode="floor"))
     out = grouped_product(swiglu(grouped_product(rows, ends, gate_up_proj)), ends, down_proj)
     # Back in the order of tokens: a sum of k rows each, which is quicker than adding rows where they belong, and the
-    # same every time. Experts that do not run have some row or other, and no weight.
+    # same every time.
     place = pair.new_zeros(num_tokens * top_k).index_copy_(0, pair, torch.arange(len(pair), device=x.device))
     if keep is not None:
-        weights = weights * keep
+        # Experts that do not run have no weight, and the row of the token's first one: of another token's, an infinite
+        # number would reach this one.
+        weights, place = weights * keep, place.view_as(keep)
+        place = torch.where(keep, place, place[:, :1]).flatten()
     return torch.matmul(weights[:, None], out.index_select(0, place).view(num_tokens, top_k, -1)).squeeze(1)

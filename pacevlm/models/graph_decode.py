@@ -37,6 +37,9 @@ class GraphDecode:
         order: which blocks each num_blocks keeps.
         stage2_after: blocks that always run at the trained top_k.
         max_positions: most tokens of prompt and answer; the model's own limit if None.
+
+    Attributes:
+        capacities: all buffer lengths, shortest first.
     """
 
     def __init__(
@@ -44,6 +47,9 @@ class GraphDecode:
     ) -> None:
         self.adapter, self.order, self.stage2_after = adapter, order, stage2_after
         self.max_positions = adapter.max_positions if max_positions is None else max_positions
+        doubled = [CAPACITY_STEP << i for i in range(self.max_positions.bit_length())]
+        lengths = sorted([*doubled, *(length * 3 // 2 for length in doubled)])
+        self.capacities = (*(length for length in lengths if length < self.max_positions), self.max_positions)
         self._caches: dict[int, tuple[Tensor, Tensor]] = {}
         self._graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
@@ -55,13 +61,6 @@ class GraphDecode:
     def num_graphs(self) -> int:
         """Graphs captured so far."""
         return len(self._graphs)
-
-    @property
-    def capacities(self) -> tuple[int, ...]:
-        """All buffer lengths, shortest first."""
-        double = [CAPACITY_STEP << i for i in range(self.max_positions.bit_length())]
-        lengths = sorted([*double, *(length * 3 // 2 for length in double)])
-        return (*(length for length in lengths if length < self.max_positions), self.max_positions)
 
     def capacity(self, num_tokens: int) -> int:
         """Buffer length for so many tokens of prompt and answer; raises ConfigError if there are more than fit."""

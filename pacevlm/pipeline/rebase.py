@@ -10,15 +10,19 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+from pacevlm.controller.checkpoint import WEIGHTS_NAME
 from pacevlm.controller.policy import Controller
 from pacevlm.errors import ConfigError
+from pacevlm.files import sha256_file, write_atomic
 from pacevlm.pipeline.artefacts import CONTROLLER_NAME, OUTCOMES_NAME, PROFILE_NAME
 from pacevlm.pipeline.context import Reporter, RunContext
 from pacevlm.pipeline.lock import one_writer
-from pacevlm.pipeline.run import run_pipeline, step_settings
-from pacevlm.pipeline.run_config import CONFIG_NAME, RunConfig, load_run_config
+from pacevlm.pipeline.run import REBASED, run_pipeline, step_settings
+from pacevlm.pipeline.run_config import RunConfig, load_run_config
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.training.trainer import CHECKPOINT_NAME, METRICS_NAME, RUN_NAME
+
+_WEIGHTS = f"{CONTROLLER_NAME}/{WEIGHTS_NAME}"
 
 
 def rebase_run(
@@ -40,7 +44,8 @@ def rebase_run(
         transfer: carry the source's latencies over with a few measurements instead of a whole profile.
 
     Raises:
-        ConfigError: the source holds no trained controller, or the two are one folder.
+        ConfigError: the source holds no trained controller, the two are one folder, or the new one holds another
+            controller or was begun with other settings.
         IdentityError: the model changed.
         PacevlmError: whatever a step raises.
     """
@@ -49,21 +54,23 @@ def rebase_run(
         raise ConfigError(f"{source} holds no trained controller; run `pacevlm train --run-dir {source}` first")
     if source.resolve() == run_dir.resolve():
         raise ConfigError(f"run_dir is {str(run_dir)!r}, the run that is rebased, which is kept; give another run_dir")
-    if (run_dir / CONFIG_NAME).exists():
-        config = load_run_config(run_dir)
-    else:
-        profile = dataclasses.replace(
-            config.profile,
-            source=str((source / PROFILE_NAME).absolute()) if transfer else None,
-            transfer=transfer,
-            num_threads=config.profile.num_threads if num_threads is None else num_threads,
-        )
-        model = dataclasses.replace(config.model, device=config.model.device if device is None else device)
-        config = dataclasses.replace(config, run_dir=run_dir, profile=profile, model=model)
-    if not run_dir.exists() and (source / OUTCOMES_NAME).exists():
+    there = StepLog(run_dir).get("train")
+    if there is not None and there.facts.get(REBASED) != sha256_file(source / _WEIGHTS):
+        raise ConfigError(f"{run_dir} holds a controller that is not of {source}; give another run_dir, or remove it")
+    profile = dataclasses.replace(
+        config.profile,
+        source=str((source / PROFILE_NAME).absolute()) if transfer else None,
+        transfer=transfer,
+        num_threads=config.profile.num_threads if num_threads is None else num_threads,
+    )
+    model = dataclasses.replace(config.model, device=config.model.device if device is None else device)
+    config = dataclasses.replace(config, run_dir=run_dir, profile=profile, model=model)
+    is_new = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
+    if is_new and (source / OUTCOMES_NAME).exists():
         # What the model answered is the same on every device.
-        run_dir.mkdir(parents=True)
-        shutil.copyfile(source / OUTCOMES_NAME, run_dir / OUTCOMES_NAME)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with write_atomic(run_dir / OUTCOMES_NAME) as temporary:
+            shutil.copyfile(source / OUTCOMES_NAME, temporary)
     run = run_pipeline(config, "profile", reporter=reporter)
     with one_writer(run_dir):
         _keep_controller(run, source)
@@ -83,4 +90,4 @@ def _keep_controller(run: RunContext, source: Path) -> None:
     for name in (CHECKPOINT_NAME, METRICS_NAME, RUN_NAME):
         shutil.copyfile(load_run_config(source).train_config.run_dir / name, folder / name)
     kept.save_pretrained(run.run_dir / CONTROLLER_NAME)
-    log.add("train", step_settings(run, "train"), 0.0, {**trained.facts, "rebased_from": str(source)})
+    log.add("train", step_settings(run, "train"), 0.0, {**trained.facts, REBASED: sha256_file(source / _WEIGHTS)})

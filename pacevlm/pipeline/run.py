@@ -8,7 +8,7 @@ from typing import Any
 
 from pacevlm.config import config_to_dict
 from pacevlm.devices import resolve_device
-from pacevlm.errors import ConfigError, IdentityError
+from pacevlm.errors import ConfigError, DataError, IdentityError
 from pacevlm.latency.measuring import check_num_threads
 from pacevlm.pipeline.artefacts import (
     PARTIAL_NAMES,
@@ -60,6 +60,8 @@ _DEPENDENT: dict[str, tuple[str, ...]] = {
     "calibrate": ("evaluate",),
     "evaluate": (),
 }
+# The fact of a training that was taken over from another run: the digest of its controller's weights.
+REBASED = "rebased_from"
 # Once these are finished, other settings would orphan what the later steps made of them.
 _KEPT = ("profile", "train")
 
@@ -141,6 +143,11 @@ def _is_finished(run: RunContext, log: StepLog, name: str, sources: list[str], m
     if done is None or done.changes(step_settings(run, name)):
         return False
     if sources or made:
+        if REBASED in done.facts:
+            raise DataError(
+                f"{run.run_dir} lacks {', '.join(sources + made)}, and its controller was rebased, not trained there; "
+                "remove the folder and rebase it again"
+            )
         run.reporter.missing(name, sources + made)
     if sources:
         return False

@@ -1,19 +1,20 @@
 """A study: controllers of several seeds under several profiles, judged with every other policy on the same questions.
 
     STUDY/crossed/outcomes.jsonl                what the model answered, shared by all runs (hard links)
-    STUDY/crossed/profiles/*.json               profiles; those that lie there are used, missing ones measured
+    STUDY/crossed/profiles/*.json               profiles: given ones, by name, and measured0, measured1 ... behind them
     STUDY/crossed/PROFILE/seed0/                an ordinary run directory, trained and not calibrated
     STUDY/crossed/PROFILE/records.safetensors   what every policy did, under the profile's replayed clock
     STUDY/worth.json                            the tables, made from the records
 
-Nothing that is done is done again, and two processes may work on different traffics.
+Nothing that is done is done again. Two processes may work on different traffics; a last start with all of them, which
+finds their records, writes all tables.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ from pacevlm.evaluation.sweep import (
     predict_ms,
     run_prices,
 )
-from pacevlm.evaluation.worth import CONTROLLER, PREDICTOR, TABLE, StudyRecords, format_worth, measure_worth
+from pacevlm.evaluation.worth import CONTROLLER, PREDICTOR, TABLE, StudyRecords, measure_worth
 from pacevlm.files import read_json, sha256_file, write_atomic, write_json_atomic
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.profile import Profile
@@ -52,9 +53,7 @@ from pacevlm.training.run_record import source_commit
 from pacevlm.training.train_config import TrainConfig
 from pacevlm.types import Example, Objective
 
-__all__ = ["format_worth", "run_study"]
-
-WORTH_NAME, RECORDS_NAME = "worth.json", "records.safetensors"
+WORTH_NAME, RECORDS_NAME, MEASURED = "worth.json", "records.safetensors", "measured"
 # The settings that records depend on, besides their profile and the ablations.
 _OF_RECORDS = ("model", "num_seeds", "num_train", "num_test", "steps", "batch_size", "alpha")
 # What a training is without, beside the first profile: how its settings differ.
@@ -80,7 +79,8 @@ def run_study(config: StudyConfig, reporter: Reporter | None = None) -> dict[str
     path, worth = config.study_dir / WORTH_NAME, {}
     for traffic in config.traffics:
         study = _Traffic(config, traffic, reporter)
-        found = measure_worth([study.judge(profile) for profile in study.profiles()])
+        profiles = study.profiles()
+        found = measure_worth([study.judge(profile, is_reference=profile == profiles[0]) for profile in profiles])
         worth[traffic] = {"commit": source_commit() or "unknown", **found}
         known = read_json(path, "tables of a study", DataError) if path.exists() else {}
         write_json_atomic(path, known | worth)
@@ -112,25 +112,23 @@ class _Traffic:
         )
 
     def profiles(self) -> list[Path]:
-        """The profiles, the reference first; those that are missing are measured now."""
+        """The profiles, the reference first: those that were given, by name, and then as many as are missing."""
         folder = self.folder / "profiles"
         folder.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count():
-            found = sorted(folder.glob("*.json"))
-            if len(found) >= self.config.num_profiles:
-                return found[: self.config.num_profiles]
-            name = f"measured{number}"
-            if (folder / f"{name}.json").exists():
-                continue
-            settings = dataclasses.replace(
-                ProfileConfig(), num_samples=self.config.num_samples, repeats=self.config.repeats, seed=number
-            )
-            run = run_pipeline(
-                self.run_config(self.folder / f"profiling-{name}", settings), "profile", reporter=self.reporter
-            )
-            with write_atomic(folder / f"{name}.json") as temporary:
+        given = [path for path in sorted(folder.glob("*.json")) if not re.fullmatch(rf"{MEASURED}\d+", path.stem)]
+        number = max(0, self.config.num_profiles - len(given))
+        return [*given[: self.config.num_profiles], *(self.measured_profile(folder, i) for i in range(number))]
+
+    def measured_profile(self, folder: Path, number: int) -> Path:
+        """A profile of this machine, measured now unless it is there."""
+        path = folder / f"{MEASURED}{number}.json"
+        if not path.exists():
+            settings = ProfileConfig(num_samples=self.config.num_samples, repeats=self.config.repeats, seed=number)
+            config = self.run_config(self.folder / f"profiling-{path.stem}", settings)
+            run = run_pipeline(config, "profile", reporter=self.reporter)
+            with write_atomic(path) as temporary:
                 shutil.copyfile(run.run_dir / PROFILE_NAME, temporary)
-        raise AssertionError
+        return path
 
     def train(self, profile: Path, seed: int, name: str = "", **changes: Any) -> Path:
         """The finished run directory of one training."""
@@ -140,10 +138,9 @@ class _Traffic:
         run_pipeline(config, "train", reporter=self.reporter)
         return folder
 
-    def judge(self, profile: Path) -> StudyRecords:
+    def judge(self, profile: Path, *, is_reference: bool) -> StudyRecords:
         """What every policy does with the test questions under one profile, from the folder where it is known."""
         config, path = self.config, self.folder / profile.stem / RECORDS_NAME
-        is_reference = profile == self.profiles()[0]
         seeds = range(config.num_seeds)
         ablations = ABLATIONS if config.ablations and is_reference else {}
         ablated = range(min(config.num_seeds, 3))
@@ -184,7 +181,8 @@ def _share(store: Path, place: Path) -> None:
     try:
         os.link(store, place)
     except OSError:
-        shutil.copyfile(store, place)
+        with write_atomic(place) as temporary:
+            shutil.copyfile(store, temporary)
 
 
 def _judge(

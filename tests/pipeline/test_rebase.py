@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from pacevlm.config import CalibrateConfig, DataConfig, EvaluateConfig, LookupConfig, ModelConfig, ProfileConfig
 from pacevlm.controller.policy import Controller
-from pacevlm.errors import ConfigError
+from pacevlm.errors import ConfigError, DataError
+from pacevlm.files import sha256_file
 from pacevlm.pacer import Pacer
 from pacevlm.pipeline import RunConfig, run_pipeline
 from pacevlm.pipeline.rebase import rebase_run
@@ -57,7 +59,7 @@ def test_weights_stay_and_all_that_is_of_the_device_is_made_anew(source: Path, t
     assert new.config.reference_ms == profiled.facts["full_p50_ms"]["e2e"]
     trained = StepLog(config.run_dir).get("train")
     assert trained is not None
-    assert trained.facts["rebased_from"] == str(source)
+    assert trained.facts["rebased_from"] == sha256_file(source / "controller/controller.safetensors")
     # A run like any other: it answers, and goes on.
     pacer = Pacer.from_pretrained(config.run_dir)
     assert pacer.num_threads == 2
@@ -79,6 +81,26 @@ def test_a_stopped_rebase_goes_on(source: Path, tmp_path: Path, monkeypatch: pyt
     rebase_run(source, tmp_path / "new")
     assert (tmp_path / "new/profile.json").read_bytes() == profile
     assert (tmp_path / "new/bundle/bundle.json").exists()
+
+
+def test_what_was_begun_otherwise_or_is_another_run_is_refused(source: Path, tmp_path: Path) -> None:
+    rebase_run(source, tmp_path / "new")
+    with pytest.raises(ConfigError, match="num_threads was 1, now 2"):
+        rebase_run(source, tmp_path / "new", num_threads=2)
+    # A controller of its own, or of another source, is not taken for the one that is wanted.
+    shutil.copytree(source, tmp_path / "own")
+    with pytest.raises(ConfigError, match="holds a controller that is not of"):
+        rebase_run(source, tmp_path / "own")
+    with pytest.raises(ConfigError, match="holds a controller that is not of"):
+        rebase_run(tmp_path / "new", tmp_path / "own")
+
+
+def test_a_rebased_controller_is_never_trained_in_its_place(source: Path, tmp_path: Path) -> None:
+    for name in ("controller/controller.safetensors", "train/checkpoint.safetensors"):
+        config = rebase_run(source, tmp_path / name.partition("/")[0])
+        (config.run_dir / name).unlink()
+        with pytest.raises(DataError, match="was rebased, not trained there"):
+            run_pipeline(config, "calibrate")
 
 
 def test_only_a_trained_run_can_be_rebased_and_not_onto_itself(source: Path, tmp_path: Path) -> None:

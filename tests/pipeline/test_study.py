@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -84,6 +85,20 @@ def test_a_profile_that_lies_there_is_taken(config: StudyConfig, worth: dict[str
     # The same questions, profile and seed: the same tables.
     named = dict.fromkeys(("commit", "profiles", "profile_gains", "predictor_gains"))
     assert found["crossed"] | named == worth["crossed"] | named
+
+
+def test_given_profiles_come_first_whatever_their_names(
+    config: StudyConfig, worth: dict[str, Any], tmp_path: Path
+) -> None:
+    given = (config.study_dir / "crossed/profiles/measured0.json").read_bytes()
+    (tmp_path / "crossed/profiles").mkdir(parents=True)
+    for name in ("zebra", "measured-at-night"):
+        (tmp_path / f"crossed/profiles/{name}.json").write_bytes(given)
+    names = ["measured-at-night", "zebra", "measured0"]
+    for num_profiles, expected in ((1, names[:1]), (3, names), (2, names[:2])):
+        changed = dataclasses.replace(config, study_dir=tmp_path, num_profiles=num_profiles)
+        found = study._Traffic(changed, "crossed", study.SilentReporter()).profiles()
+        assert [path.stem for path in found] == expected
 
 
 def test_a_study_of_nothing_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import cast
 
@@ -63,9 +64,14 @@ class TritonMolmoEAdapter(MolmoEAdapter):
 
 
 def compiles_here(device: torch.device) -> bool:
-    """Whether Triton finds what it needs on this machine, a C compiler among it."""
+    """Whether Triton finds what it needs on this machine, a C compiler among it; warns if it does not."""
     try:
         gpu_kernels.rms_norm(torch.ones(1, 8, device=device), torch.ones(8, device=device), 1e-5)
-    except Exception:  # whatever a compiler may say
+    except Exception as error:  # whatever a compiler may say
+        warnings.warn(
+            f"Triton compiles nothing here, so decoding takes about twice as long: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return False
     return True

@@ -13,6 +13,21 @@ from pacevlm.models.molmoe.runtime.frozen_tower import FrozenTower
 MakeModel = Callable[..., MolmoEForConditionalGeneration]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_half_precision_is_as_near_to_single_as_the_modules_are(make_model: MakeModel, dtype: torch.dtype) -> None:
+    single = make_model(seed=1).model.vision_backbone.image_vit
+    half = make_model(seed=1).to(dtype).model.vision_backbone.image_vit
+    errors = []
+    for seed in range(5):
+        patches = torch.randn(3, 64, 48, generator=torch.Generator().manual_seed(seed))
+        exact = single(patches)
+        found = (half(patches.to(dtype)), FrozenTower(half)(patches.to(dtype)))
+        errors.append([float((out.float() - exact).norm() / exact.norm()) for out in found])
+    modules, frozen = torch.tensor(errors).mean(dim=0).tolist()
+    assert 0 < frozen < 1.2 * modules
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str)
 @pytest.mark.parametrize("layers", [[-1, -3], [-2], [0, 1]], ids=str)
 @torch.no_grad()
