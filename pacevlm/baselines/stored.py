@@ -14,7 +14,7 @@ from pacevlm.errors import CheckpointError, DataError
 from pacevlm.identity import Identity
 from pacevlm.knobs import KnobSpace
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 def save_fitted(path: str | Path, kind: str, space: KnobSpace, content: Mapping[str, Any]) -> None:
