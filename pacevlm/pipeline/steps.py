@@ -276,6 +276,9 @@ def new_controller(run: RunContext, seed: int) -> Controller:
             estimator_fingerprint=run.estimator.fingerprint,
             d_model=model.d_model,
         )
+    inputs = {"question": controller.stage1.question, "latency_token": controller.stage2.output}
+    for name in run.config.train.blind_to:
+        torch.nn.init.zeros_(inputs[name].weight).requires_grad_(False)
     # Behind the draw of its weights, so that a seed means the same weights on every device.
     return controller.to(model.device)
 

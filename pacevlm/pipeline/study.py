@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pacevlm.baselines.lookup_table import LookupTable
+from pacevlm.baselines.predictor import PredictorPolicy
 from pacevlm.config import DataConfig, HeadroomConfig, LookupConfig, ProfileConfig, StudyConfig
 from pacevlm.controller.policy import ControllerPolicy
 from pacevlm.controller.policy_interface import Policy, PolicyInput
@@ -60,7 +62,10 @@ _OF_RECORDS = ("model", "num_seeds", "num_train", "num_test", "steps", "batch_si
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no mask": {"mask": False},
     "no multiplier": {"constraint": {"k_p": 0.0, "k_i": 0.0}},
+    "no latency token": {"blind_to": ("latency_token",)},
+    "no question in stage 1": {"blind_to": ("question",)},
     "group scaling": {"grpo": {"scale_rewards": "group"}},
+    "REINFORCE": {"grpo": {"baseline": "batch"}},
     "no prices": {"max_price": 0.0},
     "no tightening": {"max_tightening": 1.0},
 }
@@ -206,12 +211,16 @@ def _judge(
     baselines = fit_baselines(engine, train, objectives, pacing, full_ms=full_ms, prices=prices)
     policies: dict[str, Policy] = {policy.name: policy for policy in baselines}
     policies["oracle"] = build_oracle(engine, test, pacing, kind, full_ms)
+    policies["predictor_of_sizes"] = _predictor_of_sizes(run, train, objectives[0], pacing)
     for name, folder in folders.items():
         policies[name] = ControllerPolicy(RunContext(load_run_config(folder)).controller().eval())
     chosen: dict[str, list[list[Knobs]]] = {}
     for number, (name, policy) in enumerate(policies.items(), start=1):
         chosen[name] = [choose_knobs(policy, engine, test, row) for row in requests]
         run.reporter.progress("policies", number, len(policies))
+    for knob in KNOBS:  # what the predictor makes of one knob, the others full
+        alone = [[_with_one_knob(request, knob, space) for request in row] for row in requests]
+        chosen[f"predictor_{knob}"] = [choose_knobs(policies[PREDICTOR], engine, test, row) for row in alone]
     chosen["task_table"] = _task_choices(run, train, test, objectives, pacing, requests)
 
     accuracy, latency_ms = np.empty((2, len(chosen), len(fractions), len(test)))
@@ -244,6 +253,29 @@ def _judge(
         full_accuracy=outcomes[:, space.index(space.full)],
         knob_accuracy=np.stack([outcomes[:, space.index(knobs)] for knobs in _lowered(space)]),
     )
+
+
+def _predictor_of_sizes(run: RunContext, train: Sequence[Example], objective: Objective, pacing: Pacing) -> Policy:
+    """The predictor that every question looks the same to."""
+    blind = [
+        dataclasses.replace(
+            request,
+            view=dataclasses.replace(
+                request.view, question_embedding=torch.zeros_like(request.view.question_embedding)
+            ),
+        )
+        for request in build_requests(run.engine, train, [objective], pacing)[0]
+    ]
+    return PredictorPolicy.fit(run.model.knob_space, blind, exhaustive_sweep(run.engine, train))
+
+
+def _with_one_knob(request: PolicyInput, knob: str, space: KnobSpace) -> PolicyInput:
+    """The request with the other knobs full; where that fits no budget, the cheapest configuration, as ever."""
+    others = [name for name in KNOBS if name != knob]
+    alone = [all(getattr(knobs, name) == getattr(space.full, name) for name in others) for knobs in space]
+    feasible = request.feasible & np.reshape(alone, space.shape)
+    feasible[0, 0, 0] |= not feasible.any()
+    return dataclasses.replace(request, feasible=feasible)
 
 
 def _lowered(space: KnobSpace) -> list[Knobs]:

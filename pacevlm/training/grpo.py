@@ -145,12 +145,13 @@ def group_advantages(
 
     Args:
         rewards: `(batch, group)`, group as in the settings.
-        config: `scale_rewards` and its tolerances.
+        config: `baseline`, `scale_rewards` and its tolerances.
         costs: `(batch, group)`; None counts as no cost.
         multiplier: λ ≥ 0.
 
     Returns:
-        The advantages, 0 in groups that are not kept, and the groups to keep: those in which rewards or costs differ.
+        The advantages, 0 in groups that are not kept, and the groups to keep: those in which rewards or costs differ,
+        or all if the baseline is the batch's.
 
     Raises:
         DataError: shapes that do not fit, a value that is not finite, or a negative multiplier.
@@ -164,8 +165,7 @@ def group_advantages(
     if not math.isfinite(multiplier) or multiplier < 0:
         raise DataError(f"multiplier is {multiplier}; it must be a finite number from 0")
 
-    differs = _spread(rewards) > config.equal_within
-    centred = leave_one_out(rewards)
+    differs, centred = _differs(rewards, config), _centred(rewards, config)
     if config.scale_rewards == "batch":
         centred = centred / (centred.std() + config.scale_eps)
     elif config.scale_rewards == "group":
@@ -174,10 +174,21 @@ def group_advantages(
     advantages = torch.where(differs.unsqueeze(-1), centred, 0.0)
     keep = differs
     if costs is not None:
-        costs_differ = _spread(costs) > config.equal_within
-        advantages = advantages - multiplier * torch.where(costs_differ.unsqueeze(-1), leave_one_out(costs), 0.0)
+        costs_differ = _differs(costs, config)
+        advantages = advantages - multiplier * torch.where(costs_differ.unsqueeze(-1), _centred(costs, config), 0.0)
         keep = differs | costs_differ
     return Advantages(advantages, keep)
+
+
+def _centred(values: Tensor, config: GRPOConfig) -> Tensor:
+    return leave_one_out(values) if config.baseline == "group" else values - values.mean()
+
+
+def _differs(values: Tensor, config: GRPOConfig) -> Tensor:
+    """Groups that carry a signal, `(batch,)`."""
+    if config.baseline == "batch":
+        return torch.ones(len(values), dtype=torch.bool, device=values.device)
+    return _spread(values) > config.equal_within
 
 
 def _spread(values: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ MAX_BATCH, MAX_ROLLOUTS = 65536, 1 << 22
 """Most contexts, or rollouts of one, in a step, and most rollouts of all; their tensors must fit in memory."""
 NUM_PRICES = 10
 """Prices above none that what was trained is calibrated and judged at."""
+BLIND_TO = ("question", "latency_token")
 MAX_WEIGHT = 1e9
 """Largest weight, gain or penalty, far beyond what makes a difference."""
 
@@ -49,6 +50,8 @@ class GRPOConfig:
             of the rollout's own `group` (Shao et al. 2024, 4.1.1).
         scale_eps: added to a standard deviation before dividing by it.
         equal_within: rewards (and costs) of a group that spread no further than this count as all equal.
+        baseline: what a reward is compared with: the other rewards of its `group`, or the mean over the `batch`, which
+            is REINFORCE (Williams 1992) with the same clipping; equal groups then count as well.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -62,6 +65,7 @@ class GRPOConfig:
     scale_rewards: Literal["none", "batch", "group"] = "batch"
     scale_eps: float = 1e-4
     equal_within: float = 1e-6
+    baseline: Literal["group", "batch"] = "group"
 
     def __post_init__(self) -> None:
         check_whole(self, 2, MAX_BATCH, "group_size")  # a rollout is compared with others
@@ -70,6 +74,8 @@ class GRPOConfig:
         check_real(self, 0, MAX_WEIGHT, "beta", "entropy_coef", "scale_eps", "equal_within")
         if self.scale_rewards not in ("none", "batch", "group"):
             raise ConfigError(f"scale_rewards is {self.scale_rewards!r}; use 'none', 'batch' or 'group'")
+        if self.baseline not in ("group", "batch"):
+            raise ConfigError(f"baseline is {self.baseline!r}; use 'group' or 'batch'")
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,8 @@ class TrainConfig:
             of them. 0 trains without prices.
         min_price: smallest price above none.
         unpriced_share: share of the contexts whose time costs nothing.
+        blind_to: what the controller does not get to see, for ablations: the `question` in stage 1, the
+            `latency_token`'s output in stage 2.
         num_examples: only the first so many examples of the data set; None takes all.
         seed: all randomness derives from this number and the step.
         checkpoint_every_steps: most steps between two checkpoints.
@@ -189,6 +197,7 @@ class TrainConfig:
     min_price: float = 1.0
     unpriced_share: float = 0.25
     final_entropy_coef: float | None = None
+    blind_to: tuple[str, ...] = ()
     num_examples: int | None = None
     seed: int = 0
     checkpoint_every_steps: int = 1
@@ -236,6 +245,9 @@ class TrainConfig:
         if self.budget_scale not in ("uniform", "log-uniform"):
             raise ConfigError(f"budget_scale is {self.budget_scale!r}; use 'uniform' or 'log-uniform'")
         check_budget_kind(self.budget_kind)
+        object.__setattr__(self, "blind_to", tuple(self.blind_to))
+        if not set(self.blind_to) <= set(BLIND_TO):
+            raise ConfigError(f"blind_to is {list(self.blind_to)}; use some of {', '.join(BLIND_TO)}")
 
     @property
     def prices(self) -> tuple[float, ...]:
@@ -266,7 +278,13 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """The settings that a continuation must share: all that the results depend on."""
-        return {name: value for name, value in self.to_dict().items() if name not in _WATCHING}
+        values = {name: value for name, value in self.to_dict().items() if name not in _WATCHING}
+        # Runs from before these settings existed had what is their default, and go on.
+        if not self.blind_to:
+            del values["blind_to"]
+        if self.grpo.baseline == "group":
+            del values["grpo"]["baseline"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

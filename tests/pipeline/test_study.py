@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from pacevlm.config import StudyConfig
+from pacevlm.config import ProfileConfig, StudyConfig
 from pacevlm.errors import ConfigError
 from pacevlm.evaluation.worth import StudyRecords, measure_worth
+from pacevlm.files import load_safetensors
 from pacevlm.pipeline import study
+from pacevlm.pipeline.context import SilentReporter
 from pacevlm.pipeline.study import run_study
 
 
@@ -46,8 +48,9 @@ def test_tables_are_made_from_records_alone(config: StudyConfig, worth: dict[str
     assert records is not None
     assert {"commit": worth["crossed"]["commit"], **measure_worth([records])} == worth["crossed"]
     expected = {"lookup_table", "fixed", "full", "cheapest", "random", "oracle", "task_table", "predictor"}
+    expected |= {"predictor_of_sizes", "predictor_tier", "predictor_top_k", "predictor_num_blocks"}
     assert set(records.policies) == {*expected, "controller 0"}
-    assert records.accuracy.shape == (9, 5, 8)
+    assert records.accuracy.shape == (13, 5, 8)
     # No policy is above the oracle, which knows every answer.
     assert (records.accuracy.sum(axis=2) <= records.accuracy[records.of("oracle")].sum(axis=1) + 1e-9).all()
 
@@ -108,3 +111,18 @@ def test_a_study_of_nothing_is_refused() -> None:
         StudyConfig(traffics=("sideways",))
     with pytest.raises(ConfigError, match="num_seeds"):
         StudyConfig(num_seeds=0)
+
+
+def test_a_controller_that_is_blind_to_something_learns_without_it(config: StudyConfig, worth: dict[str, Any]) -> None:
+    """Its weights for that stay 0, and the settings of a run that sees everything are what they were."""
+    runs = study._Traffic(config, "crossed", SilentReporter())
+    profile = config.study_dir / "crossed/profiles/measured0.json"
+    folder = runs.train(profile, 0, "blind", blind_to=("question", "latency_token"))
+    weights = load_safetensors(folder / "controller/controller.safetensors")
+    unseen = {name for name, tensor in weights.items() if name.endswith("weight") and not tensor.any()}
+    assert unseen == {"stage1.question.weight", "stage2.output.weight"}
+    seeing = json.dumps(runs.run_config(folder, ProfileConfig()).train.identity())
+    assert "blind_to" not in seeing
+    assert "baseline" not in seeing
+    with pytest.raises(ConfigError, match="blind_to"):
+        runs.train(profile, 0, "blind", blind_to=("answer",))

@@ -208,6 +208,17 @@ def test_scaling_of_advantages():
     torch.testing.assert_close(advantages("group"), centred / rewards.std(1, keepdim=True))
 
 
+def test_a_baseline_of_the_whole_batch_is_the_mean_of_it():
+    generator = torch.Generator().manual_seed(9)
+    rewards = torch.rand(3, 4, generator=generator, dtype=torch.float64)
+    rewards[0] = 1.0  # all equal, and above the others
+    costs = (torch.rand(3, 4, generator=generator) < 0.5).double()
+    config = GRPOConfig(group_size=4, baseline="batch", scale_rewards="none")
+    advantages, keep = group_advantages(rewards, config, costs=costs, multiplier=2.0)
+    assert keep.all()
+    torch.testing.assert_close(advantages, rewards - rewards.mean() - 2.0 * (costs - costs.mean()))
+
+
 @pytest.mark.parametrize("scale", ["none", "batch", "group"])
 def test_cost_is_centred_apart_from_the_scaled_reward(scale):
     generator = torch.Generator().manual_seed(8)
@@ -453,6 +464,7 @@ def test_group_scaling_is_biased_which_the_enumeration_shows():
         {"beta": -0.1},
         {"entropy_coef": math.nan},
         {"scale_rewards": "std"},
+        {"baseline": "mean"},
         {"equal_within": -1.0},
     ],
 )
