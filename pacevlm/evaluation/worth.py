@@ -21,7 +21,7 @@ from pacevlm.evaluation.fronts import Front, summarise_fronts
 from pacevlm.evaluation.statistics import FloatArray, Interval, bootstrap_mean, ratio_interval, resampled_means
 from pacevlm.files import load_safetensors, load_safetensors_metadata, save_safetensors_atomic
 
-CONTROLLER, TABLE, PREDICTOR = "controller", "lookup_table", "predictor"
+CONTROLLER, REBASED, TABLE, PREDICTOR = "controller", "rebased", "lookup_table", "predictor"
 KIND = "pacevlm study 1"
 
 
@@ -31,7 +31,7 @@ class StudyRecords:
 
     Attributes:
         profile: name of the profile.
-        seeds: training seeds; the policy of seed s is `controller s`.
+        seeds: training seeds; the policy of seed s is `controller s`, and `rebased s` is the reference profile's.
         fractions: budgets as fractions of the full latency.
         budgets_ms: the budgets, `(budgets,)`.
         prices: prices of time of the fronts.
@@ -133,6 +133,10 @@ def measure_worth(cells: Sequence[StudyRecords]) -> dict[str, Any]:
             for cell in cells
         },
         "profile_gains": {cell.profile: _mean(cell.gains().mean(axis=(0, 1))).to_dict() for cell in cells},
+        # Controllers of the reference profile, rebased to another, less those trained there.
+        "rebased_less_trained": {
+            cell.profile: _mean((cell.gains(REBASED) - cell.gains()).mean(axis=(0, 1))).to_dict() for cell in cells[1:]
+        },
         "learnable_points": dict(first.learnable),
         "share_of_learnable": gain.mean / learnable if learnable > 0 else None,
         "latency_at_equal_accuracy": _equal_accuracy(first, slice(2, None)),
@@ -213,6 +217,10 @@ def format_worth(worth: Mapping[str, Any]) -> str:
             + ", ".join(f"{fraction}: {gain['mean']:+.1f}" for fraction, gain in found["gain_at"].items()),
             "  predictor less lookup table    "
             + "; ".join(f"{name} {_points(gain)}" for name, gain in found["predictor_gains"].items()),
+            *(
+                f"  rebased to {name} less trained there: {_points(loss)} points"
+                for name, loss in found["rebased_less_trained"].items()
+            ),
             f"  learnable                      {_points(found['learnable_points'])} points"
             + ("" if share is None else f", of which {share:.2f} are reached"),
             "  others less lookup table       "

@@ -16,7 +16,7 @@ from pacevlm.config import MADE_DATASETS, DataConfig
 from pacevlm.controller.policy import Controller, ControllerPolicy
 from pacevlm.controller.policy_interface import Policy
 from pacevlm.data.splits import Splits, load_splits
-from pacevlm.errors import DataError, IdentityError, PacevlmError
+from pacevlm.errors import ConfigError, DataError, IdentityError, PacevlmError
 from pacevlm.files import sha256_file
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Guardrail
@@ -105,11 +105,26 @@ class RunContext:
         config: all settings.
         reporter: is told what happens.
         command: the command line that asked, for the report.
+        alike: a run with the same model, data and outcomes, whose loaded parts are used: its engine keeps the first
+            block's work on each question.
+
+    Raises:
+        ConfigError: `alike` has another model or other data.
     """
 
-    def __init__(self, config: RunConfig, reporter: Reporter | None = None, command: str | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        reporter: Reporter | None = None,
+        command: str | None = None,
+        alike: RunContext | None = None,
+    ) -> None:
         self.config, self.reporter, self.command = config, reporter or SilentReporter(), command
         self.run_dir = config.run_dir
+        if alike is not None:
+            if any(getattr(config, part) != getattr(alike.config, part) for part in ("model", "data", "picture")):
+                raise ConfigError(f"{config.run_dir} has another model or other data than {alike.run_dir}")
+            self.model, self.splits, self.engine = alike.model, alike.splits, alike.engine
 
     @cached_property
     def model(self) -> ElasticModel:

@@ -73,6 +73,7 @@ def run_pipeline(
     fresh: bool = False,
     reporter: Reporter | None = None,
     command: str | None = None,
+    alike: RunContext | None = None,
 ) -> RunContext:
     """Run all steps up to one; those that the run directory holds with the same settings are not run again.
 
@@ -86,6 +87,7 @@ def run_pipeline(
         fresh: remove what an earlier run left and start over.
         reporter: is told what happens.
         command: the command line that asked, for the report.
+        alike: a run of the same model, data and outcomes, whose loaded parts are used.
 
     Returns:
         The run's parts, all loaded or to be loaded from its directory.
@@ -102,7 +104,7 @@ def run_pipeline(
     check_num_threads(config.profile.num_threads)
     check_directory(config, fresh=fresh)
     wanted = STEPS[: STEPS.index(until) + 1]
-    run = RunContext(config, reporter, command)
+    run = RunContext(config, reporter, command, alike)
     is_new = fresh or not config.run_dir.exists()
     if is_new:  # before anything is removed or made
         check_run(run, wanted)

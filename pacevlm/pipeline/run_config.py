@@ -120,7 +120,7 @@ def quickstart_config(run_dir: Path = Path("runs/quickstart")) -> RunConfig:
     """
     return RunConfig(
         run_dir=run_dir,
-        data=DataConfig(num_train=500, num_val=200, num_test=200),
+        data=DataConfig(num_train=500, num_val=200, num_test=600),
         profile=ProfileConfig(num_samples=250, repeats=1, num_lengths=400),
         lookup=LookupConfig(num_examples=500),
         train=train_defaults(steps=200, batch_size=128),

@@ -40,7 +40,7 @@ from pacevlm.evaluation.sweep import (
     predict_ms,
     run_prices,
 )
-from pacevlm.evaluation.worth import CONTROLLER, PREDICTOR, TABLE, StudyRecords, measure_worth
+from pacevlm.evaluation.worth import CONTROLLER, PREDICTOR, REBASED, TABLE, StudyRecords, measure_worth
 from pacevlm.files import read_json, sha256_file, write_atomic, write_json_atomic
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.profile import Profile
@@ -85,7 +85,7 @@ def run_study(config: StudyConfig, reporter: Reporter | None = None) -> dict[str
     for traffic in config.traffics:
         study = _Traffic(config, traffic, reporter)
         profiles = study.profiles()
-        found = measure_worth([study.judge(profile, is_reference=profile == profiles[0]) for profile in profiles])
+        found = measure_worth([study.judge(profile, profiles[0]) for profile in profiles])
         worth[traffic] = {"commit": source_commit() or "unknown", **found}
         known = read_json(path, "tables of a study", DataError) if path.exists() else {}
         write_json_atomic(path, known | worth)
@@ -99,6 +99,7 @@ class _Traffic:
         self.config, self.traffic, self.reporter = config, traffic, reporter
         self.folder = config.study_dir / traffic
         self.data = DataConfig(mixture=traffic, num_train=config.num_train, num_test=config.num_test)
+        self.last: RunContext | None = None
 
     def run_config(self, folder: Path, profile: ProfileConfig, seed: int = 0, **changes: Any) -> RunConfig:
         """An ordinary run on this traffic."""
@@ -140,14 +141,14 @@ class _Traffic:
         folder = self.folder / profile.stem / f"{name.replace(' ', '-')}{'-' if name else ''}seed{seed}"
         config = self.run_config(folder, ProfileConfig(source=str(profile)), seed, **changes)
         _share(self.folder / OUTCOMES_NAME, folder / OUTCOMES_NAME)
-        run_pipeline(config, "train", reporter=self.reporter)
+        self.last = run_pipeline(config, "train", reporter=self.reporter, alike=self.last)
         return folder
 
-    def judge(self, profile: Path, *, is_reference: bool) -> StudyRecords:
+    def judge(self, profile: Path, reference: Path) -> StudyRecords:
         """What every policy does with the test questions under one profile, from the folder where it is known."""
         config, path = self.config, self.folder / profile.stem / RECORDS_NAME
         seeds = range(config.num_seeds)
-        ablations = ABLATIONS if config.ablations and is_reference else {}
+        ablations = ABLATIONS if config.ablations and profile == reference else {}
         ablated = range(min(config.num_seeds, 3))
         settings = {name: getattr(config, name) for name in _OF_RECORDS}
         header = settings | {"profile": sha256_file(profile), "ablations": list(ablations)}
@@ -157,8 +158,10 @@ class _Traffic:
         runs = {f"{CONTROLLER} {seed}": self.train(profile, seed) for seed in seeds}
         for name, changes in ablations.items():
             runs |= {f"{name} {seed}": self.train(profile, seed, name, **changes) for seed in ablated}
+        if profile != reference:
+            runs |= {f"{REBASED} {seed}": self.train(reference, seed) for seed in seeds}
         records = _judge(
-            RunContext(load_run_config(runs[f"{CONTROLLER} 0"]), self.reporter),
+            RunContext(load_run_config(runs[f"{CONTROLLER} 0"]), self.reporter, alike=self.last),
             runs,
             profile,
             tuple(ablations),
@@ -213,7 +216,8 @@ def _judge(
     policies["oracle"] = build_oracle(engine, test, pacing, kind, full_ms)
     policies["predictor_of_sizes"] = _predictor_of_sizes(run, train, objectives[0], pacing)
     for name, folder in folders.items():
-        policies[name] = ControllerPolicy(RunContext(load_run_config(folder)).controller().eval())
+        controller = RunContext(load_run_config(folder), alike=run).controller().eval()
+        policies[name] = ControllerPolicy(controller.rebased(full_ms, run.estimator.fingerprint))
     chosen: dict[str, list[list[Knobs]]] = {}
     for number, (name, policy) in enumerate(policies.items(), start=1):
         chosen[name] = [choose_knobs(policy, engine, test, row) for row in requests]
