@@ -215,7 +215,7 @@ def study(arguments: Sequence[str]) -> None:
     Examples:
       pacevlm study --small
       pacevlm study --study-dir runs/study --traffics crossed --num-seeds 3
-      pacevlm study --ablations
+      pacevlm study --ablations no-latency-token reinforce
     """
     default = StudyOptions(small=True, settings=SMALL_STUDY) if "--small" in arguments else None
     options = parse_options(study, StudyOptions, arguments, default=default)

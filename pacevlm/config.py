@@ -402,7 +402,8 @@ class StudyConfig:
         batch_size: contexts of a step.
         num_samples, repeats: of a profile that is measured.
         alpha: how often a latency may exceed its bound.
-        ablations: also train without some part, three seeds each, under the first profile.
+        ablations: also train without some part, three seeds each, under the first profile: `no-mask`, `no-multiplier`,
+            `no-latency-token`, `no-question` (in stage 1), `no-prices`, `no-tightening`, `group-scaling`, `reinforce`.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -420,7 +421,7 @@ class StudyConfig:
     num_samples: int = 800
     repeats: int = 2
     alpha: float = 0.025
-    ablations: bool = False
+    ablations: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_path("study_dir", self.study_dir)

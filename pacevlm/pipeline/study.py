@@ -60,14 +60,14 @@ WORTH_NAME, RECORDS_NAME, MEASURED = "worth.json", "records.safetensors", "measu
 _OF_RECORDS = ("model", "num_seeds", "num_train", "num_test", "steps", "batch_size", "alpha")
 # What a training is without, beside the first profile: how its settings differ.
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "no mask": {"mask": False},
-    "no multiplier": {"constraint": {"k_p": 0.0, "k_i": 0.0}},
-    "no latency token": {"blind_to": ("latency_token",)},
-    "no question in stage 1": {"blind_to": ("question",)},
-    "group scaling": {"grpo": {"scale_rewards": "group"}},
-    "REINFORCE": {"grpo": {"baseline": "batch"}},
-    "no prices": {"max_price": 0.0},
-    "no tightening": {"max_tightening": 1.0},
+    "no-mask": {"mask": False},
+    "no-multiplier": {"constraint": {"k_p": 0.0, "k_i": 0.0}},
+    "no-latency-token": {"blind_to": ("latency_token",)},
+    "no-question": {"blind_to": ("question",)},
+    "no-prices": {"max_price": 0.0},
+    "no-tightening": {"max_tightening": 1.0},
+    "group-scaling": {"grpo": {"scale_rewards": "group"}},
+    "reinforce": {"grpo": {"baseline": "batch"}},
 }
 
 
@@ -76,10 +76,14 @@ def run_study(config: StudyConfig, reporter: Reporter | None = None) -> dict[str
 
     Raises:
         ModuleNotFoundError: scikit-learn is missing.
+        ConfigError: there is no such ablation.
         PacevlmError: whatever a run raises.
     """
     import sklearn  # noqa: F401  # before anything long runs
 
+    unknown = sorted(set(config.ablations) - set(ABLATIONS))
+    if unknown:
+        raise ConfigError(f"there is no ablation {', '.join(unknown)}; use some of {', '.join(ABLATIONS)}")
     reporter = reporter or SilentReporter()
     path, worth = config.study_dir / WORTH_NAME, {}
     for traffic in config.traffics:
@@ -138,7 +142,7 @@ class _Traffic:
 
     def train(self, profile: Path, seed: int, name: str = "", **changes: Any) -> Path:
         """The finished run directory of one training."""
-        folder = self.folder / profile.stem / f"{name.replace(' ', '-')}{'-' if name else ''}seed{seed}"
+        folder = self.folder / profile.stem / f"{name}seed{seed}"
         config = self.run_config(folder, ProfileConfig(source=str(profile)), seed, **changes)
         _share(self.folder / OUTCOMES_NAME, folder / OUTCOMES_NAME)
         self.last = run_pipeline(config, "train", reporter=self.reporter, alike=self.last)
@@ -148,7 +152,7 @@ class _Traffic:
         """What every policy does with the test questions under one profile, from the folder where it is known."""
         config, path = self.config, self.folder / profile.stem / RECORDS_NAME
         seeds = range(config.num_seeds)
-        ablations = ABLATIONS if config.ablations and profile == reference else {}
+        ablations = config.ablations if profile == reference else ()
         ablated = range(min(config.num_seeds, 3))
         settings = {name: getattr(config, name) for name in _OF_RECORDS}
         header = settings | {"profile": sha256_file(profile), "ablations": list(ablations)}
@@ -156,15 +160,15 @@ class _Traffic:
         if known is not None:
             return known
         runs = {f"{CONTROLLER} {seed}": self.train(profile, seed) for seed in seeds}
-        for name, changes in ablations.items():
-            runs |= {f"{name} {seed}": self.train(profile, seed, name, **changes) for seed in ablated}
+        for name in ablations:
+            runs |= {f"{name} {seed}": self.train(profile, seed, f"{name}-", **ABLATIONS[name]) for seed in ablated}
         if profile != reference:
             runs |= {f"{REBASED} {seed}": self.train(reference, seed) for seed in seeds}
         records = _judge(
             RunContext(load_run_config(runs[f"{CONTROLLER} 0"]), self.reporter, alike=self.last),
             runs,
             profile,
-            tuple(ablations),
+            ablations,
             tuple(seeds),
         )
         records.save(path, header)

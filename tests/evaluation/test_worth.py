@@ -14,7 +14,7 @@ from pacevlm.evaluation.worth import StudyRecords, format_worth, measure_worth
 from pacevlm.files import save_safetensors_atomic
 
 NUM = 40
-POLICIES = ("lookup_table", "predictor", "controller 0", "controller 1", "no mask 0", "rebased 0", "rebased 1")
+POLICIES = ("lookup_table", "predictor", "controller 0", "controller 1", "no-mask 0", "rebased 0", "rebased 1")
 LEARNABLE = {"mean": 5.0, "low": 4.0, "high": 6.0}
 
 
@@ -38,7 +38,7 @@ def make_records(profile: str = "a", *, gain: float = 0.1, learnable: float = 5.
         policies=POLICIES,
         tasks=("even", "odd") * (NUM // 2),
         learnable=LEARNABLE | {"mean": learnable},
-        ablations=("no mask",),
+        ablations=("no-mask",),
         accuracy=accuracy,
         latency_ms=latency_ms,
         feasible=feasible,
@@ -61,7 +61,7 @@ def test_gains_are_over_the_table_on_the_same_questions() -> None:
     assert found["gain_at"]["0.5"]["mean"] == pytest.approx(10.0)
     assert found["share_of_learnable"] == pytest.approx(2.0)
     assert found["gains"]["predictor"]["mean"] == pytest.approx(40.0)
-    assert found["ablations"]["no mask"]["gain_points"]["mean"] == pytest.approx(5.0)
+    assert found["ablations"]["no-mask"]["gain_points"]["mean"] == pytest.approx(5.0)
     assert found["policies"]["controller"][0]["mean"] == pytest.approx(60.0)
     assert {name: loss["mean"] for name, loss in found["rebased_less_trained"].items()} == pytest.approx({"b": -10.0})
     json.dumps(found, allow_nan=False)
@@ -114,4 +114,4 @@ def test_text_names_every_traffic() -> None:
     text = format_worth({"commit": "0", "crossed": measure_worth([make_records()])})
     assert text.startswith("crossed: 40 questions, seeds 0, 1")
     assert "+10.00" in text
-    assert "no mask" in text
+    assert "no-mask" in text

@@ -117,7 +117,7 @@ def test_a_controller_that_is_blind_to_something_learns_without_it(config: Study
     """Its weights for that stay 0, and the settings of a run that sees everything are what they were."""
     runs = study._Traffic(config, "crossed", SilentReporter())
     profile = config.study_dir / "crossed/profiles/measured0.json"
-    folder = runs.train(profile, 0, "blind", blind_to=("question", "latency_token"))
+    folder = runs.train(profile, 0, "blind-", blind_to=("question", "latency_token"))
     weights = load_safetensors(folder / "controller/controller.safetensors")
     unseen = {name for name, tensor in weights.items() if name.endswith("weight") and not tensor.any()}
     assert unseen == {"stage1.question.weight", "stage2.output.weight"}
@@ -125,4 +125,11 @@ def test_a_controller_that_is_blind_to_something_learns_without_it(config: Study
     assert "blind_to" not in seeing
     assert "baseline" not in seeing
     with pytest.raises(ConfigError, match="blind_to"):
-        runs.train(profile, 0, "blind", blind_to=("answer",))
+        runs.train(profile, 0, "blind-", blind_to=("answer",))
+
+
+def test_an_unknown_ablation_is_refused_before_anything_runs(config: StudyConfig, tmp_path: Path) -> None:
+    wrong = dataclasses.replace(config, study_dir=tmp_path / "study", ablations=("no-mask", "no-luck"))
+    with pytest.raises(ConfigError, match="no ablation no-luck; use some of no-mask, "):
+        run_study(wrong)
+    assert not wrong.study_dir.exists()
