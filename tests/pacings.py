@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def make_pacing(model: ElasticModel, output_length: OutputLengthModel | None = None) -> Pacing:
     """A guardrail with one millisecond per unit of everything."""
     stages = {stage: StageFit((1.0,) * len(terms), 1, 0, 0.0, 0.0) for stage, terms in STAGE_TERMS.items()}
-    facts = collect_device_facts("cpu", model.dtype)
+    facts = collect_device_facts("cpu", model.dtype, compiler=model.adapter.compiler)
     read = StageFit((1.0,) * len(READ_TERMS), 1, 0, 0.0, 0.0)
     pictures = {"memory": PictureFit(read, 100_000, 0, 0), "jpeg": PictureFit(read, 100_000, 100_000, 50_000)}
     estimator = LatencyEstimator(

@@ -36,12 +36,14 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"evaluation"}),
     frozenset({"pacer"}),
     frozenset({"pipeline"}),
-    frozenset({"server"}),
+    frozenset({"server", "lmms_eval"}),
     frozenset({"console", "options"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
-ENTRY_POINTS = frozenset({"server", "cli", "__main__"})  # nobody imports these; `python -m pacevlm` starts cli
+ENTRY_POINTS = frozenset(
+    {"server", "lmms_eval", "cli", "__main__"}
+)  # nobody imports these; `python -m pacevlm` starts cli
 BESIDE = ("recipes", "benchmarks", "scripts", "examples", "tests")  # they import the package, and it none of them
 
 # Optional libraries, and the only modules that may load them as they are imported. Everywhere else the import stands
@@ -58,6 +60,8 @@ OPTIONAL: dict[str, frozenset[str]] = {
     "triton": frozenset(f"pacevlm.models.molmoe.runtime.{module}" for module in ("gpu_kernels", "triton_adapter")),
     "sklearn": frozenset(),
     "trl": frozenset(),
+    "lmms_eval": frozenset({"pacevlm.lmms_eval", "pacevlm.lmms_eval.model"}),
+    "loguru": frozenset({"pacevlm.lmms_eval.model"}),
 }
 
 
