@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import tyro
 
 from pacevlm.checks import MAX_COUNT, MAX_SEED, check_path, check_whole
-from pacevlm.config import SMALL_STUDY, HeadroomConfig, ImportanceConfig, StudyConfig, check_model_path
+from pacevlm.config import SMALL_STUDY, HeadroomConfig, ImportanceConfig, StudyConfig
 from pacevlm.config_file import ConfigFile, read_config_file
-from pacevlm.console import RichReporter, print_answer, print_prices, print_results
+from pacevlm.console import RichReporter, print_answer, print_inspection, print_prices, print_results
 from pacevlm.errors import ConfigError, PacevlmError
+from pacevlm.models.folder import find_model_folder
 from pacevlm.options import USAGE_ERROR, given_file, given_run_dir, parse_options, parse_settings
 from pacevlm.printing import printable
 from pacevlm.signals import Stopped, stopping_on_signals
@@ -219,7 +220,7 @@ def study(arguments: Sequence[str]) -> None:
     """
     default = StudyOptions(small=True, settings=SMALL_STUDY) if "--small" in arguments else None
     options = parse_options(study, StudyOptions, arguments, default=default)
-    check_model_path(options.settings.model)
+    find_model_folder(options.settings.model)
     from pacevlm.evaluation.worth import format_worth
     from pacevlm.pipeline.study import run_study
 
@@ -420,17 +421,16 @@ def importance(arguments: Sequence[str]) -> None:
     """
     file = given_file(arguments, lambda path: read_config_file(path, (("path",), ("dataset",))))
     config = parse_settings(importance, arguments, ImportanceConfig(), file).settings
-    check_model_path(config.path)
+    folder = find_model_folder(config.path)
     from pacevlm.config import MADE_DATASETS, DataConfig, ModelConfig
     from pacevlm.data.splits import load_splits
     from pacevlm.evaluation.importance import measure_importance
     from pacevlm.evaluation.learnable import importance_warnings
-    from pacevlm.models.embedded import EMBEDDED_DIR
     from pacevlm.pipeline import load_elastic_model
     from pacevlm.pipeline.lock import one_writer
     from pacevlm.request.run import run_forced
 
-    model_config = ModelConfig(path=config.path, dtype=config.dtype, device=config.device, block_order="early_exit")
+    model_config = ModelConfig(path=str(folder), dtype=config.dtype, device=config.device, block_order="early_exit")
     model = load_elastic_model(model_config, config.picture)
     number = config.num_examples
     data = load_splits(
@@ -445,7 +445,6 @@ def importance(arguments: Sequence[str]) -> None:
         config.picture,
     )
     examples = list(data.val if config.dataset in MADE_DATASETS else data.train)[:number]
-    folder = EMBEDDED_DIR if config.path == "embedded" else Path(config.path)
     partial_path = folder / "elastic.json.partial.jsonl"
     with one_writer(folder, ".elastic.json.lock"), RichReporter() as reporter:
         for sentence in data.remarks:
@@ -473,7 +472,42 @@ def importance(arguments: Sequence[str]) -> None:
     print(f"\nthe order is in {printable(folder / 'elastic.json')}")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+@dataclass(frozen=True)
+class InspectOptions:
+    """Which model to look at.
+
+    Attributes:
+        path: a model directory, `embedded`, a hub id such as allenai/MolmoE-1B-0924, or the folder of one in a hub
+            cache.
+        block_order: which blocks would be left out first, as `--model.block-order` of a run.
+    """
+
+    path: tyro.conf.Positional[str]
+    block_order: Literal["importance", "early_exit"] = "importance"
+
+
+def inspect(arguments: Sequence[str]) -> int:
+    """Say what a model directory holds, whether it will run, and what its tiers cost; reads no weights.
+
+    Looks for missing, extra and misshapen tensors, and names the knobs and the block order that a run would have. The
+    exit code is 0 if it will run.
+
+    Examples:
+      pacevlm inspect ./MolmoE-1B
+      pacevlm inspect allenai/MolmoE-1B-0924 --block-order early_exit
+    """
+    options = parse_options(inspect, InspectOptions, arguments)
+    check_path("path", options.path)
+    find_model_folder(options.path)
+    from pacevlm.models.inspection import inspect_checkpoint
+
+    found = inspect_checkpoint(options.path, options.block_order)
+    print_inspection(found)
+    return USAGE_ERROR if found.problems else 0
+
+
+# Each returns its exit code, or None for 0.
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "quickstart": quickstart,
     "profile": profile,
     "headroom": headroom,
@@ -486,6 +520,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "answer": answer,
     "prices": prices,
     "importance": importance,
+    "inspect": inspect,
 }
 
 
@@ -522,8 +557,7 @@ def _run_command(arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise ConfigError(f"there is no command {name!r}; use one of {', '.join(COMMANDS)}, or --help")
     with stopping_on_signals():
-        COMMANDS[name](rest)
-    return 0
+        return COMMANDS[name](rest) or 0
 
 
 def _end_early(error: BaseException, arguments: Sequence[str]) -> int:
@@ -632,7 +666,7 @@ def _run_steps(
     if command == "evaluate" and not (config.run_dir / "steps.json").exists():
         run_dir = config.run_dir
         raise ConfigError(f"{run_dir} holds no run; train one with `pacevlm train --run-dir {run_dir}` first")
-    check_model_path(config.model.path)
+    find_model_folder(config.model.path)
     from pacevlm.pipeline import run_pipeline
 
     with RichReporter() as reporter:

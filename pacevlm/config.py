@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pacevlm.checks import MAX_COUNT, MAX_SEED, as_float, as_int, check_path, check_real, check_whole, shown
-from pacevlm.errors import CheckpointError, ConfigError, KnobError
+from pacevlm.errors import ConfigError, KnobError
 from pacevlm.files import read_json, write_json_atomic
 from pacevlm.knobs import KnobSpace
 from pacevlm.mixture import parse_mixture
@@ -50,7 +50,8 @@ class ModelConfig:
     """Which model runs, and which configurations of it.
 
     Attributes:
-        path: model directory (config.json and safetensors files), or `embedded` for the model inside the package.
+        path: model directory (config.json and safetensors files), `embedded` for the model inside the package, a hub id
+            such as allenai/MolmoE-1B-0924, or the folder of one in a hub cache.
         tiers: vision tiers, cheapest first; what the model's elastic.json says if None.
         top_ks: experts per token to choose from; what elastic.json says, or what suits the model, if None.
         num_blocks: numbers of transformer blocks to choose from; the same.
@@ -483,15 +484,6 @@ class ImportanceConfig:
         check_whole(self, 1, MAX_KNOB, "num_candidates")
         check_whole(self, 1, MAX_KNOB, "min_num_blocks", optional=True)
         check_whole(self, 0, MAX_SEED, "seed")
-
-
-def check_model_path(path: str) -> None:
-    """Raise CheckpointError, without waiting for torch, unless there is a model directory, or it is `embedded`."""
-    if path != "embedded" and not Path(path).is_dir():
-        raise CheckpointError(
-            f"there is no model directory {path!r}; give a directory with config.json and safetensors files, or "
-            "'embedded'"
-        )
 
 
 # JSON ----------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from pacevlm.evaluation.prices import PricePoint, PriceTable
+    from pacevlm.models.inspection import Inspection
     from pacevlm.pipeline import RunConfig
     from pacevlm.types import Answer
 
@@ -173,3 +174,57 @@ def print_answer(result: Answer, *, as_json: bool = False, with_drift: bool = Fa
         rows["drift"] = f"bounds were {result.drift_factor:.2f} times the profiled ones"
     for name, text in rows.items():
         print(f"  {name:<10}  {printable(text)}")
+
+
+def print_inspection(found: Inspection) -> None:
+    """Print what a checkpoint is as a few named lines, and what its tiers make of pictures as a table."""
+    for name, text in _inspected(found).items():
+        print(f"  {name:<11}  {printable(text)}")
+    for sentence in found.problems:
+        print(f"    - {printable(sentence)}")
+    if found.model is None:
+        return
+    print(f"\n  {'picture':>11}  {'tier':<8}  {'units':>6}  {'image tokens':>12}  {'prompt tokens':>13}")
+    for (width, height), sizes in found.vision.items():
+        picture = f"{width} x {height}"
+        if not sizes:
+            print(f"  {picture:>11}  cannot be taken")
+        for tier, vision in zip(found.model.knob_space.tiers, sizes, strict=False):
+            tokens = vision.num_image_tokens
+            prompt = tokens + found.num_text_tokens
+            print(f"  {picture:>11}  {printable(tier):<8}  {vision.num_units:>6,}  {tokens:>12,}  {prompt:>13,}")
+            picture = ""
+    print(f"  units: what the vision encoder reads, crops or patches; the question is {found.question!r}")
+
+
+def _inspected(found: Inspection) -> dict[str, str]:
+    rows = {"folder": str(found.folder), "family": found.model_type}
+    if found.layout is not None:
+        rows["family"] += f", {found.layout} layout"
+    if found.stored:
+        dtypes = ", ".join(f"{count:,} tensors in {dtype}" for dtype, count in found.stored_dtypes.items())
+        rows["files"] = f"{found.num_files} of safetensors, {_size(found.num_bytes)}; {dtypes}"
+    if found.num_parameters:
+        rows["parameters"] = f"{found.num_parameters:,}"
+        for dtype, (weights, cache) in found.memory.items():
+            rows[dtype] = f"{_size(weights)} of weights"
+            if cache:
+                rows[dtype] += f"; up to {_size(cache)} of keys and values for a request of those below"
+    if found.model is None:
+        return rows | {"runs": "no"}
+    model, adapter, space = found.model, found.model.adapter, found.model.knob_space
+    experts = f"; {adapter.num_experts} experts, {adapter.trained_top_k} of them per token" * (adapter.num_experts > 1)
+    dropped = model.order.removal[: adapter.num_blocks - space.num_blocks[0]]
+    return rows | {
+        "model": f"{adapter.num_blocks} blocks of width {adapter.d_model:,}{experts}; {adapter.max_positions:,} positions",
+        "tiers": ", ".join(f"{tier} (vision budget {model.vision_budgets[tier]:,})" for tier in space.tiers),
+        "top_k": ", ".join(map(str, space.top_ks)),
+        "num_blocks": ", ".join(map(str, space.num_blocks)),
+        "block order": f"{model.order.source}; blocks left out first: {', '.join(map(str, dropped)) or 'none'}",
+        "answers": f"of at most {model.max_new_tokens} tokens",
+        "runs": "no" if found.problems else "yes",
+    }
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.2f} MB"

@@ -34,7 +34,7 @@ CONFIG_HELP = (
 
 
 def parse_options(
-    command: Callable[[Sequence[str]], None],
+    command: Callable[[Sequence[str]], int | None],
     kind: type[OptionsT],
     arguments: Sequence[str],
     *,
@@ -69,7 +69,7 @@ def parse_options(
 
 
 def parse_settings(
-    command: Callable[[Sequence[str]], None],
+    command: Callable[[Sequence[str]], int | None],
     arguments: Sequence[str],
     settings: object,
     file: ConfigFile | None = None,

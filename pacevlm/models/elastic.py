@@ -21,19 +21,12 @@ from pacevlm.knobs import KnobSpace
 from pacevlm.models.adapter import Adapter, Prompt
 from pacevlm.models.block_order import BlockOrder
 from pacevlm.models.decoder import ElasticDecoder
-from pacevlm.models.embedded import EMBEDDED_DIR
+from pacevlm.models.folder import PROCESSOR_FILES, find_model_folder
 from pacevlm.models.graph_decode import GraphDecode
 from pacevlm.models.registry import load_adapter
 from pacevlm.types import RequestSizes, RequestView, VisionSizes
 
 ELASTIC_FILE = "elastic.json"
-# What text and pictures become, under all the names that families use.
-PROCESSOR_FILES = (
-    *("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
-    *("chat_template.json", "chat_template.jinja", "generation_config.json"),
-)
-
 # More than any family counts in, pixels included, and longer answers than any model has positions for.
 VisionBudgets = dict[Text, Annotated[int, Range(1, 10**9)]]
 NewTokens = Annotated[int, Range(1, 1_000_000)]
@@ -138,7 +131,7 @@ class ElasticModel:
         """Load a checkpoint of any known family and the settings in its `elastic.json`, if it has one.
 
         Args:
-            path: a directory written by `save_pretrained`, or `embedded` for the model inside the package.
+            path: a directory, `embedded` for the model inside the package, or what else `find_model_folder` takes.
             knob_space: configurations, or those of its lists that are not what `elastic.json` says; where that says
                 nothing, `KnobSpace.for_model` does.
             device: where to put the weights; see `resolve_device`.
@@ -156,38 +149,12 @@ class ElasticModel:
         """
         device = resolve_device(device)
         keep_memory()
-        folder = EMBEDDED_DIR if str(path) == "embedded" else Path(path)
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"there is no model directory {str(path)!r}; give a directory with config.json and safetensors files, "
-                "or 'embedded'"
-            )
+        folder = find_model_folder(path)
         if block_order not in ("importance", "early_exit"):
             raise ConfigError(f"block_order {block_order!r} is unknown; use 'importance' or 'early_exit'")
         settings = read_elastic_settings(folder)
         adapter = load_adapter(folder, device, dtype)
-        budgets = dict(settings.get("vision_budgets", adapter.default_vision_budgets))
-        space = knob_space if isinstance(knob_space, KnobSpace) else _knob_space(adapter, settings, knob_space or {})
-        if vision_budgets is not None:
-            if not isinstance(vision_budgets, Mapping):
-                if len(vision_budgets) != len(space.tiers):
-                    raise ConfigError(
-                        f"vision_budgets {vision_budgets} needs one number for each of the tiers {space.tiers}"
-                    )
-                vision_budgets = dict(zip(space.tiers, vision_budgets, strict=True))
-            # Those of tiers outside the knob space count in the model's identity too.
-            budgets |= vision_budgets
-        order = BlockOrder.early_exit(adapter.num_blocks, adapter.fixed_blocks)
-        if block_order == "importance" and min(space.num_blocks) < adapter.num_blocks:
-            if "removal" not in settings:
-                raise CheckpointError(
-                    f"{folder} has no measured block order; run `pacevlm importance` on it, or choose "
-                    "block_order='early_exit'"
-                )
-            try:
-                order = BlockOrder(adapter.num_blocks, tuple(settings["removal"]))
-            except KnobError as error:
-                raise CheckpointError(f"{folder / ELASTIC_FILE}: {error}; measure it again") from error
+        space, budgets, order = choose_knobs(adapter, folder, settings, knob_space, vision_budgets, block_order)
         new_tokens = settings.get("max_new_tokens", 32) if max_new_tokens is None else max_new_tokens
         # Whatever changes what the model answers, so that nothing remembered or measured outlives it.
         facts = {
@@ -260,6 +227,47 @@ class ElasticModel:
     def synchronise(self) -> None:
         """Wait until the device has finished what it was given."""
         torch.get_device_module(self.device).synchronize(self.device)
+
+
+def choose_knobs(
+    adapter: Adapter[Any, Any],
+    folder: Path,
+    settings: Mapping[str, Any],
+    knob_space: KnobSpace | Mapping[str, Sequence[Any]] | None = None,
+    vision_budgets: Mapping[str, int] | Sequence[int] | None = None,
+    block_order: str = "importance",
+) -> tuple[KnobSpace, dict[str, int], BlockOrder]:
+    """What a model runs with: what is given, else what its `elastic.json` says, else what suits it.
+
+    Args:
+        adapter: the model.
+        folder: where it lies, for messages.
+        settings: what `read_elastic_settings` found.
+        knob_space, vision_budgets, block_order: see `ElasticModel.from_pretrained`, which raises the same.
+    """
+    budgets = dict(settings.get("vision_budgets", adapter.default_vision_budgets))
+    space = knob_space if isinstance(knob_space, KnobSpace) else _knob_space(adapter, settings, knob_space or {})
+    if vision_budgets is not None:
+        if not isinstance(vision_budgets, Mapping):
+            if len(vision_budgets) != len(space.tiers):
+                raise ConfigError(
+                    f"vision_budgets {vision_budgets} needs one number for each of the tiers {space.tiers}"
+                )
+            vision_budgets = dict(zip(space.tiers, vision_budgets, strict=True))
+        # Those of tiers outside the knob space count in the model's identity too.
+        budgets |= vision_budgets
+    order = BlockOrder.early_exit(adapter.num_blocks, adapter.fixed_blocks)
+    if block_order == "importance" and min(space.num_blocks) < adapter.num_blocks:
+        if "removal" not in settings:
+            raise CheckpointError(
+                f"{folder} has no measured block order; run `pacevlm importance` on it, or choose "
+                "block_order='early_exit'"
+            )
+        try:
+            order = BlockOrder(adapter.num_blocks, tuple(settings["removal"]))
+        except KnobError as error:
+            raise CheckpointError(f"{folder / ELASTIC_FILE}: {error}; measure it again") from error
+    return space, budgets, order
 
 
 def _knob_space(

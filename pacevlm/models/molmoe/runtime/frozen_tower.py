@@ -32,10 +32,14 @@ class _Layer:
     @classmethod
     def from_module(cls, block: Any) -> _Layer:
         attention, feed_forward = block.attention, block.feed_forward
-        weights, biases = zip(*(_affine(part) for part in (attention.wq, attention.wk, attention.wv)), strict=True)
+        parts = attention.wq, attention.wk, attention.wv
+        weights, biases = zip(*(_affine(part) for part in parts), strict=True)
+        qkv = torch.cat(weights), torch.cat(biases)
+        for part, weight, bias in zip(parts, *(joined.chunk(3) for joined in qkv), strict=True):
+            part.weight.data, part.bias.data = weight, bias  # or they would be in memory twice
         return cls(
             attention_norm=_affine(block.attention_norm),
-            qkv=(torch.cat(weights), torch.cat(biases)),
+            qkv=qkv,
             out=_affine(attention.wo),
             ffn_norm=_affine(block.ffn_norm),
             up=_affine(feed_forward.w1),
@@ -47,7 +51,7 @@ class FrozenTower:
     """What `VisionTower` computes, for weights that are neither trained nor moved any more.
 
     For a few crops the tower is bound by calls on a CPU and by launches on a GPU. Queries, keys and values come from
-    one product, for which their weights are copied; all other weights share the modules' memory.
+    one product, whose weights the modules see parts of from then on; all other weights share the modules' memory.
     """
 
     def __init__(self, tower: VisionTower) -> None:

@@ -2,52 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from transformers.utils import logging
 
 from pacevlm.errors import CheckpointError, ConfigError
 from pacevlm.models.molmoe import MolmoEConfig, MolmoEForConditionalGeneration
+from pacevlm.models.molmoe.layouts import molmoe_layouts
 from pacevlm.models.molmoe.processing import MolmoEProcessor
 from pacevlm.models.molmoe.runtime.adapter import MolmoEAdapter
+from pacevlm.models.registry import Family
+from pacevlm.models.weights import Layout, check_weights, load_weights
 
 
 def load_molmoe(folder: Path, device: torch.device, dtype: torch.dtype) -> MolmoEAdapter:
-    """Load model and processor from a directory.
+    """Load model and processor from a directory; on the device `meta` no weights are read.
 
     Raises:
         CheckpointError: a file is missing, truncated, corrupt, of another model, or lacks tensors.
     """
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        loaded: Any = MolmoEForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, use_safetensors=True
-        )
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-    except Exception as error:
-        # A damaged config.json makes almost anything: TypeError, ZeroDivisionError, AttributeError, OSError ...
-        raise CheckpointError(f"{folder} does not hold a loadable MolmoE checkpoint: {error}") from error
-    finally:
-        if bar:
-            logging.enable_progress_bar()
-    model, info = cast("tuple[MolmoEForConditionalGeneration, dict[str, Any]]", loaded)
-    wrong = {k: sorted(info[k])[:3] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(k)}
-    if wrong:
-        raise CheckpointError(
-            f"the weights in {folder} do not belong to its config.json ({wrong}, ...); was a file swapped?"
-        )
+    model = torch.nn.Module.to(_without_weights(folder), dtype)  # transformers' own `to` is not typed
     try:
         processor = MolmoEProcessor.from_pretrained(folder)
     except ConfigError as error:
         raise CheckpointError(f"the processor in {folder} cannot be used: {error}") from error
     _check_processor(folder, processor, cast(MolmoEConfig, model.config))
-    torch.nn.Module.to(model, device)  # transformers' own `to` is not typed
-    if device.type == "cpu" and dtype == torch.float32 and find_spec("numba") is not None:
+    if device.type == "meta":
+        return MolmoEAdapter(model, processor)
+    check_weights(folder, molmoe_layouts(model))
+    # The adapter joins some weights into one, so it is made while they are empty: then nothing is in memory twice.
+    adapter = _make_adapter(torch.nn.Module.to_empty(model, device=device), processor)
+    load_weights(folder, molmoe_layouts(model))
+    return adapter
+
+
+def _make_adapter(model: MolmoEForConditionalGeneration, processor: MolmoEProcessor) -> MolmoEAdapter:
+    device = model.device
+    if device.type == "cpu" and model.dtype == torch.float32 and find_spec("numba") is not None:
         from pacevlm.models.molmoe.runtime.compiled_adapter import CompiledMolmoEAdapter
 
         return CompiledMolmoEAdapter(model, processor)
@@ -57,6 +51,23 @@ def load_molmoe(folder: Path, device: torch.device, dtype: torch.dtype) -> Molmo
         if compiles_here(device):
             return TritonMolmoEAdapter(model, processor)
     return MolmoEAdapter(model, processor)
+
+
+def layouts_of_molmoe(folder: Path) -> Mapping[str, Layout]:
+    """The tensors that a checkpoint with the folder's `config.json` holds; raises CheckpointError."""
+    return molmoe_layouts(_without_weights(folder))
+
+
+def _without_weights(folder: Path) -> MolmoEForConditionalGeneration:
+    try:
+        config = MolmoEConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return MolmoEForConditionalGeneration(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    except Exception as error:
+        # A damaged config.json makes almost anything: TypeError, ZeroDivisionError, AttributeError, OSError ...
+        raise CheckpointError(f"{folder / 'config.json'} describes no MolmoE model: {error}") from error
 
 
 def _check_processor(folder: Path, processor: MolmoEProcessor, config: MolmoEConfig) -> None:
@@ -89,3 +100,6 @@ def _check_processor(folder: Path, processor: MolmoEProcessor, config: MolmoECon
             f"the tokenizer in {folder} has text ids up to {text_id} and image ids up to {image_id}, but the model "
             f"embeds {config.num_embeddings} and {num_all} tokens; was a file swapped?"
         )
+
+
+FAMILY = Family(load_molmoe, layouts_of_molmoe)
