@@ -216,7 +216,8 @@ def _inspected(found: Inspection) -> dict[str, str]:
     experts = f"; {adapter.num_experts} experts, {adapter.trained_top_k} of them per token" * (adapter.num_experts > 1)
     dropped = model.order.removal[: adapter.num_blocks - space.num_blocks[0]]
     return rows | {
-        "model": f"{adapter.num_blocks} blocks of width {adapter.d_model:,}{experts}; {adapter.max_positions:,} positions",
+        "model": f"{adapter.num_blocks} blocks of width {adapter.d_model:,}{experts}",
+        "positions": f"{adapter.max_positions:,}",
         "tiers": ", ".join(f"{tier} (vision budget {model.vision_budgets[tier]:,})" for tier in space.tiers),
         "top_k": ", ".join(map(str, space.top_ks)),
         "num_blocks": ", ".join(map(str, space.num_blocks)),
