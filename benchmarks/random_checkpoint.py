@@ -27,6 +27,7 @@ from pacevlm.models.molmoe.tokenization import build_tokenizer
 
 TEXTS = ["Which number is the largest? 407", "How many red digits are there?", "What is written on the sign?"]
 SHARD_BYTES = 2 * 10**9
+POOL_SIZE = 1 << 24
 
 
 def random_processor() -> MolmoEProcessor:
@@ -47,7 +48,8 @@ def write_random_checkpoint(
 ) -> int:
     """Write a MolmoE of MolmoE-1B's widths, its processor and `elastic.json`; returns the bytes of its weights.
 
-    Weights of matrices are normal, and those of norms 1.
+    Weights of matrices are normal, and those of norms 1. They are pieces of one pool of numbers, because drawing seven
+    billion takes minutes.
     """
     config = MolmoEConfig(n_layers=num_blocks, architectures=["OLMoForCausalLM"], torch_dtype="float32")
     with torch.device("meta"):
@@ -60,13 +62,17 @@ def write_random_checkpoint(
             shards.append([])
         shards[-1].append(name)
     generator, weight_map = torch.Generator(device).manual_seed(seed), {}
+    pool = torch.empty(POOL_SIZE, device=device).normal_(0.0, config.initializer_range, generator=generator).to(dtype)
+    pool = torch.cat([pool, pool])  # so that a piece may begin anywhere
     folder.mkdir(parents=True, exist_ok=True)
     for number, names in enumerate(shards, 1):
         tensors = {}
         for name in names:
             weight = torch.empty(shapes[name], dtype=dtype, device=device)
             if weight.dim() > 1:
-                weight.normal_(0.0, config.initializer_range, generator=generator)
+                for piece in weight.view(-1).split(POOL_SIZE):
+                    start = int(torch.randint(POOL_SIZE, (), device=device, generator=generator))
+                    piece.copy_(pool[start : start + len(piece)])
             else:
                 weight.fill_(0.0 if name.endswith(("bias", "embedding")) else 1.0)
             tensors[name] = weight

@@ -486,6 +486,11 @@ class ImportanceConfig:
         check_whole(self, 0, MAX_SEED, "seed")
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether a model's path can be OWNER/NAME on the Hugging Face hub; a relative path can look the same."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) is not None
+
+
 # JSON ----------------------------------------------------------------------------------------------------------------
 
 

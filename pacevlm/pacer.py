@@ -34,7 +34,7 @@ from pacevlm.latency.measuring import available_threads, use_num_threads
 from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.latency.profile import MAX_NUM_THREADS, collect_device_facts
 from pacevlm.models.elastic import ElasticModel, NewTokens, VisionBudgets
-from pacevlm.models.embedded import EMBEDDED_DIR
+from pacevlm.models.folder import find_model_folder
 from pacevlm.request.pacing import Pacing
 from pacevlm.request.run import run_request
 from pacevlm.types import Answer, BudgetKind, Objective, RequestSizes, check_budget_kind
@@ -162,7 +162,7 @@ class Pacer:
         Args:
             path: a directory that `save_pretrained` wrote, or a run directory with a `bundle` folder in it.
             device: where the model runs; see `resolve_device`.
-            model_path: where the model is, if no longer where the bundle says.
+            model_path: where the model is, if no longer where the bundle says; as `find_model_folder` takes it.
             any_device: accept latencies that were profiled on another device, or with more threads than there are CPUs
                 here; budgets then mean little.
 
@@ -179,7 +179,8 @@ class Pacer:
         values = _read_bundle(folder)
         settings = values["model"]
         place = os.fspath(model_path or _find_model(settings, folder))
-        source = EMBEDDED_DIR if place == "embedded" else Path(place)
+        source = find_model_folder(place)
+        place = place if place == "embedded" else os.fspath(source)
         model = ElasticModel.from_pretrained(
             source,
             knob_space=values["knob_space"],
@@ -232,7 +233,7 @@ class Pacer:
         pacer._loaded_with = {
             "path": os.path.abspath(path),
             "device": str(device),
-            "model_path": os.path.abspath(model_path) if model_path and model_path != "embedded" else model_path,
+            "model_path": os.path.abspath(place) if model_path and place != "embedded" else model_path,
             "any_device": any_device,
         }
         return pacer

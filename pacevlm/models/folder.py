@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
+from pacevlm.config import is_hub_id
 from pacevlm.errors import CheckpointError
 from pacevlm.files import read_bytes, read_json
 from pacevlm.models.embedded import EMBEDDED_DIR
@@ -44,11 +44,6 @@ def find_model_folder(path: str | os.PathLike[str]) -> Path:
         f"there is no model directory {os.fspath(path)!r}; give a directory with config.json and safetensors files, a "
         "hub id such as allenai/MolmoE-1B-0924, or 'embedded'"
     )
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether a text can be OWNER/NAME on the Hugging Face hub; a relative path can look the same."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) is not None
 
 
 def _snapshot_of_main(cache: Path) -> Path:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pacevlm.config import config_to_dict
 from pacevlm.devices import resolve_device
 from pacevlm.errors import ConfigError, DataError, IdentityError
 from pacevlm.latency.measuring import check_num_threads
+from pacevlm.models.folder import find_model_folder
 from pacevlm.pipeline.artefacts import (
     PARTIAL_NAMES,
     check_directory,
@@ -101,6 +104,7 @@ def run_pipeline(
     if until not in STEPS:
         raise ConfigError(f"there is no step {until!r}; the steps are {', '.join(STEPS)}")
     resolve_device(config.model.device)
+    config = _with_model_folder(config)
     check_num_threads(config.profile.num_threads)
     check_directory(config, fresh=fresh)
     wanted = STEPS[: STEPS.index(until) + 1]
@@ -123,6 +127,14 @@ def run_pipeline(
             if not _is_finished(run, log, name, *gone[name]):
                 _do(run, log, name)
     return run
+
+
+def _with_model_folder(config: RunConfig) -> RunConfig:
+    """Let a run remember the folder that a hub id or a hub cache means now: nothing else there can change its model."""
+    folder = find_model_folder(config.model.path)
+    if config.model.path == "embedded" or folder == Path(config.model.path):
+        return config
+    return replace(config, model=replace(config.model, path=str(folder)))
 
 
 def _missing(run: RunContext, name: str) -> tuple[list[str], list[str]]:
