@@ -21,7 +21,7 @@ from pacevlm.checks import MAX_COUNT, MAX_SEED, check_path, check_whole
 from pacevlm.config import SMALL_STUDY, HeadroomConfig, ImportanceConfig, StudyConfig
 from pacevlm.config_file import ConfigFile, read_config_file
 from pacevlm.console import RichReporter, print_answer, print_inspection, print_prices, print_results
-from pacevlm.errors import ConfigError, PacevlmError
+from pacevlm.errors import ConfigError, PacevlmError, StorageError
 from pacevlm.models.folder import find_model_folder
 from pacevlm.options import USAGE_ERROR, given_file, given_run_dir, parse_options, parse_settings
 from pacevlm.printing import printable
@@ -422,6 +422,11 @@ def importance(arguments: Sequence[str]) -> None:
     file = given_file(arguments, lambda path: read_config_file(path, (("path",), ("dataset",))))
     config = parse_settings(importance, arguments, ImportanceConfig(), file).settings
     folder = find_model_folder(config.path)
+    if not os.access(folder, os.W_OK):
+        raise StorageError(
+            f"{folder} cannot be written, and the order goes into its elastic.json; make a folder of links to it, "
+            f"`cp -rs {shlex.quote(str(folder.resolve()))} my-model`, and give that as --path"
+        )
     from pacevlm.config import MADE_DATASETS, DataConfig, ModelConfig
     from pacevlm.data.splits import load_splits
     from pacevlm.evaluation.importance import measure_importance

@@ -95,8 +95,9 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("name", COMMANDS)
 def test_unknown_options_are_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "steps.json").write_text("{}")  # or evaluate would say first that there is no run
-    needed = {"answer": ["image.png", "Which?", "--budget-ms", "5"], "rebase": ["runs/old"]}.get(name, [])
-    where = [] if name in ("importance", "sample") else ["--run-dir", str(tmp_path)]
+    needs = {"answer": ["image.png", "Which?", "--budget-ms", "5"], "rebase": ["runs/old"], "inspect": ["x"]}
+    needed = needs.get(name, [])
+    where = [] if name in ("importance", "inspect", "sample") else ["--run-dir", str(tmp_path)]
     assert run(name, *needed, *where, "--no-such-option", "3") == 2
     assert "--no-such-option" in capsys.readouterr().err
 
@@ -856,6 +857,36 @@ def test_importance_stores_an_order(checkpoint: Path, capsys: pytest.CaptureFixt
     assert len(settings["removal"]) == 3
     assert settings["measured_on"] == "digits-crossed, 2 examples, seed 0"
     assert f"the order is in {checkpoint / 'elastic.json'}" in capsys.readouterr().out
+
+
+def test_importance_says_at_once_that_it_cannot_write(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert run("importance", "--path", checkpoint) == 2
+    assert f"{checkpoint} cannot be written" in (error := capsys.readouterr().err)
+    assert f"cp -rs {checkpoint} my-model" in error
+
+
+def test_inspect_says_what_a_model_is_and_whether_it_runs(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", checkpoint) == 0
+    text = capsys.readouterr().out
+    assert f"folder       {checkpoint}\n" in text
+    assert "family       molmo, published layout\n" in text
+    assert "runs         yes\n" in text
+    assert "block order  importance; blocks left out first: 4, 2, 3\n" in text
+    assert all(f"{width} x {height}" in text for width, height in ((640, 480), (1920, 1080)))
+    (checkpoint / "elastic.json").unlink()
+    assert run("inspect", checkpoint) == 2
+    text = capsys.readouterr().out
+    assert "runs         no\n    - " in text
+    assert "pacevlm importance" in text
+    assert run("inspect", checkpoint, "--block-order", "early_exit") == 0
+    assert "early_exit; blocks left out first: 5\n" in capsys.readouterr().out
+    assert run("inspect", checkpoint / "nothing") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("pacevlm: error: there is no model directory")
 
 
 def test_a_reader_that_has_enough_is_no_error() -> None:

@@ -141,6 +141,14 @@ def test_words_for_what_is_inside_the_package_are_no_paths(tmp_path: Path) -> No
     assert (config.model.path, config.data.dataset) == ("embedded", "digits")
 
 
+def test_a_hub_id_is_no_path_unless_such_a_folder_is_there(tmp_path: Path) -> None:
+    path, text = tmp_path / "run.toml", as_toml({"model": {"path": "owner/name"}, "data": {"dataset": "a/b"}})
+    config = read(path, text)
+    assert (config.model.path, config.data.dataset) == ("owner/name", str(tmp_path / "a" / "b"))
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert read(path, text).model.path == str(tmp_path / "owner" / "name")
+
+
 def test_other_settings_have_files_too(tmp_path: Path) -> None:
     path = tmp_path / "importance.toml"
     path.write_text('dataset = "q.jsonl"\nnum_examples = 7\npicture.background = "black"')

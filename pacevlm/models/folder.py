@@ -64,20 +64,18 @@ def _fetch(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
     # What is here goes first: a run must go on without a network, and on the weights it began with.
-    try:
-        folder = Path(snapshot_download(repository, allow_patterns=list(_FETCHED), local_files_only=True))
-        weight_files(folder)
-        return folder
-    except (OSError, ValueError):  # not in the cache, or not all of it; CheckpointError is a ValueError
-        pass
-    try:
-        return Path(snapshot_download(repository, allow_patterns=list(_FETCHED)))
-    except Exception as error:  # of the hub's library, of its HTTP client, or of the disk
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"there is no model directory {repository!r}, and the Hugging Face hub does not give a model of that name "
-            f"({reason}); check the name and the network, or give a directory"
-        ) from error
+    for is_local in (True, False):
+        try:
+            folder = Path(snapshot_download(repository, allow_patterns=list(_FETCHED), local_files_only=is_local))
+            weight_files(folder)
+            return folder
+        except Exception as error:  # of the hub's library, of its HTTP client or of the disk; or a file is not there
+            failure = error
+    reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
+    raise CheckpointError(
+        f"there is no model directory {repository!r}, and the Hugging Face hub does not give a model of that name "
+        f"({reason}); check the name and the network, or give a directory"
+    ) from failure
 
 
 def weight_files(folder: Path) -> list[Path]:

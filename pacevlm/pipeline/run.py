@@ -104,7 +104,7 @@ def run_pipeline(
     if until not in STEPS:
         raise ConfigError(f"there is no step {until!r}; the steps are {', '.join(STEPS)}")
     resolve_device(config.model.device)
-    config = _with_model_folder(config)
+    config = with_model_folder(config)
     check_num_threads(config.profile.num_threads)
     check_directory(config, fresh=fresh)
     wanted = STEPS[: STEPS.index(until) + 1]
@@ -129,7 +129,7 @@ def run_pipeline(
     return run
 
 
-def _with_model_folder(config: RunConfig) -> RunConfig:
+def with_model_folder(config: RunConfig) -> RunConfig:
     """Let a run remember the folder that a hub id or a hub cache means now: nothing else there can change its model."""
     folder = find_model_folder(config.model.path)
     if config.model.path == "embedded" or folder == Path(config.model.path):

@@ -31,6 +31,7 @@ from pacevlm.latency.profile import Profile, Sample
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.pacer import Pacer
 from pacevlm.pipeline import STEPS, RunConfig, load_elastic_model, run_pipeline
+from pacevlm.pipeline.run import with_model_folder
 from pacevlm.pipeline.run_config import load_run_config
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.pipeline.steps import recalibrate
@@ -308,3 +309,15 @@ def test_an_existing_profile_is_fitted_or_carried_over_but_never_mistaken(copied
     assert Profile.load(moved / "profile.json").device.num_threads == 2
     with pytest.raises(ConfigError, match="needs source"):
         dataclasses.replace(copied.profile, transfer=True)
+
+
+def test_a_run_remembers_the_folder_that_a_hub_cache_meant(tiny_elastic_dir: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "models--allenai--Tiny"
+    (cache / "refs").mkdir(parents=True)
+    shutil.copytree(tiny_elastic_dir, cache / "snapshots" / "abc")
+    (cache / "refs" / "main").write_text("abc")
+    given = RunConfig(model=ModelConfig(path=str(cache), max_new_tokens=3))
+    found = with_model_folder(given)
+    assert found.model == dataclasses.replace(given.model, path=str(cache / "snapshots" / "abc"))
+    assert with_model_folder(found) is found
+    assert with_model_folder(RunConfig()).model.path == "embedded"
