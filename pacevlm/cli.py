@@ -20,8 +20,15 @@ import tyro
 from pacevlm.checks import MAX_COUNT, MAX_SEED, check_path, check_whole
 from pacevlm.config import SMALL_STUDY, HeadroomConfig, ImportanceConfig, StudyConfig
 from pacevlm.config_file import ConfigFile, read_config_file
-from pacevlm.console import RichReporter, print_answer, print_inspection, print_prices, print_results
-from pacevlm.errors import ConfigError, PacevlmError, StorageError
+from pacevlm.console import (
+    RichReporter,
+    print_answer,
+    print_importance,
+    print_inspection,
+    print_prices,
+    print_results,
+)
+from pacevlm.errors import ConfigError, PacevlmError
 from pacevlm.models.folder import find_model_folder
 from pacevlm.options import USAGE_ERROR, given_file, given_run_dir, parse_options, parse_settings
 from pacevlm.printing import printable
@@ -414,67 +421,25 @@ def importance(arguments: Sequence[str]) -> None:
     """Measure which transformer blocks a model can best do without, and store the order in its elastic.json.
 
     Every block is left out alone, then the least important ones together, always on the same examples. A model needs
-    this once before its num_blocks can be chosen by importance.
+    this once before its num_blocks can be chosen by importance. It says beforehand what that takes. Where examples have
+    groups, such as tasks, it says how far their own orders agree with that of all.
 
     Examples:
       pacevlm importance --path ./MolmoE-1B --dataset questions.jsonl --num-examples 500
+      pacevlm importance --path ./MolmoE-1B --dataset docvqa.jsonl --name docvqa
+      pacevlm train --run-dir runs/mine --model.path ./MolmoE-1B --model.block-order docvqa
     """
     file = given_file(arguments, lambda path: read_config_file(path, (("path",), ("dataset",))))
     config = parse_settings(importance, arguments, ImportanceConfig(), file).settings
     folder = find_model_folder(config.path)
-    if not os.access(folder, os.W_OK):
-        raise StorageError(
-            f"{folder} cannot be written, and the order goes into its elastic.json; make a folder of links to it, "
-            f"`cp -rs {shlex.quote(str(folder.resolve()))} my-model`, and give that as --path"
-        )
-    from pacevlm.config import MADE_DATASETS, DataConfig, ModelConfig
-    from pacevlm.data.splits import load_splits
-    from pacevlm.evaluation.importance import measure_importance
-    from pacevlm.evaluation.learnable import importance_warnings
-    from pacevlm.pipeline import load_elastic_model
-    from pacevlm.pipeline.lock import one_writer
-    from pacevlm.request.run import run_forced
+    from pacevlm.models.elastic import ELASTIC_FILE
+    from pacevlm.pipeline.importance import measure_order
 
-    model_config = ModelConfig(path=str(folder), dtype=config.dtype, device=config.device, block_order="early_exit")
-    model = load_elastic_model(model_config, config.picture)
-    number = config.num_examples
-    data = load_splits(
-        DataConfig(
-            config.dataset,
-            mixture=config.mixture,
-            metric=config.metric,
-            num_train=number,
-            num_val=number,
-            seed=config.seed,
-        ),
-        config.picture,
-    )
-    examples = list(data.val if config.dataset in MADE_DATASETS else data.train)[:number]
-    partial_path = folder / "elastic.json.partial.jsonl"
-    with one_writer(folder, ".elastic.json.lock"), RichReporter() as reporter:
-        for sentence in data.remarks:
-            reporter.warned("data", sentence)
-        result = measure_importance(
-            model,
-            examples,
-            config.min_num_blocks or model.knob_space.num_blocks[0],
-            num_candidates=config.num_candidates,
-            metric=data.metric,
-            progress=lambda done, total: reporter.progress("sets of blocks", done, total),
-            partial_path=partial_path,
-        )
-        scored = "" if data.metric.name == "exact_match" else f", {data.metric.name}"
-        result.save(folder, f"{data.name}, {len(examples)} examples, seed {config.seed}{scored}")
-        partial_path.unlink(missing_ok=True)
-        answer = run_forced(model, examples[0].source, examples[0].question, model.knob_space.full).answer
-        for sentence in importance_warnings(result.full.accuracy.mean, len(examples), examples[0], answer):
-            reporter.warned("importance", sentence)
-    print(f"{'without blocks':<40}  accuracy %   lost %")
-    for figure in (result.full, *result.greedy):
-        removed = ", ".join(map(str, figure.removed)) or "none"
-        lost = figure.accuracy_lost.to_dict()["mean"]
-        print(f"{removed:<40}  {100 * figure.accuracy.to_dict()['mean']:>10.1f}  {100 * lost:>7.1f}")
-    print(f"\nthe order is in {printable(folder / 'elastic.json')}")
+    with RichReporter() as reporter:
+        result = measure_order(config, reporter)
+    print_importance(result)
+    called = "" if config.name is None else f", as --model.block-order {config.name}"
+    print(f"\nthe order is in {printable(folder / ELASTIC_FILE)}{called}")
 
 
 @dataclass(frozen=True)
@@ -488,7 +453,7 @@ class InspectOptions:
     """
 
     path: tyro.conf.Positional[str]
-    block_order: Literal["importance", "early_exit"] = "importance"
+    block_order: str = "importance"
 
 
 def inspect(arguments: Sequence[str]) -> int:

@@ -26,6 +26,8 @@ MADE_DATASETS = ("digits",)
 """The data sets inside the package, which are made and not read; those of `data.splits.MADE`, which a test compares."""
 WITHIN_PACKAGE = ("embedded", *MADE_DATASETS)
 """Words that stand for what is inside the package where a path may be given."""
+BLOCK_ORDERS = ("importance", "early_exit")
+"""Block orders that need no name; a measured one may have one of its own."""
 MAX_KNOB = 1024
 """Most experts or blocks that a knob may ask for; no model comes near it."""
 MAX_VISION_BUDGET = 10**9
@@ -57,8 +59,8 @@ class ModelConfig:
         num_blocks: numbers of transformer blocks to choose from; the same.
         vision_budgets: what every tier means to the family (MolmoE: most image crops); what elastic.json or the family
             says if None.
-        block_order: which blocks are left out first: the least important ones as measured, or plainly the last ones
-            (early exit).
+        block_order: which blocks are left out first: the least important ones as measured (`importance`, or the name
+            that an order was measured under), or plainly the last ones (`early_exit`).
         stage2_after: blocks that always run before stage 2 decides.
         max_new_tokens: most generated tokens per answer; what elastic.json says if None.
         dtype: number type of the weights in memory.
@@ -73,7 +75,7 @@ class ModelConfig:
     top_ks: tuple[int, ...] | None = None
     num_blocks: tuple[int, ...] | None = None
     vision_budgets: tuple[int, ...] | None = None
-    block_order: Literal["importance", "early_exit"] = "importance"
+    block_order: str = "importance"
     stage2_after: int = 1
     max_new_tokens: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -81,6 +83,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_path("path", self.path)
+        _check_name("block_order", self.block_order)
         check_whole(self, 1, MAX_KNOB, "stage2_after")
         check_whole(self, 1, MAX_NEW_TOKENS, "max_new_tokens", optional=True)
         # What is left out is the model's own; the default lists are as good as any to check the others beside.
@@ -99,6 +102,13 @@ class ModelConfig:
             )
         if self.tiers is not None and len(most) != len(self.tiers):
             raise ConfigError(f"vision_budgets {given_budgets} needs one number for each of the tiers {self.tiers}")
+
+
+def _check_name(name: str, value: object) -> None:
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", value):
+        raise ConfigError(
+            f"{name} is {shown(value)}; it must be a name of up to 64 letters, digits, dots, dashes and underscores"
+        )
 
 
 def _check_mixture(mixture: str | None, dataset: str) -> None:
@@ -455,6 +465,10 @@ class ImportanceConfig:
         num_examples: examples that every candidate set of blocks is scored on; of `digits`, from the validation split.
         min_num_blocks: the order ends where so many blocks are left; the fewest of the model's knob space if None.
         num_candidates: blocks tried per round after the first.
+        name: what `--model.block-order` will call the order, beside others of the same model; None makes it the one of
+            `importance`.
+        group_by: metadata of the examples whose groups' own orders are compared with that of all; `task`, as `digits`
+            has it, if None and every example has one.
         dtype: number type of the weights in memory.
         device: `cpu` or `cuda`.
         seed: which examples are drawn.
@@ -471,6 +485,8 @@ class ImportanceConfig:
     num_examples: int = 400
     min_num_blocks: int | None = None
     num_candidates: int = 6
+    name: str | None = None
+    group_by: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     seed: int = 0
@@ -484,6 +500,12 @@ class ImportanceConfig:
         check_whole(self, 1, MAX_KNOB, "num_candidates")
         check_whole(self, 1, MAX_KNOB, "min_num_blocks", optional=True)
         check_whole(self, 0, MAX_SEED, "seed")
+        if self.name is not None:
+            _check_name("name", self.name)
+        if self.name in BLOCK_ORDERS:
+            raise ConfigError(
+                f"name is {self.name!r}, which is no measured order's own name; leave it out, or give another"
+            )
 
 
 def is_hub_id(path: str) -> bool:

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from pacevlm.printing import printable
+from pacevlm.printing import duration, printable
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from rich.progress import TaskID
 
+    from pacevlm.evaluation.importance import ImportanceResult
     from pacevlm.evaluation.prices import PricePoint, PriceTable
     from pacevlm.models.inspection import Inspection
     from pacevlm.pipeline import RunConfig
@@ -66,12 +67,16 @@ class RichReporter:
         """Print a warning on a line of its own."""
         self._say(("  warning: ", "bold"), sentence)
 
+    def told(self, step: str, sentence: str) -> None:
+        """Print what is known of a step before it is done."""
+        self._say((step, "bold"), f": {sentence}")
+
     def finished(self, step: str, seconds: float, facts: Mapping[str, Any]) -> None:
         """Take the step's bar away, and tell what it found and how long it took."""
         for task in self._tasks.values():
             self._bars.remove_task(task)
         self._tasks.clear()
-        self._say(f"  {describe_step(step, facts)} ", (f"({_duration(seconds)})", "dim"))
+        self._say(f"  {describe_step(step, facts)} ", (f"({duration(seconds)})", "dim"))
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """Move the bar of a piece of work, or begin one in place of another's."""
@@ -118,11 +123,6 @@ def describe_step(step: str, facts: Mapping[str, Any]) -> str:
     return text
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 def print_results(config: RunConfig) -> None:
     """Print a finished evaluation's table and where its report is; raises DataError if there is none."""
     from pacevlm.evaluation.summary import format_summary
@@ -147,6 +147,25 @@ def print_prices(table: PriceTable, chosen: PricePoint | None = None) -> None:
         f"price: points of accuracy for one full latency ({table.full_ms:.1f} ms); 95 % intervals, "
         f"{table.num_examples} validation examples"
     )
+
+
+def print_importance(result: ImportanceResult) -> None:
+    """Print what giving up blocks costs, and how far groups of questions agree on their order."""
+    print(f"{'without blocks':<40}  accuracy %   lost %")
+    for figure in (result.full, *result.greedy):
+        removed = ", ".join(map(str, figure.removed)) or "none"
+        print(f"{removed:<40}  {100 * figure.accuracy.mean:>10.1f}  {100 * figure.accuracy_lost.mean:>7.1f}")
+    if not result.groups:
+        return
+    print("\nblocks by what each costs alone, the cheapest first; Spearman's correlation with all questions, 95 %")
+    print(f"{'group':<12} {'n':>5}  {'correlation':>18}  {'as many of all':>18}  order")
+    for group in result.groups:
+        both = [
+            "-" if found is None else f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
+            for found in (group.correlation, group.drawn)
+        ]
+        order = " ".join(map(str, group.order))
+        print(f"{printable(group.name):<12} {group.num_examples:>5}  {both[0]:>18}  {both[1]:>18}  {order}")
 
 
 def print_answer(result: Answer, *, as_json: bool = False, with_drift: bool = False) -> None:

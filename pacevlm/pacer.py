@@ -440,7 +440,7 @@ class _Model(TypedDict):
     identity: Text
     dtype: Literal["float32", "bfloat16", "float16"]
     stage2_after: Annotated[int, Range(1, 10_000)]
-    block_order: Literal["importance", "early_exit"]
+    block_order: Text
     vision_budgets: VisionBudgets
     max_new_tokens: NewTokens
 

@@ -1,4 +1,4 @@
-"""What comes from outside, made safe to print: it can neither command a terminal nor begin a line of its own."""
+"""How things are printed; what comes from outside can neither command a terminal nor begin a line of its own."""
 
 from __future__ import annotations
 
@@ -25,3 +25,11 @@ def printable(text: object) -> str:
 def printable_lines(text: str) -> str:
     """The same for a text whose line ends are its own."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: `40 s`, `3 min 20 s`, `2 h 5 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

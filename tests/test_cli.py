@@ -856,7 +856,23 @@ def test_importance_stores_an_order(checkpoint: Path, capsys: pytest.CaptureFixt
     settings = json.loads((checkpoint / "elastic.json").read_text())
     assert len(settings["removal"]) == 3
     assert settings["measured_on"] == "digits-crossed, 2 examples, seed 0"
-    assert f"the order is in {checkpoint / 'elastic.json'}" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"the order is in {checkpoint / 'elastic.json'}" in said.out
+    # All blocks and five alone, four candidates, three candidates.
+    assert "13 sets of blocks in 3 rounds, 2 examples each: 26 answers" in " ".join(said.err.split())
+    detail = ("--mixture", "detail=1,overview=1", "--name", "detail", "--group-by", "task")
+    assert run("importance", "--path", checkpoint, "--num-examples", "6", "--min-num-blocks", "3", *detail) == 0
+    again = json.loads((checkpoint / "elastic.json").read_text())
+    assert again["removal"] == settings["removal"]
+    assert len(again["orders"]["detail"]["removal"]) == 3
+    said = capsys.readouterr()
+    assert "--model.block-order detail" in said.out
+    assert "as many of all" in said.out
+    assert run("importance", "--path", checkpoint, "--group-by", "dataset", "--num-examples", "2") == 2
+    assert "group_by is 'dataset', which not every example has" in capsys.readouterr().err
+    for name in ("importance", "a b", ""):
+        assert run("importance", "--path", checkpoint, "--name", name) == 2
+        assert "name is" in capsys.readouterr().err
 
 
 def test_importance_says_at_once_that_it_cannot_write(

@@ -15,7 +15,8 @@ class BlockOrder:
     Attributes:
         num_blocks: blocks of the checkpoint.
         removal: blocks from the first to be dropped to the last; block 0 is never among them.
-        source: how the order came about: `importance` (measured) or `early_exit` (the last blocks go first).
+        source: how the order came about: `importance` (measured), the name of another measured one, or `early_exit`
+            (the last blocks go first).
 
     Raises:
         KnobError: a block is named twice, lies outside the model, or is block 0.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -172,10 +172,22 @@ class ElasticDecoder:
         Returns:
             generated ids of each row, end-of-text included.
         """
-        generation = Generation(self, prefixes, top_k, num_blocks, max_new_tokens)
-        while generation.alive:
-            generation.step()
-        return generation.generated
+        return Generation(self, prefixes, top_k, num_blocks, max_new_tokens).finish()
+
+    def generate_without(
+        self, prefixes: Sequence[Prefix], removed: Sequence[Collection[int]], max_new_tokens: int
+    ) -> list[list[int]]:
+        """Finish the prefill and decode greedily at the trained top_k, every row without some blocks of its own.
+
+        Args:
+            removed: blocks left out, one collection per row, whatever the block order.
+
+        Returns:
+            generated ids of each row, end-of-text included.
+        """
+        num_rows = len(prefixes)
+        top_k, num_blocks = [self.adapter.trained_top_k] * num_rows, [self.adapter.num_blocks] * num_rows
+        return Generation(self, prefixes, top_k, num_blocks, max_new_tokens, removed=removed).finish()
 
 
 class Generation:
@@ -190,6 +202,7 @@ class Generation:
         num_blocks: blocks that run, one per row.
         max_new_tokens: most generated tokens, end-of-text included.
         min_new_tokens: end-of-text ends nothing before so many tokens, for measurements of a given length.
+        removed: blocks that every row leaves out besides; what the block order says alone if None.
 
     Attributes:
         generated: ids of each row so far, end-of-text included.
@@ -204,12 +217,14 @@ class Generation:
         num_blocks: Sequence[int],
         max_new_tokens: int,
         min_new_tokens: int = 0,
+        removed: Sequence[Collection[int]] | None = None,
     ) -> None:
         self.decoder, self.adapter = decoder, decoder.adapter
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
         self.prefixes, self.adds = prefixes, any(prefix.prompt.added for prefix in prefixes)
         one_row = len(prefixes) == 1
-        self.graph = decoder.graph if one_row else None
+        # Graphs were captured for the block order's sets.
+        self.graph = decoder.graph if one_row and removed is None else None
         device = prefixes[0].hidden.device
         lengths = [p.num_tokens for p in prefixes]
         self.same_length = len(set(lengths)) == 1
@@ -224,11 +239,19 @@ class Generation:
         self.top_k = torch.tensor(list(top_k), device=device)
         self.only_top_k = top_k[0] if len(set(top_k)) == 1 else None
         self.kept_blocks = [frozenset(decoder.order.kept(n)) for n in num_blocks]
+        if removed is not None:
+            self.kept_blocks = [kept.difference(gone) for kept, gone in zip(self.kept_blocks, removed, strict=True)]
         self.generated: list[list[int]] = [[] for _ in prefixes]
         self.alive = list(range(len(prefixes)))
         self.caches: dict[int, _BlockCache] = {}
         self.num_steps = 0
         self.last = self.lengths  # ids fed at the next step; set by `_accept`
+
+    def finish(self) -> list[list[int]]:
+        """Decode until every row has ended; returns the ids of each, end-of-text included."""
+        while self.alive:
+            self.step()
+        return self.generated
 
     def step(self) -> Tensor:
         """Append the next token of every alive row and drop rows that have finished; the first step is the prefill.

@@ -11,7 +11,8 @@ from typing import Annotated, Any, TypedDict
 import torch
 
 from pacevlm.artefact import Range, Text, typed
-from pacevlm.checks import whole_number
+from pacevlm.checks import shown, whole_number
+from pacevlm.config import BLOCK_ORDERS
 from pacevlm.devices import keep_memory, resolve_device
 from pacevlm.errors import CheckpointError, ConfigError, KnobError, QuestionError
 from pacevlm.files import read_json, sha256_file, write_json_atomic
@@ -137,7 +138,8 @@ class ElasticModel:
             device: where to put the weights; see `resolve_device`.
             dtype: of the weights in memory.
             stage2_after: blocks before stage 2 decides.
-            block_order: `importance` (the measured order) or `early_exit` (the last blocks go first).
+            block_order: `importance` (the measured order), the name of another one that `elastic.json` holds, or
+                `early_exit` (the last blocks go first).
             vision_budgets: of tiers by name, or one per tier; others are what `elastic.json` or the family says.
             max_new_tokens: most generated tokens per answer.
             picture_config: how pictures are read.
@@ -150,9 +152,8 @@ class ElasticModel:
         device = resolve_device(device)
         keep_memory()
         folder = find_model_folder(path)
-        if block_order not in ("importance", "early_exit"):
-            raise ConfigError(f"block_order {block_order!r} is unknown; use 'importance' or 'early_exit'")
         settings = read_elastic_settings(folder)
+        check_block_order(block_order, folder, settings)  # before anything long is loaded
         adapter = load_adapter(folder, device, dtype)
         space, budgets, order = choose_knobs(adapter, folder, settings, knob_space, vision_budgets, block_order)
         new_tokens = settings.get("max_new_tokens", 32) if max_new_tokens is None else max_new_tokens
@@ -245,6 +246,7 @@ def choose_knobs(
         settings: what `read_elastic_settings` found.
         knob_space, vision_budgets, block_order: see `ElasticModel.from_pretrained`, which raises the same.
     """
+    check_block_order(block_order, folder, settings)
     budgets = dict(settings.get("vision_budgets", adapter.default_vision_budgets))
     space = knob_space if isinstance(knob_space, KnobSpace) else _knob_space(adapter, settings, knob_space or {})
     if vision_budgets is not None:
@@ -257,17 +259,45 @@ def choose_knobs(
         # Those of tiers outside the knob space count in the model's identity too.
         budgets |= vision_budgets
     order = BlockOrder.early_exit(adapter.num_blocks, adapter.fixed_blocks)
-    if block_order == "importance" and min(space.num_blocks) < adapter.num_blocks:
-        if "removal" not in settings:
+    if block_order != "early_exit" and min(space.num_blocks) < adapter.num_blocks:
+        measured = settings.get("orders", {}).get(block_order, settings)
+        if "removal" not in measured:
             raise CheckpointError(
                 f"{folder} has no measured block order; run `pacevlm importance` on it, or choose "
                 "block_order='early_exit'"
             )
         try:
-            order = BlockOrder(adapter.num_blocks, tuple(settings["removal"]))
+            order = BlockOrder(adapter.num_blocks, tuple(measured["removal"]), block_order)
         except KnobError as error:
             raise CheckpointError(f"{folder / ELASTIC_FILE}: {error}; measure it again") from error
     return space, budgets, order
+
+
+def check_block_order(block_order: str, folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless a model's `elastic.json` knows the block order."""
+    known = (*BLOCK_ORDERS, *settings.get("orders", {}))
+    if block_order not in known:
+        raise ConfigError(
+            f"block_order is {shown(block_order)}, which {folder / ELASTIC_FILE} does not hold; use one of "
+            f"{', '.join(known)}, or measure it with `pacevlm importance --name`"
+        )
+
+
+def read_knob_space(path: str | Path, wanted: Mapping[str, Sequence[Any]]) -> KnobSpace:
+    """The knob space that `from_pretrained` would give a model, without reading its weights.
+
+    Args:
+        path: as `find_model_folder` takes it.
+        wanted: lists that are not what `elastic.json` says. If all three are given nothing is read.
+
+    Raises:
+        CheckpointError: there is no such model, or what describes it is malformed.
+    """
+    if {"tiers", "top_ks", "num_blocks"} <= set(wanted):
+        return KnobSpace.from_dict({name: list(values) for name, values in wanted.items()})
+    folder = find_model_folder(path)
+    adapter = load_adapter(folder, torch.device("meta"), torch.float32)
+    return _knob_space(adapter, read_elastic_settings(folder), wanted)
 
 
 def _knob_space(
@@ -280,15 +310,24 @@ def _knob_space(
     return KnobSpace.from_dict({**stored, **{name: list(values) for name, values in wanted.items()}})
 
 
-class _ElasticSettings(TypedDict, total=False):
-    """What `elastic.json` may hold; people write it, so all of it may be left out."""
+class _Order(TypedDict, total=False):
+    """A block order: blocks from the first to be given up to the last, the figures that it rests on, and of what."""
 
-    vision_budgets: VisionBudgets
     removal: list[Annotated[int, Range(1, 10_000)]]
     importance: dict[str, Any]
+    measured_on: str
+
+
+class _ElasticSettings(_Order, total=False):
+    """What `elastic.json` may hold; people write it, so all of it may be left out.
+
+    The order of `importance` stands at the top, others by their names.
+    """
+
+    vision_budgets: VisionBudgets
     max_new_tokens: NewTokens
     knob_space: KnobSpace
-    measured_on: str
+    orders: dict[Text, _Order]
 
 
 def read_elastic_settings(folder: Path) -> dict[str, Any]:
@@ -304,6 +343,20 @@ def read_elastic_settings(folder: Path) -> dict[str, Any]:
 def write_elastic_settings(folder: Path, **changes: Any) -> None:
     """Change entries of a model directory's `elastic.json`, whole or not at all."""
     write_json_atomic(folder / ELASTIC_FILE, read_elastic_settings(folder) | changes)
+
+
+def store_block_order(folder: Path, name: str | None, **order: Any) -> None:
+    """Store a measured block order in a model directory's `elastic.json`, the others left as they are.
+
+    Args:
+        name: what `block_order` calls it; None is the one of `importance`.
+        order: its `removal`, `importance` and `measured_on`.
+    """
+    if name is None:
+        write_elastic_settings(folder, **order)
+        return
+    named = read_elastic_settings(folder).get("orders", {})
+    write_elastic_settings(folder, orders={**named, name: order})
 
 
 def model_fingerprint(folder: Path, facts: Mapping[str, Any]) -> str:

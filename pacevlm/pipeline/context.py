@@ -72,6 +72,9 @@ class Reporter(Protocol):
         `step` is `data` for what the data set itself has to say.
         """
 
+    def told(self, step: str, sentence: str) -> None:
+        """What is known of a step before it is done: what it takes."""
+
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """`done` of `total` units of a piece of work are done; `note` holds a few current numbers."""
 
@@ -92,6 +95,9 @@ class SilentReporter:
         """Nothing."""
 
     def warned(self, step: str, sentence: str) -> None:
+        """Nothing."""
+
+    def told(self, step: str, sentence: str) -> None:
         """Nothing."""
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families.tiny_qwen3_vl_moe import save_qwen3_vl_moe
 from families.toy_moe import ToyAdapter, load_toy, save_toy
 
 from pacevlm.errors import CheckpointError, ConfigError, KnobError
 from pacevlm.evaluation.importance import measure_importance
 from pacevlm.knobs import KnobSpace
 from pacevlm.models import registry
-from pacevlm.models.elastic import ElasticModel
+from pacevlm.models.elastic import ElasticModel, read_knob_space
 from pacevlm.models.registry import load_adapter, register_family
 from pacevlm.types import Example
 
@@ -61,6 +63,26 @@ def test_knobs_that_nobody_gave_suit_the_family(tmp_path: Path) -> None:
 
 def test_defaults_of_the_reference_model_follow_from_its_sizes() -> None:
     assert KnobSpace.for_model(("low", "medium", "high"), 8, 16) == KnobSpace()
+
+
+def test_a_knob_space_needs_no_weights(tmp_path: Path, tiny_elastic_dir: Path) -> None:
+    for folder in (save_qwen3_vl_moe(tmp_path / "qwen"), Path(shutil.copytree(tiny_elastic_dir, tmp_path / "molmo"))):
+        for wanted in ({}, {"num_blocks": (5, 6)}):
+            model = ElasticModel.from_pretrained(folder, knob_space=wanted)
+            for weights in () if wanted else folder.glob("*.safetensors"):
+                weights.rename(tmp_path / weights.name)
+            assert read_knob_space(folder, wanted) == model.knob_space
+            for weights in tmp_path.glob("*.safetensors"):
+                weights.rename(folder / weights.name)
+        for content in ("[]", "{}", '{"model_type": "molmo", "d_model": "wide"}'):
+            (folder / "config.json").write_text(content)
+            with pytest.raises(CheckpointError, match=r"config\.json"):
+                read_knob_space(folder, {})
+    # Lists that are all given ask nobody.
+    wanted = {"tiers": ("low", "high"), "top_ks": (4, 8), "num_blocks": (12, 16)}
+    assert read_knob_space(tmp_path / "nowhere", wanted) == KnobSpace(*wanted.values())
+    with pytest.raises(CheckpointError, match="nowhere"):
+        read_knob_space(tmp_path / "nowhere", {})
 
 
 @pytest.fixture
