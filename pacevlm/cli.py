@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -24,7 +24,9 @@ from pacevlm.console import (
     RichReporter,
     print_answer,
     print_importance,
+    print_importance_plan,
     print_inspection,
+    print_plan,
     print_prices,
     print_results,
 )
@@ -46,6 +48,11 @@ DEFAULT_DIR = Path("runs/default")
 SAMPLE_INDEX, SAMPLE_BUDGET_MS = 305, "40"
 
 FRESH_HELP = "start over: remove what an earlier run left in the run directory, and its settings."
+
+PLAN_HELP = (
+    "print what the steps will take, requests timed, rollouts, disk and time, and start nothing: nothing is written, "
+    "and the model's weights are not read."
+)
 
 # Exit codes: 0 done, 1 a fault of pacevlm itself, 2 what the user gave cannot be used, 128 + n stopped by signal n, 141
 # nobody reads the output any more.
@@ -69,6 +76,8 @@ def quickstart(arguments: Sequence[str]) -> None:
     from pacevlm.pipeline import quickstart_config
 
     config = _run_steps("quickstart", arguments, QUICKSTART_DIR, quickstart_config, "evaluate")
+    if config is None:
+        return
     print_results(config)
     _answer_sample(config)
 
@@ -103,6 +112,8 @@ def train(arguments: Sequence[str]) -> None:
     from pacevlm.pipeline import RunConfig
 
     config = _run_steps("train", arguments, DEFAULT_DIR, RunConfig, "calibrate")
+    if config is None:
+        return
     print(f"\ncontroller, guardrail and estimator: {printable(config.run_dir / 'bundle')}")
 
 
@@ -118,7 +129,9 @@ def evaluate(arguments: Sequence[str]) -> None:
     """
     from pacevlm.pipeline import RunConfig
 
-    print_results(_run_steps("evaluate", arguments, DEFAULT_DIR, RunConfig, "evaluate"))
+    config = _run_steps("evaluate", arguments, DEFAULT_DIR, RunConfig, "evaluate")
+    if config is not None:
+        print_results(config)
 
 
 @dataclass(frozen=True)
@@ -430,11 +443,15 @@ def importance(arguments: Sequence[str]) -> None:
       pacevlm train --run-dir runs/mine --model.path ./MolmoE-1B --model.block-order docvqa
     """
     file = given_file(arguments, lambda path: read_config_file(path, (("path",), ("dataset",))))
-    config = parse_settings(importance, arguments, ImportanceConfig(), file).settings
+    options = parse_settings(importance, arguments, ImportanceConfig(), file, _switch("plan", PLAN_HELP))
+    config = options.settings
     folder = find_model_folder(config.path)
     from pacevlm.models.elastic import ELASTIC_FILE
-    from pacevlm.pipeline.importance import measure_order
+    from pacevlm.pipeline.importance import measure_order, plan_order
 
+    if options.plan:
+        print_importance_plan(plan_order(config))
+        return
     with RichReporter() as reporter:
         result = measure_order(config, reporter)
     print_importance(result)
@@ -630,9 +647,16 @@ def _run_steps(
     default_dir: Path,
     defaults: Callable[[Path], RunConfig],
     until: Literal["profile", "calibrate", "evaluate"],
-) -> RunConfig:
-    """Parse the settings of a run, on top of those its directory holds, and run its steps."""
-    config, fresh = _read_settings(command, arguments, default_dir, defaults)
+) -> RunConfig | None:
+    """Parse the settings of a run, on top of those its directory holds, and run its steps; None if that was planned."""
+    config, fresh, plan = _read_settings(command, arguments, default_dir, defaults)
+    if plan:
+        from pacevlm.pipeline.plan import plan_run
+
+        with RichReporter() as reporter:
+            planned = plan_run(config, until, fresh=fresh, reporter=reporter)
+        print_plan(planned)
+        return None
     if command == "evaluate" and not (config.run_dir / "steps.json").exists():
         run_dir = config.run_dir
         raise ConfigError(f"{run_dir} holds no run; train one with `pacevlm train --run-dir {run_dir}` first")
@@ -666,17 +690,23 @@ def _answer_sample(config: RunConfig) -> None:
 
 def _read_settings(
     command: str, arguments: Sequence[str], default_dir: Path, defaults: Callable[[Path], RunConfig]
-) -> tuple[RunConfig, bool]:
-    """The settings of a run, and whether it starts over; torch is not needed to refuse wrong ones."""
+) -> tuple[RunConfig, bool, bool]:
+    """The settings of a run, whether it starts over, and whether it is only planned; torch is not needed for that."""
     from pacevlm.pipeline.run_config import load_run_config
 
     file, run_dir = _find_run(arguments, default_dir)
     config = defaults(run_dir)
     if (run_dir / "config.json").exists() and "--fresh" not in arguments:
         config = load_run_config(run_dir)
-    fresh = ("fresh", Annotated[bool, tyro.conf.arg(help=FRESH_HELP)], dataclasses.field(default=False))
-    options = parse_settings(COMMANDS[command], arguments, config, file, fresh)
-    return options.settings, options.fresh
+    options = parse_settings(
+        COMMANDS[command], arguments, config, file, _switch("fresh", FRESH_HELP), _switch("plan", PLAN_HELP)
+    )
+    return options.settings, options.fresh, options.plan
+
+
+def _switch(name: str, description: str) -> tuple[str, Any, Any]:
+    """An option of a command that is no setting."""
+    return name, Annotated[bool, tyro.conf.arg(help=description)], dataclasses.field(default=False)
 
 
 def _find_run(arguments: Sequence[str], default_dir: Path) -> tuple[ConfigFile | None, Path]:

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
     from rich.progress import TaskID
 
-    from pacevlm.evaluation.importance import ImportanceResult
+    from pacevlm.evaluation.importance import ImportancePlan, ImportanceResult
     from pacevlm.evaluation.prices import PricePoint, PriceTable
     from pacevlm.models.inspection import Inspection
     from pacevlm.pipeline import RunConfig
+    from pacevlm.pipeline.plan import RunPlan
     from pacevlm.types import Answer
 
 
@@ -121,6 +122,55 @@ def describe_step(step: str, facts: Mapping[str, Any]) -> str:
     if facts["num_disagreements"]:
         text += f", of which {facts['num_disagreements']} scored otherwise than in the batch"
     return text
+
+
+def print_plan(plan: RunPlan) -> None:
+    """Print what every step of a run will take."""
+    config, (num_train, num_val, num_test) = plan.config, plan.num_examples
+    print(
+        f"{printable(config.run_dir)}: {printable(config.model.path)}, {len(plan.space)} configurations; "
+        f"{printable(config.data.dataset)}, {num_train:,} training, {num_val:,} validation, {num_test:,} test questions"
+    )
+    print(
+        f"{'step':<10} {'requests timed':>14} {'rollouts':>12} {'run':>12} {'first blocks':>12} {'disk, MB':>9}  time"
+    )
+    for step in (*plan.steps, plan.total):
+        counts = [
+            f"{'≤ ' if figure.is_most and figure.value else ''}{figure.value:,.0f}"
+            for figure in (step.num_timed, step.num_rollouts, step.num_run, step.num_prompts)
+        ]
+        if step.is_done:
+            time = "nothing is left" if step.name == "total" else "done already"
+        elif step.seconds is None:
+            time = "not known before the profile"
+        else:
+            time = f"{'at most' if step.seconds.is_most else 'about'} {duration(step.seconds.value)}"
+        print(
+            f"{step.name:<10} {counts[0]:>14} {counts[1]:>12} {counts[2]:>12} {counts[3]:>12} "
+            f"{step.num_bytes / 1e6:>8,.1f}  {time}"
+        )
+    print(
+        "run: rollouts that the model has to give, the others are repeated or stored. First blocks: of prompts, for "
+        "latency tokens"
+    )
+    if plan.latencies is None:
+        print("no profile tells how long that takes: name one with --profile.source, or run `pacevlm profile` first")
+        return
+    rate = "no rate of rollouts is known beside it, so each takes what a request alone takes"
+    if plan.rollouts_per_s is not None:
+        rate = f"{plan.rollouts_per_s:,.1f} rollouts a second as measured beside it"
+    print(
+        f"times: {printable(plan.latencies)}, full configuration {plan.full_ms:.1f} ms, {rate}; without loading, the "
+        "updates of training and the report"
+    )
+
+
+def print_importance_plan(plan: ImportancePlan) -> None:
+    """Print what measuring a block order will take."""
+    from pacevlm.pipeline.importance import describe_plan
+
+    print(describe_plan(plan))
+    print("how long that takes is said once the first answers are there")
 
 
 def print_results(config: RunConfig) -> None:

@@ -24,6 +24,16 @@ NEEDS = {"JPEG": "jpg", "PNG": "zlib", "WEBP": "webp"}
 ORIENTATION, QUARTER_TURN = 0x0112, 6
 
 
+def picture_kinds() -> list[str]:
+    """Kinds of the pictures that this Pillow can make."""
+    return ["memory", *(kind for kind, how in ENCODERS.items() if features.check(NEEDS[how["format"]]))]
+
+
+def num_sample_pictures() -> int:
+    """How many `make_sample_pictures` makes."""
+    return 2 * NUM_SIZES * len(picture_kinds())
+
+
 def make_sample_pictures(max_pixels: int, seed: int = 0) -> list[bytes | NDArray[np.uint8]]:
     """Make a ladder of pictures of every kind: arrays in memory, and JPEG, progressive JPEG, PNG and WebP files.
 
@@ -37,9 +47,8 @@ def make_sample_pictures(max_pixels: int, seed: int = 0) -> list[bytes | NDArray
     rng = np.random.default_rng(seed)
     longest = _sides(max_pixels)[0]
     smooth, rough = _smooth_canvas(longest, rng), _rough_canvas(longest, rng)
-    kinds = ["memory", *(kind for kind, how in ENCODERS.items() if features.check(NEEDS[how["format"]]))]
     pictures: list[bytes | NDArray[np.uint8]] = []
-    for kind in kinds:
+    for kind in picture_kinds():
         for step, num_pixels in enumerate(np.geomspace(min(MIN_PIXELS, max_pixels / 2), max_pixels, NUM_SIZES)):
             for is_rough in (False, True):
                 width, height = _sides(num_pixels)

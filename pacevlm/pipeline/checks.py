@@ -11,9 +11,9 @@ from pacevlm.latency.calibrate import split_samples
 from pacevlm.latency.conformal import min_num_scores
 from pacevlm.latency.output_length import min_num_lengths
 from pacevlm.latency.profile import Sample
-from pacevlm.latency.profiler import Measurement, ProfilerSettings, plan_workload
+from pacevlm.latency.profiler import Measurement, plan_workload
 from pacevlm.pipeline.context import RunContext
-from pacevlm.pipeline.steps import num_transferred
+from pacevlm.pipeline.steps import profiler_settings
 from pacevlm.types import RequestSizes, StageTimes
 
 
@@ -82,13 +82,10 @@ def _check_profile(run: RunContext) -> None:
     """Divide the requests to be timed as the fit will, and see whether each part is large enough."""
     config, space = run.config.profile, run.model.knob_space
     needed = min_num_scores(config.alpha)
-    num_samples, repeats = config.num_samples, config.repeats
-    if config.source is not None:
-        if not config.transfer:
-            return  # is fitted at once
-        num_samples, repeats = num_transferred(config.alpha), 1
-    examples = run.splits.train[: config.num_requests]
-    settings = ProfilerSettings(num_requests=len(examples), num_samples=num_samples, repeats=repeats, seed=config.seed)
+    settings = profiler_settings(run.config, len(run.splits.train))
+    if settings is None:
+        return  # is fitted at once
+    examples = run.splits.train[: settings.num_requests]
     sizes = [run.model.view(example.source, example.question).sizes for example in examples]
     schedule = plan_workload(space, settings).schedule
     samples = [_planned(entry, sizes[entry.request], space) for entry in schedule if not entry.is_reference]

@@ -11,6 +11,7 @@ from typing import Any
 from pacevlm.config import config_to_dict
 from pacevlm.devices import resolve_device
 from pacevlm.errors import ConfigError, DataError, IdentityError
+from pacevlm.knobs import KnobSpace
 from pacevlm.latency.measuring import check_num_threads
 from pacevlm.models.folder import find_model_folder
 from pacevlm.pipeline.artefacts import (
@@ -202,12 +203,17 @@ def _remove_partial(run: RunContext, *steps: str) -> None:
             remove_file(run.run_dir / name)
 
 
-def step_settings(run: RunContext, step: str) -> dict[str, Any]:
-    """All that a step's outcome depends on, ready for JSON."""
+def step_settings(run: RunContext, step: str, model: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All that a step's outcome depends on, ready for JSON.
+
+    Args:
+        model: what identifies the model, where it is not to be loaded for that.
+    """
+    if model is None:
+        model = {"identity": run.model.identity, "knob_space": run.model.knob_space.to_dict()}
     config, identity = run.config, run.data_identity
     # What the parts hold, not where they were read: a changed line or picture counts, a moved file does not.
     data: dict[str, Any] = {"train": identity.get("train")}
-    model = {"identity": run.model.identity, "knob_space": run.model.knob_space.to_dict()}
     settings: dict[str, Any] = {"model": model, "data": data, "picture": config_to_dict(config.picture)}
     if step != "profile":  # which scores nothing
         data["metric"] = identity.get("metric")
@@ -237,10 +243,43 @@ def _changes(done: FinishedStep | None, settings: dict[str, Any]) -> list[str]:
     return changes
 
 
-def _check_settings(run: RunContext, log: StepLog) -> None:
+def finished_steps(run: RunContext, space: KnobSpace) -> set[str]:
+    """Steps that `run_pipeline` would find finished, if the model is still the one that they were done with.
+
+    The model is not loaded.
+
+    Args:
+        space: the run's configurations.
+
+    Raises:
+        ConfigError, IdentityError: the run directory was made with other settings.
+    """
+    log = StepLog(run.run_dir)
+    _check_settings(run, log, space)
+    finished: set[str] = set()
+    outdated: set[str] = set()
+    for name in STEPS:
+        done = log.get(name)
+        is_there = done is not None and not missing_files(run.run_dir, source_files(run.config, name))
+        if is_there and name not in outdated and not _changes(done, _settings_of(run, name, done, space)):
+            finished.add(name)
+        else:
+            outdated.update(_DEPENDENT[name])
+    return finished
+
+
+def _settings_of(run: RunContext, name: str, done: FinishedStep | None, space: KnobSpace | None) -> dict[str, Any]:
+    """A step's settings; with a knob space, for the model that it was done with."""
+    if space is None:
+        return step_settings(run, name)
+    identity = None if done is None else done.settings.get("model", {}).get("identity")
+    return step_settings(run, name, {"identity": identity, "knob_space": space.to_dict()})
+
+
+def _check_settings(run: RunContext, log: StepLog, space: KnobSpace | None = None) -> None:
     for name in _KEPT:
         done = log.get(name)
-        changes = _changes(done, step_settings(run, name))
+        changes = _changes(done, _settings_of(run, name, done, space))
         if any(change.startswith("model.") for change in changes):
             raise IdentityError(
                 f"{run.run_dir} was made for another model or knob space: {'; '.join(changes)}. Give another run "

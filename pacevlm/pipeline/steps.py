@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from pacevlm.evaluation.sweep import (
 from pacevlm.evaluation.timed import time_requests
 from pacevlm.files import sha256_file
 from pacevlm.identity import Identity
+from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.calibrate import coverage, fit_latency, full_p50_ms
 from pacevlm.latency.conformal import min_num_scores
 from pacevlm.latency.estimator import LatencyEstimator
@@ -63,6 +65,7 @@ from pacevlm.pipeline.artefacts import (
 )
 from pacevlm.pipeline.context import RunContext, saying_how_to_go_on
 from pacevlm.pipeline.outputs import HEADROOM_NAME, write_outputs
+from pacevlm.pipeline.run_config import RunConfig
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.request.pacing import Pacing
 from pacevlm.request.profiling import measure_profile
@@ -77,22 +80,52 @@ from pacevlm.types import Answer, BudgetKind, Example, Objective
 NUM_WARMUP, WINDOW = 5, 20
 # Measurements that carry an estimator over to another device.
 NUM_TRANSFER = 25
+# Examples of the sweep that a profile times, to tell how long the rest will take.
+NUM_MEASURED = 8
+# Policies that heed a price of time.
+HEEDING = (ControllerPolicy.name, PredictorPolicy.name, LookupTable.name)
 
 
 def profile_step(run: RunContext) -> dict[str, Any]:
     """Time requests, fit and calibrate the estimator, and learn how long answers get."""
     remove_file(run.run_dir / HEADROOM_NAME)  # which is of an earlier profile
     config = run.config.profile
-    if config.source is None:
-        _measure_profile(run, config.num_samples, config.repeats)
-    elif config.transfer:
-        _fit_source(run)  # before anything is measured, or it may turn out to fit nothing here
-        _measure_profile(run, num_transferred(config.alpha), 1)
-    else:
+    settings = profiler_settings(run.config, len(run.splits.train), run.model.max_new_tokens)
+    if settings is None:
+        assert config.source is not None
         profile = Profile.load(config.source)
         profile.made_for.check(f"the profile {config.source}", _wanted(run))
         profile.save(run.run_dir / PROFILE_NAME)
+        return fit_profile(run)
+    if config.transfer:
+        _fit_source(run)  # before anything is measured, or it may turn out to fit nothing here
+    _measure_profile(run, settings)
     return fit_profile(run)
+
+
+def profiler_settings(
+    config: RunConfig, num_train: int, max_output_tokens: int | None = None
+) -> ProfilerSettings | None:
+    """How a run's requests are timed, self-made pictures aside; None if an existing profile is taken as it is.
+
+    Args:
+        num_train: training examples that there are.
+    """
+    profile = config.profile
+    num_samples, repeats = profile.num_samples, profile.repeats
+    if profile.source is not None:
+        if not profile.transfer:
+            return None
+        num_samples, repeats = num_transferred(profile.alpha), 1
+    return ProfilerSettings(
+        num_requests=min(profile.num_requests, num_train),
+        num_samples=num_samples,
+        repeats=repeats,
+        max_warmup=profile.max_warmup,
+        num_threads=profile.num_threads,
+        max_output_tokens=max_output_tokens,
+        seed=profile.seed,
+    )
 
 
 def fit_profile(run: RunContext) -> dict[str, Any]:
@@ -124,6 +157,7 @@ def fit_profile(run: RunContext) -> dict[str, Any]:
         },
         "num_samples": len(profile.samples),
         "num_lengths": num_lengths,
+        "rollouts_per_s": _measure_rollouts(run),
         **dataclasses.asdict(summarise_profile(profile)),
         **dataclasses.asdict(fit.report),
     }
@@ -151,18 +185,9 @@ def num_transferred(alpha: float) -> int:
     return 2 * max(NUM_TRANSFER, min_num_scores(alpha))
 
 
-def _measure_profile(run: RunContext, num_samples: int, repeats: int) -> None:
-    config, model, train = run.config.profile, run.model, run.splits.train
-    requests = [(example.source, example.question) for example in train[: config.num_requests]]
-    settings = ProfilerSettings(
-        num_requests=len(requests),
-        num_samples=num_samples,
-        repeats=repeats,
-        max_warmup=config.max_warmup,
-        num_threads=config.num_threads,
-        max_output_tokens=model.max_new_tokens,
-        seed=config.seed,
-    )
+def _measure_profile(run: RunContext, settings: ProfilerSettings) -> None:
+    config, model = run.config.profile, run.model
+    requests = [(example.source, example.question) for example in run.splits.train[: settings.num_requests]]
     # The controller that will be trained, as far as its cost goes.
     stand_in = ControllerConfig(reference_ms=1.0, embedding_scale=1.0, **config_to_dict(run.config.controller))
     measure_profile(
@@ -181,9 +206,8 @@ def _measure_profile(run: RunContext, num_samples: int, repeats: int) -> None:
 def _fit_output_length(run: RunContext) -> int:
     """Learn output lengths from answers given with random knobs; returns their number."""
     config, model = run.config.profile, run.model
-    rng = np.random.default_rng(config.seed)
-    examples = run.splits.train[: config.num_lengths]
-    jobs = [(example, model.knob_space[int(rng.integers(len(model.knob_space)))]) for example in examples]
+    jobs = length_jobs(run.config, run.splits.train, model.knob_space)
+    examples = [example for example, _ in jobs]
     outcomes = run.engine.run(jobs, run.count("answers"))
     views = [run.engine.view(example) for example in examples]
     lengths = OutputLengthModel.fit(
@@ -199,9 +223,29 @@ def _fit_output_length(run: RunContext) -> int:
     return len(examples)
 
 
+def length_jobs(config: RunConfig, train: Sequence[Example], space: KnobSpace) -> list[tuple[Example, Knobs]]:
+    """Training examples whose answers tell how long answers get, each with knobs of its own."""
+    rng = np.random.default_rng(config.profile.seed)
+    examples = train[: config.profile.num_lengths]
+    return [(example, space[int(rng.integers(len(space)))]) for example in examples]
+
+
+def swept_examples(config: RunConfig, train: Sequence[Example]) -> list[Example]:
+    """Training examples that run with every configuration."""
+    return list(train[: config.lookup.num_examples])
+
+
+def _measure_rollouts(run: RunContext) -> float | None:
+    """Rollouts a second in the first examples of the sweep, which finds them answered; None if they were known."""
+    before, started = run.engine.num_run, time.monotonic()
+    exhaustive_sweep(run.engine, swept_examples(run.config, run.splits.train)[:NUM_MEASURED], run.count("answers"))
+    num_run = run.engine.num_run - before
+    return num_run / (time.monotonic() - started) if num_run else None
+
+
 def lookup_step(run: RunContext) -> dict[str, Any]:
     """Run training examples with every configuration; the answers are stored."""
-    examples = run.splits.train[: run.config.lookup.num_examples]
+    examples = swept_examples(run.config, run.splits.train)
     accuracy = exhaustive_sweep(run.engine, examples, run.count("answers"))
     space = run.model.knob_space
     (first,) = run.engine.run([(examples[0], space.full)])  # is remembered by now
@@ -347,7 +391,7 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
 
 def fit_predictor(run: RunContext, pacing: Pacing) -> None:
     """Fit the predictor to the swept training examples, whose outcomes are known by now."""
-    examples = list(run.splits.train[: run.config.lookup.num_examples])
+    examples = swept_examples(run.config, run.splits.train)
     accuracy = exhaustive_sweep(run.engine, examples, run.count("answers"))
     (requests,) = build_requests(run.engine, examples, [run.loose_objective], pacing)
     PredictorPolicy.fit(run.model.knob_space, requests, accuracy).save(run.run_dir / PREDICTOR_NAME)
@@ -402,7 +446,7 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
     objectives = [Objective(fraction * run.full_p50_ms, run.config.train.budget_kind) for fraction in config.budgets]
     baselines = fit_baselines(
         run.engine,
-        run.splits.train[: run.config.lookup.num_examples],
+        swept_examples(run.config, run.splits.train),
         objectives,
         pacing,
         full_ms=run.full_p50_ms,
@@ -430,9 +474,7 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
         progress=run.reporter.progress,
         partial_dir=run.run_dir,
     )
-    # Those that heed a price.
-    heeding = (controller.name, PredictorPolicy.name, LookupTable.name)
-    priced = [policy for policy in (controller, *baselines) if policy.name in heeding]
+    priced = [policy for policy in (controller, *baselines) if policy.name in HEEDING]
     fronts = measure_fronts(run, priced, examples)
     device = run.estimator.device
     warnings = evaluation_warnings(evaluation.records, examples)
@@ -470,7 +512,7 @@ def evaluate_step(run: RunContext) -> dict[str, Any]:
 def measure_fronts(run: RunContext, policies: Sequence[Policy], examples: Sequence[Example]) -> dict[str, Any]:
     """Accuracy against mean latency along the prices of time: policies that heed them, and the best fixed knobs."""
     prices, objective, pacing = run.config.train.prices, run.loose_objective, run.pacing()
-    trained_on = run.splits.train[: run.config.lookup.num_examples]
+    trained_on = swept_examples(run.config, run.splits.train)
     fixed = fit_fixed_front(run.engine, trained_on, objective, pacing, full_ms=run.full_p50_ms, prices=prices)
     fronts = {
         name: run_prices(policy, run.engine, examples, objective, prices, pacing, run.count(f"prices of time, {name}"))

@@ -159,13 +159,11 @@ def measure_profile(
     pictures = make_sample_pictures(max_pixels, settings.seed)
     num_output_tokens = max(model.max_new_tokens, settings.max_output_tokens or 1)
     questions = questions_of_all_lengths(model, [question for _, question in requests], num_output_tokens)
-    # One half of the pictures calibrates the bounds, and one half of those is large.
-    samples_per_picture = math.ceil(min_num_scores(alpha) / max(1, len(pictures) // 4))
     sampled = [(picture, question) for picture, question in zip(pictures, itertools.cycle(questions), strict=False)]
     return profile_requests(
         profiling_run(model, [*requests, *sampled], controller_config),
         model.knob_space,
-        dataclasses.replace(settings, num_pictures=len(sampled), samples_per_picture=samples_per_picture),
+        with_pictures(settings, len(sampled), alpha),
         model_identity=model.identity,
         device=model.device,
         dtype=model.dtype,
@@ -178,6 +176,13 @@ def measure_profile(
         keep_partial=keep_partial,
         progress=progress,
     )
+
+
+def with_pictures(settings: ProfilerSettings, num_pictures: int, alpha: float) -> ProfilerSettings:
+    """The settings with self-made pictures, each timed as often as bounding the large ones takes."""
+    # One half of the pictures calibrates the bounds, and one half of those is large.
+    samples_per_picture = math.ceil(min_num_scores(alpha) / max(1, num_pictures // 4))
+    return dataclasses.replace(settings, num_pictures=num_pictures, samples_per_picture=samples_per_picture)
 
 
 # Shares of the longest question that the model takes; an odd number, so that both pictures of a size get other ones.

@@ -68,10 +68,7 @@ class OutcomeStore:
             fresh = {key: answer for key, answer in fresh.items() if key not in self._answers}
             if self.path is not None and fresh:
                 header = {"kind": KIND, "schema_version": SCHEMA_VERSION, "model_identity": self.model_identity}
-                lines = [
-                    {"content": content_id, "knobs": str(knobs), **answer._asdict()}
-                    for (content_id, knobs), answer in fresh.items()
-                ]
+                lines = [stored_line(*key, answer) for key, answer in fresh.items()]
                 append_jsonl(self.path, *([] if self._has_header else [header]), *lines)
                 self._has_header = True
             self._answers.update(fresh)
@@ -100,6 +97,11 @@ class OutcomeStore:
                 raise DataError(f"{path}, record {number}: {error}; remove the file") from error
             store._answers.setdefault(key, answer)
         return store
+
+
+def stored_line(content_id: str, knobs: Knobs, answer: StoredAnswer) -> dict[str, Any]:
+    """What a file of answers holds of one."""
+    return {"content": content_id, "knobs": str(knobs), **answer._asdict()}
 
 
 def _parse(record: Mapping[str, Any], known: dict[Any, Knobs]) -> tuple[Key, StoredAnswer]:
