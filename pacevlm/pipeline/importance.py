@@ -31,7 +31,7 @@ NUM_SECONDS_TOLD = 10.0
 
 
 def plan_order(config: ImportanceConfig) -> ImportancePlan:
-    """What `measure_order` will run; neither weights nor pictures of files are read, and nothing is written.
+    """What `measure_order` will run; no weights are read, and nothing is written.
 
     Raises:
         ConfigError: a number is outside its range.
