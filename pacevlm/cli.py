@@ -30,7 +30,7 @@ from pacevlm.console import (
     print_prices,
     print_results,
 )
-from pacevlm.errors import ConfigError, PacevlmError
+from pacevlm.errors import ConfigError, PacevlmError, QuestionError
 from pacevlm.models.folder import find_model_folder
 from pacevlm.options import USAGE_ERROR, given_file, given_run_dir, parse_options, parse_settings
 from pacevlm.printing import printable
@@ -339,8 +339,7 @@ class AnswerOptions:
     """A question about an image.
 
     Attributes:
-        image: path of the image.
-        question: what to ask.
+        words: path of the image, if there is one, and what to ask.
         budget_ms: latency budget of the whole request, in milliseconds.
         price: what time is worth below the budget, in points of accuracy for one full latency; 0 spends the budget
             wherever that may help. What was calibrated if None; see `pacevlm prices`.
@@ -351,8 +350,7 @@ class AnswerOptions:
         json: print one JSON object instead of text.
     """
 
-    image: tyro.conf.Positional[Path]
-    question: tyro.conf.Positional[str]
+    words: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[IMAGE] QUESTION")]
     budget_ms: float
     price: float | None = None
     run_dir: Path = QUICKSTART_DIR
@@ -362,7 +360,7 @@ class AnswerOptions:
 
 
 def answer(arguments: Sequence[str]) -> None:
-    """Answer one question about one image within a latency budget.
+    """Answer one question, about one image or about none, within a latency budget.
 
     Prints the answer, the knobs that ran and the milliseconds of every stage. Loading the model is not part of the
     budget; one small request runs first, so that the measured one finds everything warm.
@@ -372,6 +370,7 @@ def answer(arguments: Sequence[str]) -> None:
       pacevlm answer kitchen.png "What colour is the kettle?" --budget-ms 40 --run-dir runs/mine --json
       pacevlm answer kitchen.png "Is it on?" --budget-ms 80 --drift-state runs/mine/drift.json
       pacevlm answer kitchen.png "Is it on?" --budget-ms 80 --price 10
+      pacevlm answer "Which is larger, 7 or 12?" --budget-ms 80
     """
     options = parse_options(answer, AnswerOptions, arguments)
     from pacevlm.images import open_picture
@@ -379,17 +378,26 @@ def answer(arguments: Sequence[str]) -> None:
 
     budget_ms = check_budget_ms(options.budget_ms)
     price = None if options.price is None else check_price(options.price)
-    open_picture(options.image)  # before the model loads, which takes seconds
+    *images, question = options.words or [""]
+    if len(images) > 1:
+        raise QuestionError(
+            f"{len(images)} images were given for one question; give at most one, and put the question in quotes"
+        )
+    image = images[0] if images else None
+    if image is not None:
+        open_picture(image)  # before the model loads, which takes seconds
+    elif Path(question).is_file():
+        raise QuestionError(f"{question!r} is a file; give the question behind it")
     from pacevlm.pacer import Pacer
 
     pacer = Pacer.from_pretrained(options.run_dir, device=options.device)
-    pacer.answer(options.image, options.question, budget_ms, price=price)
+    pacer.answer(image, question, budget_ms, price=price)
     if options.drift_state is None:
-        print_answer(pacer.answer(options.image, options.question, budget_ms, price=price), as_json=options.json)
+        print_answer(pacer.answer(image, question, budget_ms, price=price), as_json=options.json)
         return
     # After the warm-up, which would look like a slow machine.
     pacer.track_drift(options.drift_state)
-    result = pacer.answer(options.image, options.question, budget_ms, price=price)
+    result = pacer.answer(image, question, budget_ms, price=price)
     print_answer(result, as_json=options.json, with_drift=True)
     pacer.save_drift()
 

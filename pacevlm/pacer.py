@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pacevlm.artefact import Ms, Range, Sha256, Text, load_artefact, save_artefact, typed
+from pacevlm.baselines.most import MostPolicy
 from pacevlm.baselines.predictor import PredictorPolicy
 from pacevlm.config import PictureConfig, config_to_dict
 from pacevlm.controller.checkpoint import JSON_NAME as CONTROLLER_JSON
@@ -309,7 +310,7 @@ class Pacer:
 
     def answer(
         self,
-        image: ImageSource,
+        image: ImageSource | None,
         question: str,
         budget_ms: float = 80.0,
         policy: Policy | None = None,
@@ -319,7 +320,8 @@ class Pacer:
         """Answer a question about an image within a latency budget, which counts from this call.
 
         Args:
-            image: path, bytes, PIL image or uint8 array.
+            image: path, bytes, PIL image or uint8 array. None asks the question alone: nothing was learned of that, so
+                the most runs that the guardrail admits, whatever the price.
             question: the user's text.
             budget_ms: milliseconds for what the bundle's budgets cover, by default the whole request.
             policy: chooses the knobs in place of the bundle's own, for example `ControllerPolicy(pacer.controller)`.
@@ -332,7 +334,8 @@ class Pacer:
             QuestionError: the question is empty, too long or not text.
             ConfigError: `policy` is no policy, or the price is no number from 0 to `MAX_PRICE`.
         """
-        chosen = self.policy if policy is None else policy
+        own = self.policy if image is not None else MostPolicy(self.model.knob_space)
+        chosen = own if policy is None else policy
         if not isinstance(chosen, Policy):
             raise ConfigError(
                 f"policy is {policy!r}; give an object with name, choose_tier, latency_token, choose_compute"
@@ -390,7 +393,7 @@ class Pacer:
                 raise ConfigError(f"the drift correction cannot be saved: {missing} first")
             self.drift.save(target)
 
-    def estimate(self, image: ImageSource, question: str) -> tuple[Estimate, ...]:
+    def estimate(self, image: ImageSource | None, question: str) -> tuple[Estimate, ...]:
         """Latency of a request under every configuration, in the order of the knob space; runs nothing.
 
         Raises:

@@ -678,6 +678,10 @@ def test_answer_prints_text_or_json(run_dir: Path, tmp_path: Path, capsys: pytes
     default = values["price"]
     assert values["measured_ms"] > 0
     assert values["drift_factor"] == 1.0
+    alone = ["answer", "Which digit is red?", "--run-dir", run_dir, "--budget-ms", "1e6", "--json"]
+    assert run(*alone) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert (values["feasible"], values["vision"]["num_image_tokens"]) == (True, 0)
     assert run(*arguments, "--budget-ms", "1e6", "--price", "12.5", "--json") == 0
     assert json.loads(capsys.readouterr().out)["price"] == 12.5
     assert run("prices", "--run-dir", run_dir) == 0
@@ -830,6 +834,10 @@ def test_a_sample_without_its_library_says_what_to_install(tmp_path: Path) -> No
     [
         ({"image": "nothing.png"}, "nothing.png"),
         ({"question": " "}, "question"),
+        ({"image": "a.png", "more": "b.png"}, "2 images were given for one question; give at most one"),
+        ({"image": None, "question": str(Path(__file__))}, "is a file; give the question behind it"),
+        ({"image": None, "question": " "}, "question"),
+        ({"image": None, "question": None}, "question"),
         ({"budget": "-3"}, "budget_ms is -3.0"),
         ({"price": "-3"}, "price is -3.0; it must be a number from 0 to 1000"),
         ({"price": "nan"}, "price is nan"),
@@ -838,15 +846,15 @@ def test_a_sample_without_its_library_says_what_to_install(tmp_path: Path) -> No
     ],
 )
 def test_answer_refuses_unusable_input(
-    changes: dict[str, str], message: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    changes: dict[str, str | None], message: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from PIL import Image
 
     image = tmp_path / "image.png"
     Image.new("RGB", (40, 30)).save(image)
     values = {"image": str(image), "question": "Which?", "budget": "50", "price": "0", "run": str(run_dir)} | changes
-    arguments = [values["image"], values["question"], "--budget-ms", values["budget"], "--run-dir", values["run"]]
-    arguments += ["--price", values["price"]]
+    words = [values[name] for name in ("image", "more", "question") if values.get(name) is not None]
+    arguments = [*words, "--budget-ms", values["budget"], "--run-dir", values["run"], "--price", values["price"]]
     assert run("answer", *arguments) == 2
     assert message in capsys.readouterr().err
 

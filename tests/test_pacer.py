@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 import pacevlm
+from pacevlm.baselines.cheapest import CheapestPolicy
 from pacevlm.baselines.full import FullPolicy
 from pacevlm.baselines.predictor import PredictorPolicy
 from pacevlm.config import PictureConfig
@@ -201,6 +202,18 @@ def test_estimates_cover_the_knob_space_and_never_fall(pacer: Pacer, image: Imag
         table = np.array([getattr(entry, name) for entry in estimates]).reshape(space.shape)
         assert all((np.diff(table, axis=axis) >= 0).all() for axis in range(table.ndim))
     assert all(entry.predicted_ms < entry.upper_bound_ms for entry in estimates)
+
+
+def test_a_question_alone_runs_the_most_that_fits(pacer: Pacer) -> None:
+    space = pacer.model.knob_space
+    result = pacer.answer(None, QUESTION, 1e9, price=50)
+    assert (result.feasible, result.knobs.compute, result.vision.num_image_tokens) == (True, space.full.compute, 0)
+    assert result.token_ids == run_forced(pacer.model, None, QUESTION, result.knobs).token_ids
+    bounds_ms = {estimate.knobs: estimate.upper_bound_ms for estimate in pacer.estimate(None, QUESTION)}
+    assert result.upper_bound_ms == pytest.approx(max(bounds_ms.values()))
+    hopeless = pacer.answer(None, QUESTION, 1e-3)
+    assert (hopeless.feasible, hopeless.knobs) == (False, space.cheapest)
+    assert pacer.answer(None, QUESTION, 1e9, CheapestPolicy(space)).knobs == space.cheapest
 
 
 @pytest.mark.parametrize("budget_ms", [0, -5.0, math.nan, math.inf, "80", None, True])

@@ -127,8 +127,8 @@ class Adapter(ABC, Generic[PromptT, PreparedT]):
     # Text and pictures ------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def encode_question(self, question: str) -> PromptT:
-        """Check and tokenise a question; raises QuestionError."""
+    def encode_question(self, question: str, has_image: bool = True) -> PromptT:
+        """Check and tokenise a question, about an image or alone; raises QuestionError."""
 
     @abstractmethod
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -151,18 +151,18 @@ class Adapter(ABC, Generic[PromptT, PreparedT]):
         return max(found)
 
     @abstractmethod
-    def prepare(self, image: Image.Image, prompt: PromptT, vision_budget: int) -> PreparedT:
-        """Cut an RGB image for a tier and lay out the prompt; raises ImageError."""
+    def prepare(self, image: Image.Image | None, prompt: PromptT, vision_budget: int) -> PreparedT:
+        """Cut an RGB image, if there is one, for a tier and lay out the prompt; raises ImageError."""
 
     @abstractmethod
     def encode_vision(self, requests: Sequence[PreparedT]) -> list[Any]:
-        """Features of every request's image, one batch for all, in whatever form `embed` reads."""
+        """Features of every request's image, one batch for all, in whatever form `embed` reads; all have one."""
 
     # The decoder ------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def embed(self, request: PreparedT, features: Any) -> EmbeddedPrompt:
-        """What the blocks read of a request."""
+        """What the blocks read of a request; `features` is None where it has no image."""
 
     @abstractmethod
     def embed_tokens(self, token_ids: Tensor) -> Tensor:

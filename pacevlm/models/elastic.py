@@ -182,13 +182,18 @@ class ElasticModel:
         """What every tier makes of a picture of so many pixels; raises ImageError for one that cannot be taken."""
         return tuple(self.adapter.vision_sizes(height, width, budget) for budget in self.vision_budgets.values())
 
-    def look(self, picture: Picture, prompt: Prompt, max_new_tokens: int | None = None) -> RequestView:
+    def look(self, picture: Picture | None, prompt: Prompt, max_new_tokens: int | None = None) -> RequestView:
         """What a policy may know of a picture and a tokenised question; raises ImageError and QuestionError.
 
         Args:
+            picture: None for a question alone.
             max_new_tokens: most tokens of the answer; the model's own limit if None.
         """
-        vision, most = self.vision_sizes(picture.height, picture.width), max_new_tokens or self.max_new_tokens
+        most, size = max_new_tokens or self.max_new_tokens, None
+        vision = tuple(VisionSizes(0, 0) for _ in self.vision_budgets)
+        if picture is not None:
+            size = picture.height, picture.width
+            vision = self.vision_sizes(*size)
         # The largest tier counts, so that the choice of tier never decides whether a question is accepted.
         num_image_tokens = max(sizes.num_image_tokens for sizes in vision)
         if prompt.num_text_tokens + num_image_tokens + most > self.adapter.max_positions:
@@ -200,18 +205,18 @@ class ElasticModel:
         sizes = RequestSizes(
             vision=vision,
             num_text_tokens=prompt.num_text_tokens,
-            num_pixels=picture.height * picture.width,
-            picture_kind=picture.kind,
-            num_bytes=picture.num_bytes,
+            num_pixels=0 if picture is None else picture.height * picture.width,
+            picture_kind="memory" if picture is None else picture.kind,
+            num_bytes=0 if picture is None else picture.num_bytes,
         )
         ids = torch.tensor(prompt.text_ids, device=self.device)
         question = self.adapter.embed_tokens(ids).float().mean(0).cpu()
-        return RequestView(question, sizes, (picture.height, picture.width), picture)
+        return RequestView(question, sizes, size, picture)
 
-    def view(self, image: ImageSource, question: str) -> RequestView:
+    def view(self, image: ImageSource | None, question: str) -> RequestView:
         """What a policy may know of a request before its pixels; raises ImageError and QuestionError."""
-        picture = open_picture(image, self.picture_config)
-        return self.look(picture, self.adapter.encode_question(question))
+        picture = None if image is None else open_picture(image, self.picture_config)
+        return self.look(picture, self.adapter.encode_question(question, picture is not None))
 
     @property
     def max_image_tokens(self) -> int:

@@ -20,7 +20,7 @@ SPENT_BUDGET_MS = 1e-6
 def run_request(
     model: ElasticModel,
     policy: Policy,
-    image: ImageSource,
+    image: ImageSource | None,
     question: str,
     objective: Objective,
     pacing: Pacing,
@@ -40,13 +40,13 @@ def run_request(
     the guardrail and the policy are given the budget divided by its factor, and what the request took is observed.
 
     Args:
-        image: path, bytes, PIL image or array.
+        image: path, bytes, PIL image or array; None for a question alone.
         question: the user's text.
         objective: what is asked for.
         example_id: identity of the request, the seed of policies that draw at random.
         num_output_tokens: generate exactly so many tokens, for measurements; as many as the answer has if None.
         drift: correction of the guardrail's bounds; it learns from the running time of this request, unless that is
-            beyond what was profiled.
+            beyond what was profiled, as every request without an image is.
         waited_ms: what of the budget is gone already; the rest is what guardrail and policy are given.
 
     Raises:
@@ -71,7 +71,7 @@ def run_request(
 
     place = model.knob_space.place(answer.knobs)
     predicted = guardrail.estimator.predict(answer.sizes, answer.knobs, answer.num_output_tokens)
-    if drift is not None and guardrail.estimator.beyond(answer.sizes) is None:
+    if drift is not None and image is not None and guardrail.estimator.beyond(answer.sizes) is None:
         real_bounds_ms = guardrail.upper_bounds_ms(answer.sizes, answer.num_output_tokens, kind)
         drift.observe(float(real_bounds_ms[place]), answer.times.covered_ms(kind))
     why = None if seen.any_feasible else pacing.why_infeasible(seen, objective, drift_factor, waited_ms)
@@ -91,7 +91,7 @@ def run_request(
 
 def run_forced(
     model: ElasticModel,
-    image: ImageSource,
+    image: ImageSource | None,
     question: str,
     knobs: Knobs,
     *,

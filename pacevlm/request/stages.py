@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pacevlm.checks import whole_number
@@ -29,7 +30,7 @@ class Request:
     def __init__(
         self,
         model: ElasticModel,
-        image: ImageSource,
+        image: ImageSource | None,
         question: str,
         max_new_tokens: int | None = None,
         num_output_tokens: int | None = None,
@@ -39,15 +40,17 @@ class Request:
             limit = whole_number("num_output_tokens", num_output_tokens)
         self.model, self.max_new_tokens, self.min_new_tokens = model, limit, num_output_tokens or 0
         self._clock = StageClock(model.device)
-        picture = open_picture(image, model.picture_config)
-        model.vision_sizes(
-            picture.height, picture.width
-        )  # refuses what the model cannot take before anything is decoded
-        self._pixels = picture.decode()
+        self._pixels: Image.Image | None = None
+        picture = None if image is None else open_picture(image, model.picture_config)
+        if picture is not None:
+            # Refuses what the model cannot take before anything is decoded.
+            model.vision_sizes(picture.height, picture.width)
+            self._pixels = picture.decode()
+            picture = dataclasses.replace(picture, source=self._pixels)
         self._clock.mark("read_ms")
-        self._prompt = model.adapter.encode_question(question)
+        self._prompt = model.adapter.encode_question(question, picture is not None)
         self._clock.mark("prepare_ms")
-        self.view = model.look(dataclasses.replace(picture, source=self._pixels), self._prompt, limit)
+        self.view = model.look(picture, self._prompt, limit)
 
     def encode(self, tier: str, latency_token: Tensor | None = None) -> Tensor | None:
         """Encode the picture at a tier and run the first blocks.
@@ -68,7 +71,7 @@ class Request:
         self.tier = tier
         prepared = adapter.prepare(self._pixels, self._prompt, model.vision_budgets[tier])
         self._clock.mark("prepare_ms")
-        features = adapter.encode_vision([prepared])[0]
+        features = None if self._pixels is None else adapter.encode_vision([prepared])[0]
         self._clock.mark("vision_ms")
         self._prefix = model.decoder.prefix([adapter.embed(prepared, features)])[0]
         if latency_token is None:
@@ -107,7 +110,7 @@ class Request:
 @contextmanager
 def open_request(
     model: ElasticModel,
-    image: ImageSource,
+    image: ImageSource | None,
     question: str,
     *,
     max_new_tokens: int | None = None,
@@ -116,7 +119,7 @@ def open_request(
     """Read and look at one request, and keep torch from recording gradients until it is over; its clock starts here.
 
     Args:
-        image: path, bytes, PIL image or array.
+        image: path, bytes, PIL image or array; None for a question alone.
         question: the user's text.
         max_new_tokens: most generated tokens, end-of-text included; the model's own limit if None.
         num_output_tokens: generate exactly so many, for measurements; end-of-text then ends nothing, and

@@ -84,21 +84,16 @@ def transformers_request(
 ) -> tuple[dict[str, Tensor], EmbeddedPrompt]:
     """What transformers' own model is given for a question, with or without its picture, and what the blocks read."""
     adapter, budget = model.adapter, model.vision_budgets[tier]
-    if with_image:
-        prepared = adapter.prepare(example.image, adapter.encode_question(example.question), budget)
-        prompt = adapter.embed(prepared, adapter.encode_vision([prepared])[0])
+    image = example.image if with_image else None
+    prepared = adapter.prepare(image, adapter.encode_question(example.question, with_image), budget)
+    prompt = adapter.embed(prepared, adapter.encode_vision([prepared])[0] if with_image else None)
     if isinstance(adapter, Qwen3VLMoeAdapter):
-        batch = qwen.transformers_inputs(adapter, example.image if with_image else None, example.question, budget)
-        if not with_image:
-            hidden = adapter.embed_tokens(batch["input_ids"][0].to(model.device))
-            places = torch.arange(len(hidden), device=model.device)
-            prompt = EmbeddedPrompt(hidden, places[:, None].expand(-1, 3))
+        batch = qwen.transformers_inputs(adapter, image, example.question, budget)
     elif with_image:
         batch = adapter.processor(images=example.image, text=example.question, max_crops=budget)
     else:
         batch = adapter.processor(text=example.question)
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        prompt = EmbeddedPrompt(adapter.model.model.embed(batch["input_ids"].to(model.device))[0])
     return {name: values.to(model.device) for name, values in batch.items()}, prompt
 
 

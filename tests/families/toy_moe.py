@@ -66,7 +66,7 @@ class ToyAdapter(Adapter[ToyPrompt, ToyPrepared]):
         self.device, self.dtype = weights["embedding"].device, weights["embedding"].dtype
         self.cache_bytes_per_token = 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
 
-    def encode_question(self, question: str) -> ToyPrompt:
+    def encode_question(self, question: str, has_image: bool = True) -> ToyPrompt:
         try:
             ids = list(question.encode()) if isinstance(question, str) and question.strip() else []
         except UnicodeEncodeError:
@@ -93,7 +93,9 @@ class ToyAdapter(Adapter[ToyPrompt, ToyPrepared]):
         count = rows * columns
         return VisionSizes(count, count, count * count)
 
-    def prepare(self, image: Image.Image, prompt: ToyPrompt, vision_budget: int) -> ToyPrepared:
+    def prepare(self, image: Image.Image | None, prompt: ToyPrompt, vision_budget: int) -> ToyPrepared:
+        if image is None:
+            return ToyPrepared(torch.zeros(0, 48), (0, 0), prompt, VisionSizes(0, 0))
         rows, columns = self._grid(image.height, image.width, vision_budget)
         pixels = torch.from_numpy(np.array(image.resize((columns * PATCH, rows * PATCH)), np.float32)) / 127.5 - 1.0
         patches = (
@@ -109,9 +111,12 @@ class ToyAdapter(Adapter[ToyPrompt, ToyPrepared]):
         features = torch.tanh(torch.einsum("np,dpe->dne", patches, self.weights["vision"]))
         return list(features.split([len(r.patches) for r in requests], dim=1))
 
-    def embed(self, request: ToyPrepared, features: Tensor) -> EmbeddedPrompt:
+    def embed(self, request: ToyPrepared, features: Tensor | None) -> EmbeddedPrompt:
         count, (rows, columns) = len(request.patches), request.grid
         words = self.embed_tokens(request.input_ids.to(self.device))
+        if features is None:
+            places = torch.arange(len(words), device=self.device)[:, None].expand(-1, AXES)
+            return EmbeddedPrompt(words, places, len(words))
         hidden = torch.cat([words[:1], features[0], words[1 + count :]])
         added = {}
         for depth, feature in zip(self.depths, features[1:], strict=True):

@@ -21,7 +21,7 @@ from pacevlm.models.elastic import ElasticModel
 from pacevlm.request.run import run_forced
 from pacevlm.request.stages import open_request
 from pacevlm.rollout.engine import RolloutEngine
-from pacevlm.types import Answer, Example
+from pacevlm.types import Answer, Example, VisionSizes
 
 QUESTION = "Which number is the largest?"
 TINY_SPACE = KnobSpace(("low", "medium", "high"), (2, 3, 4), (3, 4, 5, 6))
@@ -258,3 +258,24 @@ def test_half_precision_answers(tiny_elastic_dir: Path, tiny_elastic: ElasticMod
             outputs.append(output)
             request.finish(Compute(3, 5))
     torch.testing.assert_close(outputs[0].float(), outputs[1], atol=0.1, rtol=0.1)
+
+
+def test_a_question_alone_has_no_vision_and_every_tier_answers_it_alike(law_model: ElasticModel) -> None:
+    adapter, space = law_model.adapter, law_model.knob_space
+    results = [run_forced(law_model, None, QUESTION, Knobs(tier, *space.full.compute)) for tier in space.tiers]
+    assert {result.token_ids for result in results} == {results[0].token_ids}
+    for result in results:
+        assert result.vision == VisionSizes(0, 0)
+        assert (result.sizes.num_pixels, result.sizes.num_bytes) == (0, 0)
+        assert result.sizes == law_model.view(None, QUESTION).sizes
+    prompt = adapter.prepare(None, adapter.encode_question(QUESTION, False), 1)
+    assert len(prompt.input_ids) == results[0].sizes.num_text_tokens
+    view = law_model.view(None, QUESTION)
+    assert (view.picture, view.image_size) == (None, None)
+
+
+def test_two_pictures_are_refused(law_model: ElasticModel, law_examples: list[Example]) -> None:
+    images = [example.image for example in law_examples[:2]]
+    for several in (images, tuple(images), ["a.png", "b.png"]):
+        with pytest.raises(ImageError, match="give one image, not a list"):
+            run_forced(law_model, several, QUESTION, law_model.knob_space.full)

@@ -18,8 +18,9 @@ from pacevlm.models.adapter import Adapter, EmbeddedPrompt, Rope
 from pacevlm.models.experts import run_experts, spread_top_k
 from pacevlm.types import VisionSizes
 
-# What the chat template makes of one user's turn with a picture; names of special tokens stand in these alone.
-BEFORE_IMAGE = "<|im_start|>user\n<|vision_start|>"
+# What the chat template makes of one user's turn, with a picture or without; only these name special tokens.
+BEFORE_TEXT = "<|im_start|>user\n"
+BEFORE_IMAGE = BEFORE_TEXT + "<|vision_start|>"
 IMAGE_TOKEN = "<|image_pad|>"
 BEHIND_IMAGE = "<|vision_end|>"
 BEHIND_QUESTION = "<|im_end|>\n<|im_start|>assistant\n"
@@ -58,15 +59,15 @@ class Qwen3VLMoeRequest:
     Attributes:
         input_ids: `(tokens,)`.
         is_image: which of them are image tokens, `(tokens,)`.
-        patches: pixel values in the order of the vision encoder, `(patches, patch_values)`.
-        grid: frames, rows and columns of patches, `(1, 3)`.
+        patches: pixel values in the order of the vision encoder, `(patches, patch_values)`; None without an image.
+        grid: frames, rows and columns of patches, `(1, 3)`; None without an image.
         vision_sizes: patches, image tokens and pairs of patches.
     """
 
     input_ids: Tensor
     is_image: Tensor
-    patches: Tensor
-    grid: Tensor
+    patches: Tensor | None
+    grid: Tensor | None
     vision_sizes: VisionSizes
 
 
@@ -103,7 +104,7 @@ class Qwen3VLMoeAdapter(Adapter[Qwen3VLMoePrompt, Qwen3VLMoeRequest]):
         self.default_vision_budgets = {tier: count * self.token_side**2 for tier, count in DEFAULT_IMAGE_TOKENS.items()}
         image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.image_id: int = cast(int, image_id)
-        self._before = self._encode(BEFORE_IMAGE)
+        self._before, self._before_text = self._encode(BEFORE_IMAGE), self._encode(BEFORE_TEXT)
         self._between, self._behind = self._encode(BEHIND_IMAGE), self._encode(BEHIND_QUESTION)
 
     # Text and pictures ------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ class Qwen3VLMoeAdapter(Adapter[Qwen3VLMoePrompt, Qwen3VLMoeRequest]):
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)
         return list(encoded["input_ids"])
 
-    def encode_question(self, question: str) -> Qwen3VLMoePrompt:
+    def encode_question(self, question: str, has_image: bool = True) -> Qwen3VLMoePrompt:
         """See `Adapter`; raises QuestionError."""
         if not isinstance(question, str):
             raise QuestionError(f"a question must be text, not {type(question).__name__}")
@@ -129,7 +130,8 @@ class Qwen3VLMoeAdapter(Adapter[Qwen3VLMoePrompt, Qwen3VLMoeRequest]):
             raise QuestionError(f"the question is not valid Unicode text: {error}") from error
         # A question cannot bring special tokens of its own.
         ids = self._encode(question, split_special_tokens=True)
-        prompt = Qwen3VLMoePrompt(self._before, self._between + ids + self._behind)
+        before, between = (self._before, self._between) if has_image else (self._before_text, [])
+        prompt = Qwen3VLMoePrompt(before, between + ids + self._behind)
         if prompt.num_text_tokens >= self.max_positions:
             raise QuestionError(
                 f"the prompt has {prompt.num_text_tokens:,} text tokens, but the model has {self.max_positions:,} "
@@ -167,8 +169,11 @@ class Qwen3VLMoeAdapter(Adapter[Qwen3VLMoePrompt, Qwen3VLMoeRequest]):
         longest = -(-math.isqrt(MAX_ASPECT * vision_budget) // self.token_side) + 1
         return max(vision_budget // self.token_side**2, longest)
 
-    def prepare(self, image: Image.Image, prompt: Qwen3VLMoePrompt, vision_budget: int) -> Qwen3VLMoeRequest:
+    def prepare(self, image: Image.Image | None, prompt: Qwen3VLMoePrompt, vision_budget: int) -> Qwen3VLMoeRequest:
         """See `Adapter`; raises ImageError."""
+        if image is None:
+            ids = torch.tensor(prompt.text_ids)
+            return Qwen3VLMoeRequest(ids, torch.zeros_like(ids, dtype=torch.bool), None, None, VisionSizes(0, 0))
         sizes = self.vision_sizes(image.height, image.width, vision_budget)
         least, most = self._pixel_limits(image.height, image.width, vision_budget)
         inputs = self.image_processor(
@@ -182,8 +187,8 @@ class Qwen3VLMoeAdapter(Adapter[Qwen3VLMoePrompt, Qwen3VLMoeRequest]):
 
     def encode_vision(self, requests: Sequence[Qwen3VLMoeRequest]) -> list[list[Tensor]]:
         """See `Adapter`; for every request what stands in front of the first block and what is added behind some."""
-        patches = torch.cat([request.patches for request in requests]).to(self.device)
-        grids = torch.cat([request.grid for request in requests]).to(self.device)
+        patches = torch.cat([cast(Tensor, request.patches) for request in requests]).to(self.device)
+        grids = torch.cat([cast(Tensor, request.grid) for request in requests]).to(self.device)
         # `get_image_features` cuts these apart from release to release in other ways.
         found: Any = self.model.model.visual(patches.to(self.dtype), grid_thw=grids, return_dict=True)
         counts = [request.vision_sizes.num_image_tokens for request in requests]
@@ -192,9 +197,12 @@ class Qwen3VLMoeAdapter(Adapter[Qwen3VLMoePrompt, Qwen3VLMoeRequest]):
 
     # The decoder ------------------------------------------------------------------------------------------------------
 
-    def embed(self, request: Qwen3VLMoeRequest, features: list[Tensor]) -> EmbeddedPrompt:
+    def embed(self, request: Qwen3VLMoeRequest, features: list[Tensor] | None) -> EmbeddedPrompt:
         """See `Adapter`."""
         ids, is_image = request.input_ids, request.is_image
+        if features is None:
+            counted = torch.arange(len(ids), device=self.device)[:, None].expand(-1, self.position_axes)
+            return EmbeddedPrompt(self.embed_tokens(ids.to(self.device)), counted, len(ids))
         positions, offset = self.model.model.get_rope_index(
             ids[None], mm_token_type_ids=is_image[None].int(), image_grid_thw=request.grid
         )

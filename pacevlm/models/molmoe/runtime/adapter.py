@@ -75,18 +75,18 @@ class MolmoEAdapter(Adapter[MolmoEPrompt, PreparedRequest]):
         positions = torch.arange(self.max_positions, device=self.device)
         self.cos, self.sin = (table[0, 0] for table in rope_tables(positions[None], head_dim, self.config.rope_theta))
 
-    def encode_question(self, question: str) -> MolmoEPrompt:
+    def encode_question(self, question: str, has_image: bool = True) -> MolmoEPrompt:
         """See `Adapter`; raises QuestionError."""
-        return MolmoEPrompt(*self.processor.encode_question(question))
+        return MolmoEPrompt(*self.processor.encode_question(question, has_image))
 
     def vision_sizes(self, height: int, width: int, vision_budget: int) -> VisionSizes:
         """See `Adapter`; raises ImageError."""
         sizes: VisionSizes = self.processor.image_processor.vision_sizes(height, width, vision_budget)
         return sizes
 
-    def prepare(self, image: Image.Image, prompt: MolmoEPrompt, vision_budget: int) -> PreparedRequest:
+    def prepare(self, image: Image.Image | None, prompt: MolmoEPrompt, vision_budget: int) -> PreparedRequest:
         """See `Adapter`; raises ImageError."""
-        prepared = self.processor.image_processor.cut(image, vision_budget)
+        prepared = None if image is None else self.processor.image_processor.cut(image, vision_budget)
         return assemble_request(prompt.ids_before, prompt.ids_behind, prepared, self.processor.special_token_ids)
 
     def encode_vision(self, requests: Sequence[PreparedRequest]) -> list[Tensor]:
@@ -96,10 +96,12 @@ class MolmoEAdapter(Adapter[MolmoEPrompt, PreparedRequest]):
         features: Tensor = self.model.model.vision_backbone(images, masks, self.tower)
         return list(features.split([r.vision_sizes.num_units for r in requests]))
 
-    def embed(self, request: PreparedRequest, features: Tensor) -> EmbeddedPrompt:
+    def embed(self, request: PreparedRequest, features: Tensor | None) -> EmbeddedPrompt:
         """See `Adapter`."""
-        index = cast(Tensor, request.image_input_idx).to(self.device)
         ids = request.input_ids.to(self.device)
+        if features is None:
+            return EmbeddedPrompt(self.model.model.embed(ids[None])[0])
+        index = cast(Tensor, request.image_input_idx).to(self.device)
         embeddings: Tensor = self.model.model.embed(ids[None], features[None], index[None])
         return EmbeddedPrompt(embeddings[0])
 

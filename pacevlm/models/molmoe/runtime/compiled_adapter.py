@@ -30,8 +30,10 @@ class CompiledMolmoEAdapter(MolmoEAdapter):
         self._new_embedding = as_floats(embeddings.new_embedding.detach())
         self._final_norm, self._eps = as_floats(final_norm.weight.detach()), np.float32(final_norm.eps)
 
-    def embed(self, request: PreparedRequest, features: Tensor) -> EmbeddedPrompt:
+    def embed(self, request: PreparedRequest, features: Tensor | None) -> EmbeddedPrompt:
         """See `Adapter`."""
+        if features is None:
+            return super().embed(request, features)
         places = cast(Tensor, request.image_input_idx)
         return EmbeddedPrompt(
             cpu_kernels.embed(request.input_ids, self._embedding, self._new_embedding, features, places)
