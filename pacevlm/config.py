@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pacevlm.checks import MAX_COUNT, MAX_SEED, as_float, as_int, check_path, check_real, check_whole, shown
+from pacevlm.dataset_list import MADE_DATASETS as MADE_DATASETS
+from pacevlm.dataset_list import check_shares, parse_datasets, parse_fields
 from pacevlm.errors import ConfigError, KnobError
 from pacevlm.files import read_json, write_json_atomic
 from pacevlm.knobs import KnobSpace
@@ -20,10 +22,8 @@ from pacevlm.mixture import parse_mixture
 
 ConfigT = TypeVar("ConfigT")
 # The names of `data.metrics.METRICS`, which a test compares: settings load without what metrics need.
-MetricName = Literal["exact_match", "vqa", "relaxed", "anls", "multiple_choice", "f1"]
+MetricName = Literal["exact_match", "vqa", "relaxed", "anls", "multiple_choice", "f1", "yes_no"]
 
-MADE_DATASETS = ("digits",)
-"""The data sets inside the package, which are made and not read; those of `data.splits.MADE`, which a test compares."""
 WITHIN_PACKAGE = ("embedded", *MADE_DATASETS)
 """Words that stand for what is inside the package where a path may be given."""
 BLOCK_ORDERS = ("importance", "early_exit")
@@ -117,9 +117,15 @@ def _check_mixture(mixture: str | None, dataset: str) -> None:
     parse_mixture(mixture)
     if dataset not in MADE_DATASETS:
         raise ConfigError(
-            f"mixture is {mixture!r}, but dataset is {dataset!r}, a file that is asked as it is; leave mixture out, or "
-            f"give one of {', '.join(MADE_DATASETS)} as dataset"
+            f"mixture is {mixture!r}, but dataset is {dataset!r}, which is asked as it is; leave mixture out, or give "
+            f"one of {', '.join(MADE_DATASETS)} as dataset"
         )
+
+
+def _check_fields(fields: tuple[str, ...], dataset: str) -> None:
+    parse_fields(fields)
+    if fields and all(entry.path is entry.hub is None or entry.benchmark for entry in parse_datasets(dataset)):
+        raise ConfigError(f"fields are {shown(fields)}, but the columns of {dataset} are known; leave fields out")
 
 
 @dataclass(frozen=True)
@@ -127,13 +133,18 @@ class DataConfig:
     """Which questions the controller learns from and is judged on; the three parts share no picture.
 
     Attributes:
-        dataset: `digits`, the data set inside the package, or a JSON-lines file (image, question, answer per line).
+        dataset: `digits`, the data set inside the package; a JSON-lines file (image, question, answer per line); a
+            published benchmark (vqa2, textvqa, docvqa, chartqa, scienceqa, pope), from the Hugging Face hub or a local
+            copy (`textvqa=/data/textvqa`); any other data set there (`hf:owner/name`) or a folder in its format, with
+            `fields`. Several, between commas, are mixed by weight: `textvqa,vqa2:0.5`.
+        fields: which columns hold what, as `image=img question=q answer=a`, for files and folders that name them
+            otherwise; choices, id, split and context as well, and any other name is metadata.
         mixture: what `digits` asks: `crossed` (the default), the tasks detail, thought, overview and knowledge in equal
             shares; `uniform`, all kinds of questions on all kinds of scenes; or weights such as `detail=1,thought=2`.
         val_dataset: JSON-lines file of the validation examples; if None they are set aside from `dataset`.
         test_dataset: JSON-lines file of the test examples; if None they are set aside from `dataset`.
-        metric: scores the answers; what the data set says if None: exact match, for `digits` and files alike.
-        num_train: examples to learn from; fewer if a file has fewer.
+        metric: scores the answers; what each data set says if None: a benchmark's own, exact match for all others.
+        num_train: examples to learn from, shared by weight; fewer if a file has fewer.
         num_val: examples to calibrate the guardrail on; about a tenth of a file's pictures are set aside.
         num_test: examples to judge on; about a fifth of a file's pictures are set aside.
         skip_test: test examples left out in front of these, for example those that settings were chosen on.
@@ -145,6 +156,7 @@ class DataConfig:
     """
 
     dataset: str = "digits"
+    fields: tuple[str, ...] = ()
     mixture: str | None = None
     val_dataset: str | None = None
     test_dataset: str | None = None
@@ -157,9 +169,11 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_path("dataset", self.dataset)
+        parse_datasets(self.dataset)
         _check_mixture(self.mixture, self.dataset)
+        _check_fields(self.fields, self.dataset)
         check_whole(self, 1, MAX_COUNT, "num_train", "num_val", "num_test")
+        check_shares(self.dataset, num_train=self.num_train, num_val=self.num_val, num_test=self.num_test)
         check_whole(self, 0, MAX_COUNT, "skip_test")
         check_whole(self, 0, MAX_SEED, "seed")
         for name, part in (("val_dataset", "validation"), ("test_dataset", "test")):
@@ -167,6 +181,12 @@ class DataConfig:
             if given is None:
                 continue
             check_path(name, given)
+            (first, *others) = parse_datasets(self.dataset)
+            if others or first.benchmark or first.hub:
+                raise ConfigError(
+                    f"{name} is {given!r}, but dataset is {self.dataset!r}, and only a single JSON-lines file has such "
+                    f"files beside it; leave {name} out"
+                )
             if self.dataset in MADE_DATASETS:
                 raise ConfigError(
                     f"{name} is {given!r}, but dataset is {self.dataset!r}, which has a {part} split of its own; "
@@ -459,7 +479,8 @@ class ImportanceConfig:
 
     Attributes:
         path: model directory, or `embedded`; its elastic.json gets the measured order.
-        dataset: `digits` or a JSON-lines file.
+        dataset: `digits`, or what `--data.dataset` of a run takes.
+        fields: which columns hold what, as for `--data.fields` of a run.
         mixture: what `digits` asks, as for `--data.mixture` of a run.
         metric: scores the answers; what the data set says if None.
         num_examples: examples that every candidate set of blocks is scored on; of `digits`, from the validation split.
@@ -480,6 +501,7 @@ class ImportanceConfig:
 
     path: str = "embedded"
     dataset: str = "digits"
+    fields: tuple[str, ...] = ()
     mixture: str | None = None
     metric: MetricName | None = None
     num_examples: int = 400
@@ -494,8 +516,9 @@ class ImportanceConfig:
 
     def __post_init__(self) -> None:
         check_path("path", self.path)
-        check_path("dataset", self.dataset)
+        parse_datasets(self.dataset)
         _check_mixture(self.mixture, self.dataset)
+        _check_fields(self.fields, self.dataset)
         check_whole(self, 1, MAX_COUNT, "num_examples")
         check_whole(self, 1, MAX_KNOB, "num_candidates")
         check_whole(self, 1, MAX_KNOB, "min_num_blocks", optional=True)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from pacevlm.checks import check_path, shown
 from pacevlm.config import WITHIN_PACKAGE, config_from_dict, config_to_dict, is_hub_id
+from pacevlm.dataset_list import with_paths
 from pacevlm.errors import ConfigError, KnobError
 from pacevlm.files import read_bytes
 
@@ -99,7 +100,11 @@ def _find_path(values: dict[str, Any], names: tuple[str, ...], folder: str) -> N
     value = table.get(names[-1], NONE)
     if value not in (NONE, *WITHIN_PACKAGE):
         check_path(".".join(names), value)
-        path = os.path.join(folder, value)
+        path = (
+            with_paths(value, lambda path: os.path.join(folder, path))
+            if names[-1] == "dataset"
+            else os.path.join(folder, value)
+        )
         # A model may be named by its id on the hub.
         if names[-1] != "path" or not is_hub_id(value) or os.path.exists(path):
             table[names[-1]] = path

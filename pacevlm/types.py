@@ -68,6 +68,7 @@ class Example:
         picture_config: how the picture is read.
         where: file and line that it stands on, for messages.
         known_picture_id: its `picture_id`, where the pixels were read already; a file that changes later is refused.
+        metric: name of the metric that scores its answers; None for the data set's.
     """
 
     example_id: str
@@ -78,6 +79,7 @@ class Example:
     picture_config: PictureConfig = field(default_factory=PictureConfig)
     where: str = field(default="", compare=False)
     known_picture_id: str | None = field(default=None, compare=False)
+    metric: str | None = None
 
     @property
     def choices(self) -> tuple[str, ...]:

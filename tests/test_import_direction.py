@@ -23,7 +23,19 @@ PACKAGE = ROOT / "pacevlm"
 # From the bottom to the top: a part may import the parts of the layers before its own. Parts that share a layer do not
 # import each other, but for the modules of the vocabulary.
 VOCABULARY = frozenset(
-    {"errors", "checks", "identity", "printing", "knobs", "mixture", "config", "config_file", "images", "types"}
+    {
+        "errors",
+        "checks",
+        "identity",
+        "printing",
+        "knobs",
+        "mixture",
+        "dataset_list",
+        "config",
+        "config_file",
+        "images",
+        "types",
+    }
     | {"files", "artefact", "partial", "signals", "devices"}
 )
 LAYERS: tuple[frozenset[str], ...] = (
@@ -59,6 +71,7 @@ OPTIONAL: dict[str, frozenset[str]] = {
     ),
     "triton": frozenset(f"pacevlm.models.molmoe.runtime.{module}" for module in ("gpu_kernels", "triton_adapter")),
     "sklearn": frozenset(),
+    "datasets": frozenset(),
     "trl": frozenset(),
     "lmms_eval": frozenset({"pacevlm.lmms_eval", "pacevlm.lmms_eval.model"}),
     "loguru": frozenset({"pacevlm.lmms_eval.model"}),

@@ -1,4 +1,4 @@
-"""Dividing files of examples by the content of their pictures, so that no picture is in two parts."""
+"""Dividing data sets by the content of their pictures, so that no picture is in two parts."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import dataclasses
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from pacevlm.config import DataConfig
-from pacevlm.data.jsonl import PARTS, JsonlDataset
-from pacevlm.errors import DataError, ImageError
+from pacevlm.data.benchmarks import BENCHMARKS
+from pacevlm.data.jsonl import PARTS
+from pacevlm.data.readers import FileReader, Line, PublishedReader
+from pacevlm.dataset_list import DatasetEntry, dataset_shares, parse_datasets
+from pacevlm.errors import DataError
 from pacevlm.images import PictureConfig
-from pacevlm.types import Example, pixel_digest
+from pacevlm.types import Example
 
 TEST_SHARE, VAL_SHARE = 0.2, 0.1
-# Pictures that are read at once; so many more than are needed may be read in the end.
-WINDOW = 64
+
+# Called with the number of examples found and of those wanted.
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Division:
-    """Examples of files in three parts; see `Splits`."""
+    """Examples of data sets in three parts; see `Splits`."""
 
     name: str
     train: tuple[Example, ...]
@@ -44,122 +46,133 @@ def part_of(picture_id: str, seed: int) -> str:
     return "test" if place < TEST_SHARE else "val" if place < TEST_SHARE + VAL_SHARE else "train"
 
 
-def divide_files(config: DataConfig, picture_config: PictureConfig | None = None) -> Division:
-    """Read the files that the settings name and divide their examples.
+def divide(
+    config: DataConfig, picture_config: PictureConfig | None = None, progress: Progress | None = None
+) -> Division:
+    """Read the data sets that the settings name and divide their examples.
 
-    Examples of a validation or test file, and lines that name their part, are in that part: test before validation
-    before training, and a picture that is in one of them is taken out of the later ones. All other lines go where
-    `part_of` says; where there is an official part, what would go there trains.
+    Examples of a validation or test file, of a split of that name, and lines that name their part, are in that part:
+    test before validation before training, and a picture that is in one of them is taken out of the later ones,
+    whichever data set these are of. All other lines go where `part_of` says; where a data set has an official part,
+    what would go there trains.
 
-    Pictures come in an order that seed and names decide, whatever the order of the lines, and are read until the parts
-    that are asked for are full; those of official parts are all read. An example without an id gets one that follows
-    from its content.
+    Pictures come in an order that the seed decides, whatever the order of a file's lines, and are read until the parts
+    that are asked for are full; those of a file's official parts are all read. An example without an id gets one that
+    follows from its content. Every data set has its share of every part, and in it they take turns.
 
     Raises:
-        DataError: a file is missing or malformed, two files give a part the same id, or there are too few pictures to
-            give every part one.
+        DataError: a data set is missing or malformed, two examples of a part have one id, there are too few pictures to
+            give every part one, answers are withheld, or the hub cannot be reached.
         ImageError: a picture cannot be read, and the settings do not say that such lines are skipped.
+        ConfigError: the `datasets` library is missing.
     """
-    divider = _Divider(config, picture_config or PictureConfig())
+    divider = _Divider(config, picture_config or PictureConfig(), progress)
     divider.read_official("test")
     divider.read_official("val")
     divider.divide_rest()
     return divider.result()
 
 
-class _Line(NamedTuple):
-    example: Example
-    own_id: bool
-    part: str | None
-    file: str
+@dataclass
+class _Source:
+    """One data set while it is divided: how many examples of it each part takes, and those found so far."""
 
+    entry: DatasetEntry
+    reader: FileReader | PublishedReader
+    limits: dict[str, int]
+    examples: dict[str, list[Example]] = field(default_factory=lambda: {part: [] for part in PARTS})
+    pictures: dict[str, set[str]] = field(default_factory=lambda: {part: set() for part in PARTS})
 
-class _Divider:
-    def __init__(self, config: DataConfig, picture_config: PictureConfig) -> None:
-        self.config, self.picture_config = config, picture_config
-        self.skipped: list[str] = []
-        files = {None: config.dataset, "val": config.val_dataset, "test": config.test_dataset}
-        self.lines = [line for part, file in files.items() if file is not None for line in self._open(file, part)]
-        self.official = {line.part for line in self.lines} & {"val", "test"}
-        self.divided = set(PARTS) - self.official
-        self.parts: dict[str, list[Example]] = {part: [] for part in PARTS}
-        self.pictures: dict[str, set[str]] = {part: set() for part in PARTS}
-        self.left_out: Counter[tuple[str, str]] = Counter()
-        self.ids: Counter[str] = Counter()
+    @property
+    def divided(self) -> set[str]:
+        """The parts that are set aside from what has none."""
+        return set(PARTS) - self.reader.official
 
-    def _open(self, file: str, part: str | None) -> Iterator[_Line]:
-        dataset = JsonlDataset(file, self.picture_config, skip_unreadable=self.config.skip_unreadable)
-        self.skipped += dataset.skipped
-        for example, own_id, named in zip(dataset, dataset.own_ids, dataset.splits, strict=True):
-            if part is not None and named not in (part, None):
-                raise DataError(
-                    f"{example.where}: the field 'split' is {named!r}, but {file} was given as the {part} file"
-                )
-            yield _Line(example, own_id, part or named, dataset.path.stem)
+    def is_full(self, parts: set[str]) -> bool:
+        return all(len(self.examples[part]) >= self.limits[part] for part in parts)
 
-    def read_official(self, part: str) -> None:
-        """Take the lines that are officially of a part, without pictures of those that were read before."""
-        for picture_id, lines in self._read([line for line in self.lines if line.part == part]):
-            self._put(part, picture_id, lines)
-
-    def divide_rest(self) -> None:
-        """Give the other lines to the parts that their pictures belong to, until all parts are full."""
-        for picture_id, lines in self._read([line for line in self.lines if line.part not in ("val", "test")]):
-            self._put(self._part(picture_id, self.config.seed), picture_id, lines)
-            if all(len(self.parts[part]) >= self._limit(part) for part in self.divided):
-                return
-
-    def _part(self, picture_id: str, seed: int) -> str:
+    def part_of(self, picture_id: str, seed: int) -> str:
         part = part_of(picture_id, seed)
         return part if part in self.divided else "train"
 
-    def _limit(self, part: str) -> int:
-        config = self.config
-        return {"train": config.num_train, "val": config.num_val, "test": config.skip_test + config.num_test}[part]
 
-    def _put(self, part: str, picture_id: str, lines: Sequence[_Line]) -> None:
-        official = next((other for other in ("test", "val") if picture_id in self.pictures[other]), part)
-        if official != part:
-            self.left_out[part, official] += len(lines)
+class _Divider:
+    def __init__(self, config: DataConfig, picture_config: PictureConfig, progress: Progress | None) -> None:
+        self.config, self.progress = config, progress
+        entries = parse_datasets(config.dataset)
+        self.numbers = {"train": config.num_train, "val": config.num_val, "test": config.skip_test + config.num_test}
+        shares = {part: dataset_shares(entries, number) for part, number in self.numbers.items()}
+        self.sources = [
+            _Source(entry, _open(entry, config, picture_config), {part: shares[part][i] for part in PARTS})
+            for i, entry in enumerate(entries)
+        ]
+        self.left_out: Counter[tuple[str, str]] = Counter()
+        self.ids: Counter[tuple[str, str]] = Counter()
+
+    def read_official(self, part: str) -> None:
+        """Take what is officially of a part, without pictures of those that were read before."""
+        for source in self.sources:
+            if part not in source.reader.official:
+                continue
+            for picture_id, lines in source.reader.read(part):
+                self._put(source, part, picture_id, lines)
+                if source.is_full({part}) and not source.reader.is_whole:
+                    break
+
+    def divide_rest(self) -> None:
+        """Give all else to the parts that its pictures belong to, until all parts are full."""
+        # What has fewest parts of its own first: a picture that it sets aside then trains nowhere else.
+        for source in sorted(self.sources, key=lambda source: len(source.reader.official)):
+            for picture_id, lines in source.reader.read("train"):
+                self._put(source, source.part_of(picture_id, self.config.seed), picture_id, lines)
+                if source.is_full(source.divided):
+                    break
+
+    def _put(self, source: _Source, part: str, picture_id: str, lines: Sequence[Line]) -> None:
+        elsewhere = ("test", "val", "train")
+        taken = next((p for p in elsewhere if any(picture_id in other.pictures[p] for other in self.sources)), part)
+        if taken != part:
+            self.left_out[part, taken] += len(lines)
             return
-        self.pictures[part].add(picture_id)
-        for example, own_id, _, stem in lines:
-            known = dataclasses.replace(example, known_picture_id=picture_id)
+        source.pictures[part].add(picture_id)
+        for example, own_id in lines:
+            known = dataclasses.replace(
+                example, known_picture_id=picture_id, metadata=example.metadata | self._about(source.entry)
+            )
+            known = dataclasses.replace(known, metric=self._metric(source.entry))
             if not own_id:
-                self.ids[known.content_id] += 1
-                count = self.ids[known.content_id]
-                name = f"{stem}-{known.content_id[:16]}" + (f"-{count}" if count > 1 else "")
-                known = dataclasses.replace(known, example_id=name)
-            self.parts[part].append(known)
+                key = (known.example_id, known.content_id)
+                self.ids[key] += 1
+                name = f"{known.example_id}-{known.content_id[:16]}"
+                known = dataclasses.replace(known, example_id=name + (f"-{self.ids[key]}" if self.ids[key] > 1 else ""))
+            source.examples[part].append(known)
+        if self.progress is not None and not source.reader.is_whole:
+            found = sum(min(len(s.examples[p]), s.limits[p]) for s in self.sources for p in PARTS)
+            self.progress(found, sum(self.numbers.values()))
 
-    def _read(self, lines: Sequence[_Line]) -> Iterator[tuple[str, list[_Line]]]:
-        """Every picture's id and lines; pictures in the seed's order, lines by their text."""
-        by_picture: dict[str, list[_Line]] = {}
-        for line in lines:
-            by_picture.setdefault(os.fspath(line.example.source), []).append(line)  # type: ignore[arg-type]
-        names = sorted(by_picture, key=self._place)
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for start in range(0, len(names), WINDOW):
-                window = [by_picture[name] for name in names[start : start + WINDOW]]
-                for own, found in zip(window, pool.map(_read_picture, [own[0].example for own in window]), strict=True):
-                    if isinstance(found, str):
-                        yield found, sorted(own, key=lambda line: (line.example.question, line.example.references))
-                    elif self.config.skip_unreadable:
-                        self.skipped += [f"{line.example.where}: {found}" for line in own]
-                    else:
-                        raise ImageError(f"{own[0].example.where}: {found}") from found
+    def _about(self, entry: DatasetEntry) -> dict[str, str]:
+        """What tells the data sets of a mixture apart; a file by itself is as it is."""
+        is_file = len(self.sources) == 1 and isinstance(self.sources[0].reader, FileReader)
+        return {} if is_file else {"benchmark": entry.name}
 
-    def _place(self, name: str) -> str:
-        # Relative to the data set, so that moving its folder changes nothing.
-        relative = os.path.relpath(name, os.path.dirname(self.config.dataset))
-        return hashlib.sha256(f"{self.config.seed} {relative}".encode()).hexdigest()
+    def _metric(self, entry: DatasetEntry) -> str | None:
+        """The metric of a benchmark's examples, unless one was given for all."""
+        return BENCHMARKS[entry.benchmark].metric if entry.benchmark and self.config.metric is None else None
 
     def result(self) -> Division:
-        config, parts = self.config, self.parts
-        chosen = {part: tuple(examples[: self._limit(part)]) for part, examples in parts.items()}
+        config, sources = self.config, self.sources
+        for source in sources:
+            self._check(source)
+        chosen: dict[str, tuple[Example, ...]] = {}
+        for part in PARTS:
+            # In turns, so that the first of a part, which are profiled and timed, are a mixture too.
+            turns = [
+                ((i + 0.5) / source.entry.weight, number, example)
+                for number, source in enumerate(sources)
+                for i, example in enumerate(source.examples[part][: source.limits[part]])
+            ]
+            chosen[part] = tuple(example for _, _, example in sorted(turns, key=lambda turn: turn[:2]))
         chosen["test"] = chosen["test"][config.skip_test :]
-        if not all(chosen.values()):
-            raise DataError(self._too_few())
         for part, examples in chosen.items():
             first: dict[str, Example] = {}
             for example in examples:
@@ -169,33 +182,49 @@ class _Divider:
                         f"already; the ids of {part} examples must be unique"
                     )
         notes = [
-            f"{number} {name} example{'s' if number > 1 else ''} left out, whose pictures are also {official} pictures"
-            for (name, official), number in self.left_out.items()
+            f"{number} {name} example{'s' if number > 1 else ''} left out, whose pictures are also {other} pictures"
+            for (name, other), number in self.left_out.items()
         ]
-        return Division(os.path.basename(config.dataset), **chosen, notes=tuple(notes), skipped=tuple(self.skipped))
+        names = [str(dataclasses.replace(source.entry, path=None, hub=None)) for source in sources]
+        if isinstance(sources[0].reader, FileReader) and len(sources) == 1:
+            names = [os.path.basename(sources[0].reader.path)]
+        skipped = [text for source in sources for text in source.reader.skipped]
+        return Division(",".join(names), **chosen, notes=tuple(notes), skipped=tuple(skipped))
 
-    def _too_few(self) -> str:
-        config, pictures = self.config, self.pictures
-        found = ", ".join(f"{len(ids)} for {part}" for part, ids in pictures.items())
-        num_test = len(self.parts["test"])
-        if config.skip_test and 0 < num_test <= config.skip_test:
-            return f"skip_test is {config.skip_test}, but {config.dataset} has {num_test} test examples; skip fewer"
-        text = (
-            f"{config.dataset} has too few pictures to be divided by their content ({found}; each part needs one): "
-            "change data.seed"
-        )
+    def _check(self, source: _Source) -> None:
+        """Raise DataError unless every part has an example of a data set."""
+        config, name = self.config, source.entry.path or source.entry.name
+        num_test = len(source.examples["test"])
+        if len(self.sources) == 1 and config.skip_test and 0 < num_test <= config.skip_test:
+            raise DataError(f"skip_test is {config.skip_test}, but {name} has {num_test} test examples; skip fewer")
+        empty = [part for part in PARTS if not source.examples[part]]
+        if not empty:
+            return
+        found = ", ".join(f"{len(ids)} for {part}" for part, ids in source.pictures.items())
+        text = f"{name} has too few pictures to be divided by their content ({found}; each part needs one): "
+        if isinstance(source.reader, PublishedReader):
+            if empty[0] in source.reader.official:
+                raise DataError(f"{name} has no {empty[0]} examples ({found} pictures): that split is empty")
+            raise DataError(f"{text}give a data set with more, or change data.seed")
         # The pictures decide, so another seed may do.
-        undivided = set[str]().union(*(pictures[part] for part in self.divided))
-        for seed in range(100 if len(undivided) >= len(self.divided) else 0):
-            if {self._part(picture_id, seed) for picture_id in undivided} == self.divided:
+        undivided = set[str]().union(*(source.pictures[part] for part in source.divided))
+        text += "change data.seed"
+        for seed in range(100 if len(undivided) >= len(source.divided) else 0):
+            if {source.part_of(picture_id, seed) for picture_id in undivided} == source.divided:
                 text += f" (to {seed}, for example)"
                 break
-        return f"{text}, name files of their own with data.val_dataset and data.test_dataset, or add pictures"
+        raise DataError(f"{text}, name files of their own with data.val_dataset and data.test_dataset, or add pictures")
 
 
-def _read_picture(example: Example) -> str | ImageError:
-    """A picture's id, or why it has none."""
-    try:
-        return pixel_digest(dataclasses.replace(example, where="").image)
-    except ImageError as error:
-        return error
+def _open(entry: DatasetEntry, config: DataConfig, picture_config: PictureConfig) -> FileReader | PublishedReader:
+    path = entry.path
+    if path is None or os.path.isdir(path):
+        return PublishedReader(entry, config, picture_config)
+    if entry.benchmark:
+        raise DataError(f"there is no folder {path!r} with a copy of {entry.benchmark}; check the path")
+    if os.path.basename(path) == path and not os.path.splitext(path)[1] and not os.path.exists(path):
+        raise DataError(
+            f"there is no data set {path!r}: it is no file, no folder and none of {', '.join(BENCHMARKS)}; others on "
+            "the Hugging Face hub are named hf:owner/name"
+        )
+    return FileReader(path, config, picture_config)

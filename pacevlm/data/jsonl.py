@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, overload
@@ -35,6 +35,7 @@ class JsonlDataset(Sequence[Example]):
         path: the file.
         picture_config: how pictures are read.
         skip_unreadable: leave lines out whose picture is missing, instead of raising.
+        names: what the file calls these fields where it calls them otherwise: `{"image": "img"}`.
 
     Raises:
         DataError: the file is missing, unreadable or without examples, or a line is malformed or repeats an id; the
@@ -48,9 +49,15 @@ class JsonlDataset(Sequence[Example]):
     """
 
     def __init__(
-        self, path: str | Path, picture_config: PictureConfig | None = None, *, skip_unreadable: bool = False
+        self,
+        path: str | Path,
+        picture_config: PictureConfig | None = None,
+        *,
+        skip_unreadable: bool = False,
+        names: Mapping[str, str] | None = None,
     ) -> None:
         self.path, self.picture_config = Path(path), picture_config or PictureConfig()
+        self._names = {given: name for name, given in (names or {}).items()}
         self.splits: list[str | None] = []
         self.own_ids: list[bool] = []
         self.skipped: list[str] = []
@@ -95,33 +102,16 @@ class JsonlDataset(Sequence[Example]):
             raise DataError(f"{where}: not valid JSON ({error}); give one complete object per line") from error
         if not isinstance(fields, dict):
             raise DataError(f"{where}: a JSON {type(fields).__name__}, not an object with image, question and answer")
-        for name in ("image", "question", "answer"):
-            if name not in fields:
-                raise DataError(f"{where}: the field {name!r} is missing; image, question and answer are required")
-        for name in ("image", "question"):
-            if not isinstance(fields[name], str) or not fields[name].strip():
-                raise DataError(f"{where}: the field {name!r} is {fields[name]!r}, but must be text that is not empty")
-        answers = fields["answer"] if isinstance(fields["answer"], list) else [fields["answer"]]
-        references = _texts(answers, f"{where}: the field 'answer'")
-        example_id = fields.get("id", f"{self.path.stem}-{number}")
-        if isinstance(example_id, bool) or not isinstance(example_id, (str, int)) or example_id == "":
-            raise DataError(f"{where}: the field 'id' is {example_id!r}, but must be text or an integer")
-        if fields.get("split", "train") not in PARTS:
-            raise DataError(f"{where}: the field 'split' is {fields['split']!r}, but must be one of {', '.join(PARTS)}")
-        metadata = {key: value for key, value in fields.items() if key not in _FIELDS}
-        if "choices" in fields:
-            choices = fields["choices"] if isinstance(fields["choices"], list) else []
-            metadata["choices"] = _texts(choices, f"{where}: the field 'choices'")
-        image_path = self.path.parent / fields["image"]
-        try:
-            is_file = image_path.is_file()
-        except (OSError, ValueError):  # a name too long for the file system, or with a null character
-            is_file = False
-        if not is_file:
-            raise ImageError(f"{where}: there is no image {image_path}; paths are relative to the data set's folder")
-        example = Example(
-            str(example_id), image_path, fields["question"], references, metadata, self.picture_config, where
-        )
+        for column, name in self._names.items():
+            if name in ("image", "question", "answer") and column not in fields:
+                raise DataError(f"{where}: there is no field {column!r}, which was given as the {name}")
+        # What the file itself calls `image` is not the picture, if another field was named.
+        fields = {
+            self._names.get(name, name): value
+            for name, value in fields.items()
+            if name in self._names or name not in self._names.values()
+        }
+        example = parse_example(fields, where, self.path.parent, f"{self.path.stem}-{number}", self.picture_config)
         return example, fields
 
     def __len__(self) -> int:
@@ -135,6 +125,47 @@ class JsonlDataset(Sequence[Example]):
 
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         return self._examples[index]
+
+
+def parse_example(
+    fields: Mapping[str, Any], where: str, folder: Path, default_id: str, picture_config: PictureConfig
+) -> Example:
+    """The example that the fields of a line say; see `JsonlDataset`.
+
+    Args:
+        where: file and line, for messages.
+        folder: what relative paths start from.
+        default_id: the id of an example whose fields give none.
+
+    Raises:
+        DataError: a field is missing or malformed.
+        ImageError: there is no such image.
+    """
+    for name in ("image", "question", "answer"):
+        if name not in fields:
+            raise DataError(f"{where}: the field {name!r} is missing; image, question and answer are required")
+    for name in ("image", "question"):
+        if not isinstance(fields[name], str) or not fields[name].strip():
+            raise DataError(f"{where}: the field {name!r} is {fields[name]!r}, but must be text that is not empty")
+    answers = fields["answer"] if isinstance(fields["answer"], list) else [fields["answer"]]
+    references = _texts(answers, f"{where}: the field 'answer'")
+    example_id = fields.get("id", default_id)
+    if isinstance(example_id, bool) or not isinstance(example_id, (str, int)) or example_id == "":
+        raise DataError(f"{where}: the field 'id' is {example_id!r}, but must be text or an integer")
+    if fields.get("split", "train") not in PARTS:
+        raise DataError(f"{where}: the field 'split' is {fields['split']!r}, but must be one of {', '.join(PARTS)}")
+    metadata = {key: value for key, value in fields.items() if key not in _FIELDS}
+    if "choices" in fields:
+        choices = fields["choices"] if isinstance(fields["choices"], list) else []
+        metadata["choices"] = _texts(choices, f"{where}: the field 'choices'")
+    image_path = folder / fields["image"]
+    try:
+        is_file = image_path.is_file()
+    except (OSError, ValueError):  # a name too long for the file system, or with a null character
+        is_file = False
+    if not is_file:
+        raise ImageError(f"{where}: there is no image {image_path}; paths are relative to the data set's folder")
+    return Example(str(example_id), image_path, fields["question"], references, metadata, picture_config, where)
 
 
 def _texts(values: list[Any], what: str) -> tuple[str, ...]:

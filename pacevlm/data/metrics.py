@@ -8,7 +8,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pacevlm.data.vqa_accuracy import vqa_accuracy
@@ -39,20 +39,26 @@ class Metric:
     summary: Summary | None = None
     needs_choices: bool = False
 
+    def of(self, example: Example) -> Metric:
+        """What scores an example: its own metric if it names one, else this."""
+        return self if example.metric is None else load_metric(example.metric)
+
     def __call__(self, answer: str, example: Example) -> float:
         """What an answer to an example earns, 0 to 1; raises DataError if the score is no such number."""
-        score = float(self.score(answer, example.references, example.choices))
+        metric = self.of(example)
+        score = float(metric.score(answer, example.references, example.choices))
         if not 0.0 <= score <= 1.0:
-            raise DataError(f"the metric {self.name} gave {score} to {answer!r}; a score lies between 0 and 1")
+            raise DataError(f"the metric {metric.name} gave {score} to {answer!r}; a score lies between 0 and 1")
         return score
 
     def check(self, example: Example) -> None:
-        """Raise DataError if the example cannot be scored by this metric."""
-        if not self.needs_choices:
+        """Raise DataError if the example cannot be scored by this metric, or by its own."""
+        metric = self.of(example)
+        if not metric.needs_choices:
             return
         where = example.where or f"example {example.example_id!r}"
         if len(example.choices) < 2:
-            raise DataError(f"{where}: the metric {self.name} needs 'choices', a list of at least two options")
+            raise DataError(f"{where}: the metric {metric.name} needs 'choices', a list of at least two options")
         for reference in example.references:
             if _option(reference, example.choices) is None:
                 raise DataError(
@@ -66,6 +72,14 @@ def load_metric(name: str) -> Metric:
     if name not in METRICS:
         raise ConfigError(f"there is no metric {name!r}; use one of {', '.join(METRICS)}")
     return METRICS[name]
+
+
+def common_metric(metrics: Iterable[Metric]) -> Metric:
+    """The metric of examples that name their own; its name joins theirs if they are several."""
+    by_name = {metric.name: metric for metric in metrics}
+    if len(by_name) == 1:
+        return next(iter(by_name.values()))
+    return Metric("+".join(sorted(by_name)), _exact_match)
 
 
 def normalise_answer(text: str) -> str:
@@ -205,6 +219,39 @@ def _f1_summary(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
     }
 
 
+# Yes or no -----------------------------------------------------------------------------------------------------------
+
+
+def _yes_no(answer: str, references: Sequence[str], choices: Sequence[str]) -> float:
+    """1 when answer and reference both say yes or both say no.
+
+    What says neither counts as yes, an empty answer too.
+
+    Source: Li et al., "Evaluating Object Hallucination in Large Vision-Language Models", 2023; how an answer is read is
+    that of its evaluation script (github.com/RUCAIBox/POPE, `evaluate.py`).
+    """
+    return float(any(_says_no(answer) == _says_no(reference) for reference in references))
+
+
+def _says_no(text: str) -> bool:
+    """Whether the first sentence holds one of the words that the script takes for a no."""
+    words = text.partition(".")[0].replace(",", "").split()
+    return not {"No", "not", "no"}.isdisjoint(words)
+
+
+def _yes_no_summary(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """POPE's numbers of a whole set, 0 to 1: precision, recall and F1 of yes, and the share of answers that say it."""
+    said = [not _says_no(answer) for answer in answers]
+    true = [not _says_no(own[0]) for own in references]
+    hits, num_said, num_true = sum(map(min, said, true)), sum(said), sum(true)
+    return {
+        "precision": hits / num_said if num_said else 0.0,
+        "recall": hits / num_true if num_true else 0.0,
+        "f1": 2 * hits / (num_said + num_true) if num_said + num_true else 0.0,
+        "yes_ratio": num_said / len(said),
+    }
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -214,5 +261,6 @@ METRICS: dict[str, Metric] = {
         Metric("anls", _anls),
         Metric("multiple_choice", _multiple_choice, needs_choices=True),
         Metric("f1", _f1, _f1_summary),
+        Metric("yes_no", _yes_no, _yes_no_summary),
     )
 }

@@ -11,8 +11,8 @@ from typing import Any, overload
 
 from pacevlm.config import DataConfig, PictureConfig
 from pacevlm.data.digit_tasks import load_digits
-from pacevlm.data.division import divide_files
-from pacevlm.data.metrics import Metric, load_metric
+from pacevlm.data.division import Progress, divide
+from pacevlm.data.metrics import Metric, common_metric, load_metric
 from pacevlm.mixture import parse_mixture
 from pacevlm.types import Example
 
@@ -101,40 +101,45 @@ def _identity(examples: Sequence[Example], *, with_rows: bool) -> dict[str, Any]
     digests = []
     for example in examples:
         facts: list[Any] = [example.content_id, example.references, example.choices]
+        facts += [example.metric] if example.metric is not None else []
         facts += [example.example_id, example.metadata] if with_rows else []
         digests.append(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
     return {"num_examples": len(examples), "sha256": hashlib.sha256(" ".join(sorted(digests)).encode()).hexdigest()}
 
 
-def load_splits(config: DataConfig, picture_config: PictureConfig | None = None) -> Splits:
-    """Open a data set and divide it.
+def load_splits(
+    config: DataConfig, picture_config: PictureConfig | None = None, progress: Progress | None = None
+) -> Splits:
+    """Open data sets and divide them.
 
-    Data sets inside the package have parts of their own. How files are divided: see `divide_files`.
+    Data sets inside the package have parts of their own. How others are divided: see `divide`.
 
     Args:
-        config: which data set, and how it is divided.
+        config: which data sets, and how they are divided.
         picture_config: how pictures of files are read; the defaults if None.
+        progress: called while rows of a published data set are read.
 
     Raises:
-        ConfigError: there is no such metric.
-        DataError: a file is missing or malformed, has too few pictures to be divided, or does not suit the metric.
+        ConfigError: there is no such metric, or the library that reads a data set is missing.
+        DataError: a data set is missing or malformed, cannot be reached, has too few pictures to be divided, or does
+            not suit the metric.
         ImageError: a picture cannot be read; the message names file and line.
     """
     metric = load_metric(config.metric or "exact_match")
     if config.dataset not in MADE:
-        division = divide_files(config, picture_config)
-        splits = Splits(
+        division = divide(config, picture_config, progress)
+        examples = (*division.train, *division.val, *division.test)
+        for example in examples:
+            metric.check(example)
+        return Splits(
             division.name,
-            metric,
+            common_metric(metric.of(example) for example in examples),
             division.train,
             division.val,
             division.test,
             division.notes,
             division.skipped,
         )
-        for example in (*splits.train, *splits.val, *splits.test):
-            metric.check(example)
-        return splits
     places = {
         "train": range(config.num_train),
         "val": range(config.num_val),

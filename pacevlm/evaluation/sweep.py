@@ -411,17 +411,29 @@ def evaluate(
 def summarise_answers(
     metric: Metric, records: Sequence[EvaluationRecord], examples: Sequence[Example]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """The metric's numbers of a whole set, for each policy and fraction; empty for a metric that has none."""
-    references = {example.example_id: example.references for example in examples}
-    cells: dict[tuple[str, float], list[EvaluationRecord]] = {}
-    for record in records if metric.summary is not None else ():
-        cells.setdefault((record.policy, record.fraction), []).append(record)
+    """Numbers of whole sets, for each policy and fraction.
+
+    They are those that the metric has, if any; of a mixture those of each benchmark, with its name in front, and its
+    accuracy.
+    """
+    by_id = {example.example_id: example for example in examples}
+    benchmarks = {str(example.metadata.get("benchmark", "")) for example in examples}
+    cells: dict[tuple[str, float, str], list[EvaluationRecord]] = {}
+    for record in records:
+        benchmark = str(by_id[record.example_id].metadata.get("benchmark", ""))
+        cells.setdefault((record.policy, record.fraction, benchmark), []).append(record)
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for (policy, fraction), rows in cells.items():
-        assert metric.summary is not None
-        answers = [str(row.metadata["answer"]) for row in rows]
-        numbers = metric.summary(answers, [references[row.example_id] for row in rows])
-        found.setdefault(policy, {})[f"{fraction:g}"] = numbers
+    for (policy, fraction, benchmark), rows in cells.items():
+        own = [by_id[row.example_id] for row in rows]
+        numbers = {} if len(benchmarks) == 1 else {"accuracy": float(np.mean([row.accuracy for row in rows]))}
+        summary = metric.of(own[0]).summary
+        if summary is not None:
+            answers = [str(row.metadata["answer"]) for row in rows]
+            numbers |= summary(answers, [example.references for example in own])
+        prefix = f"{benchmark} " if len(benchmarks) > 1 else ""
+        if numbers:
+            cell = found.setdefault(policy, {}).setdefault(f"{fraction:g}", {})
+            cell |= {f"{prefix}{name}": number for name, number in numbers.items()}
     return found
 
 

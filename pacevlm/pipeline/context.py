@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from pacevlm.baselines.predictor import PredictorPolicy
-from pacevlm.config import MADE_DATASETS, DataConfig
+from pacevlm.config import DataConfig
 from pacevlm.controller.policy import Controller, ControllerPolicy
 from pacevlm.controller.policy_interface import Policy
 from pacevlm.data.splits import Splits, load_splits
+from pacevlm.dataset_list import parse_datasets, with_paths
 from pacevlm.errors import ConfigError, DataError, IdentityError, PacevlmError
 from pacevlm.files import sha256_file
 from pacevlm.latency.estimator import LatencyEstimator
@@ -47,8 +48,9 @@ NUM_BOUNDED = 256
 
 def _wherever(data: DataConfig) -> dict[str, Any]:
     """The settings without the metric, and without the folders of files."""
-    settings = dataclasses.asdict(data) | {"metric": None}
-    return {name: os.path.basename(value) if isinstance(value, str) else value for name, value in settings.items()}
+    settings = dataclasses.asdict(data) | {"metric": None, "dataset": None}
+    named = {name: os.path.basename(value) if isinstance(value, str) else value for name, value in settings.items()}
+    return named | {"dataset": with_paths(data.dataset, os.path.basename)}
 
 
 class Reporter(Protocol):
@@ -135,12 +137,12 @@ class RunContext:
     @cached_property
     def model(self) -> ElasticModel:
         """The frozen model."""
-        return load_elastic_model(self.config.model, self.config.picture)
+        return load_elastic_model(self.config.model, self.config.picture, parse_datasets(self.config.data.dataset))
 
     @cached_property
     def splits(self) -> Splits:
         """The data set in three parts."""
-        splits = load_splits(self.config.data, self.config.picture)
+        splits = load_splits(self.config.data, self.config.picture, self.count("examples read"))
         for sentence in splits.remarks:
             self.reporter.warned("data", sentence)
         return splits
@@ -149,14 +151,13 @@ class RunContext:
     def data_identity(self) -> dict[str, Any]:
         """What each part holds, and the metric's name, wherever the files lie.
 
-        Of files that are not here any more it is what the finished steps say, unless other data are asked for: these
-        steps need them no longer, and a step that does says what is missing.
+        Of files and folders that are not here any more it is what the finished steps say, unless other data are asked
+        for: these steps need them no longer, and a step that does says what is missing.
         """
         data = self.config.data
         finished = StepLog(self.run_dir).data_settings()
-        named = (data.dataset, data.val_dataset, data.test_dataset)
-        files = [name for name in named if name is not None and name not in MADE_DATASETS]
-        gone = not all(os.path.isfile(name) for name in files)
+        named = (*(entry.path for entry in parse_datasets(data.dataset)), data.val_dataset, data.test_dataset)
+        gone = not all(os.path.exists(name) for name in named if name is not None)
         if finished and gone and _wherever(data) == _wherever(load_run_config(self.run_dir).data):
             return finished | ({} if data.metric is None else {"metric": data.metric})
         return {**self.splits.identity, "metric": self.splits.metric.name}

@@ -11,6 +11,7 @@ import torch
 
 from pacevlm.config import MADE_DATASETS, DataConfig, ImportanceConfig, ModelConfig
 from pacevlm.data.splits import Splits, load_splits
+from pacevlm.dataset_list import parse_datasets
 from pacevlm.errors import DataError, StorageError
 from pacevlm.evaluation.importance import ImportancePlan, ImportanceResult, measure_importance, plan_importance
 from pacevlm.evaluation.learnable import importance_warnings
@@ -64,6 +65,7 @@ def measure_order(config: ImportanceConfig, reporter: Reporter) -> ImportanceRes
     model = load_elastic_model(
         ModelConfig(path=config.path, dtype=config.dtype, device=config.device, block_order="early_exit"),
         config.picture,
+        parse_datasets(config.dataset),
     )
     started, told = (0.0, 0), False
 
@@ -119,6 +121,7 @@ def _choose(config: ImportanceConfig) -> tuple[Splits, list[Example]]:
     data = load_splits(
         DataConfig(
             config.dataset,
+            fields=config.fields,
             mixture=config.mixture,
             metric=config.metric,
             num_train=number,

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pacevlm.config import ModelConfig, PictureConfig
+from pacevlm.data.benchmarks import max_new_tokens
+from pacevlm.dataset_list import DatasetEntry
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.pacer import DTYPES
 
 
-def load_elastic_model(config: ModelConfig, picture: PictureConfig | None = None) -> ElasticModel:
-    """The model that the settings describe, and how it reads pictures; raises as `ElasticModel.from_pretrained`."""
+def load_elastic_model(
+    config: ModelConfig, picture: PictureConfig | None = None, datasets: Sequence[DatasetEntry] = ()
+) -> ElasticModel:
+    """The model that the settings describe, and how it reads pictures; raises as `ElasticModel.from_pretrained`.
+
+    Args:
+        datasets: what it is asked; the most tokens that a benchmark among them wants are the limit that nobody gave.
+    """
     return ElasticModel.from_pretrained(
         config.path,
         knob_space=knob_lists(config),
@@ -19,7 +28,7 @@ def load_elastic_model(config: ModelConfig, picture: PictureConfig | None = None
         stage2_after=config.stage2_after,
         block_order=config.block_order,
         vision_budgets=config.vision_budgets,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=max_new_tokens(datasets) if config.max_new_tokens is None else config.max_new_tokens,
         picture_config=picture,
     )
 

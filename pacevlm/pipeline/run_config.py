@@ -23,6 +23,7 @@ from pacevlm.config import (
     config_to_dict,
 )
 from pacevlm.config_file import ConfigFile, read_config_file
+from pacevlm.dataset_list import with_paths
 from pacevlm.errors import ConfigError
 from pacevlm.files import find_portable, portable_path, read_json, write_json_atomic
 from pacevlm.training.train_config import GRPOConfig, TrainConfig
@@ -145,13 +146,18 @@ def save_run_config(config: RunConfig) -> None:
     values = config_to_dict(config)
     del values["run_dir"]
     absolute_paths: dict[str, str] = {}
+
+    def portable(path: str) -> str:
+        stored, absolute = portable_path(path, config.run_dir, config.run_dir)
+        if absolute is not None:
+            absolute_paths[stored] = absolute
+        return stored
+
     for part, name in _PATHS:
         path = values[part][name]
         if path is None or path in WITHIN_PACKAGE:
             continue
-        values[part][name], absolute = portable_path(path, config.run_dir, config.run_dir)
-        if absolute is not None:
-            absolute_paths[f"{part}.{name}"] = absolute
+        values[part][name] = with_paths(path, portable) if name == "dataset" else portable(path)
     write_json_atomic(config.run_dir / CONFIG_NAME, {**values, _ABSOLUTE: absolute_paths})
 
 
@@ -168,11 +174,15 @@ def load_run_config(run_dir: Path) -> RunConfig:
     absolute_paths = values.pop(_ABSOLUTE, {})
     if not isinstance(absolute_paths, dict):
         raise ConfigError(f"{path}: {_ABSOLUTE} is {absolute_paths!r}, no mapping; start over with --fresh")
-    for part, name in _PATHS:
-        stored = values[part].get(name)
-        if isinstance(stored, str) and stored not in WITHIN_PACKAGE:
-            values[part][name] = find_portable(stored, absolute_paths.get(f"{part}.{name}"), run_dir)
+
+    def find(stored: str) -> str:
+        return find_portable(stored, absolute_paths.get(stored), run_dir)
+
     try:
+        for part, name in _PATHS:
+            stored = values[part].get(name)
+            if isinstance(stored, str) and stored not in WITHIN_PACKAGE:
+                values[part][name] = with_paths(stored, find) if name == "dataset" else find(stored)
         return config_from_dict(RunConfig, {**values, "run_dir": os.fspath(run_dir)})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; start over with --fresh") from error

@@ -168,13 +168,13 @@ def test_skipped_test_examples_are_in_no_part(tmp_path: Path) -> None:
 
 
 def test_no_more_pictures_are_read_than_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pacevlm.data import division
+    from pacevlm.data import readers
 
     path = write(tmp_path / "data.jsonl", lines_of(tmp_path, 80))
     read: list[str] = []
-    digest = division._read_picture
-    monkeypatch.setattr(division, "_read_picture", lambda example: read.append(example.source.name) or digest(example))
-    monkeypatch.setattr(division, "WINDOW", 8)
+    digest = readers._read_picture
+    monkeypatch.setattr(readers, "_read_picture", lambda example: read.append(example.source.name) or digest(example))
+    monkeypatch.setattr(readers, "WINDOW", 8)
     few = load_splits(DataConfig(dataset=path, num_train=4, num_val=1, num_test=1))
     assert len(set(read)) == len(read) < 80
     monkeypatch.undo()
