@@ -87,7 +87,7 @@ def _parse_entry(text: str) -> DatasetEntry:
         hub = path.removeprefix(HUB)
         if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[^/\s]+)?", hub):
             raise ConfigError(
-                f"dataset is {shown(text)}; a data set on the hub is {HUB}owner/name, with /configuration"
+                f"dataset is {shown(text)}; a data set on the hub is {HUB}owner/name or {HUB}owner/name/configuration"
             )
         return DatasetEntry(name or hub.split("/")[1], name or None, hub=hub, weight=weight)
     check_path("dataset", path)

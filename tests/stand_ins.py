@@ -57,7 +57,7 @@ def _textvqa(rng: np.random.Generator, number: int, question: Question, split: s
     return {
         "image_id": f"{number // 2:016x}",
         "question_id": 34602 + number,
-        "question": question.text.lower(),
+        "question": question.text,
         "question_tokens": question.text.lower().split(),
         "image_width": 1024,
         "image_height": 768,
@@ -157,7 +157,7 @@ def rows_of(name: str, split: str, number: int, seed: int) -> Iterator[Row]:
         scene = sample_scene(rng, part, SCENES)
         asked = [question for question in valid_questions(scene, rng) if question.family in families]
         for question in asked[: number - made]:
-            yield {"image": _png(scene)} | make(rng, made, question, split)
+            yield {"image": _png(scene)} | make(rng, 1000 * len(split) + made, question, split)
             made += 1
 
 

@@ -186,6 +186,7 @@ BY_KIND: dict[Any, list[str]] = {
 }
 BY_NAME: dict[str, list[str]] = {
     "model.vision-budgets": ["1 2 3"],
+    "data.fields": ["image=img question=q", "answer=a b=c"],
     "data.mixture": ["crossed", "detail=1,thought=0.5"],
     "train.max-tightening": ["1", "1.5"],
     "train.min-budget": ["0.2"],
@@ -196,6 +197,7 @@ BY_NAME: dict[str, list[str]] = {
 }
 NEEDED = {
     **{f"data.{part}-dataset": ["--data.dataset", "a.jsonl"] for part in ("val", "test")},
+    "data.fields": ["--data.dataset", "a.jsonl"],
     "profile.transfer": ["--profile.source", "p.json"],
 }
 
@@ -222,7 +224,7 @@ def settings_of(kind: type, prefix: str = "") -> dict[str, list[list[str]]]:
             head, _, last = path.rpartition(".")
             found[path] = [[*before, f"--{head}{'.' if head else ''}{no}{last}"] for no in values]
         elif (choices and typing.get_origin(choices[0]) is tuple) or typing.get_origin(hint) is tuple:
-            found[path] = [[f"--{path}", *value.split(" ")] for value in values]
+            found[path] = [[*before, f"--{path}", *value.split(" ")] for value in values]
         else:
             found[path] = [[*before, f"--{path}", value] for value in values]
     return {path: ways for path, ways in found.items() if path != "run-dir"}

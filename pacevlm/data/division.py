@@ -204,7 +204,10 @@ class _Divider:
         text = f"{name} has too few pictures to be divided by their content ({found}; each part needs one): "
         if isinstance(source.reader, PublishedReader):
             if empty[0] in source.reader.official:
-                raise DataError(f"{name} has no {empty[0]} examples ({found} pictures): that split is empty")
+                raise DataError(
+                    f"{name} has no {empty[0]} examples: the split is empty, or none of its pictures can be read, or "
+                    "all are in another part"
+                )
             raise DataError(f"{text}give a data set with more, or change data.seed")
         # The pictures decide, so another seed may do.
         undivided = set[str]().union(*(source.pictures[part] for part in source.divided))

@@ -223,26 +223,28 @@ def _f1_summary(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def _yes_no(answer: str, references: Sequence[str], choices: Sequence[str]) -> float:
-    """1 when answer and reference both say yes or both say no.
-
-    What says neither counts as yes, an empty answer too.
+    """1 when answer and reference both say yes or both say no; an answer that says neither earns nothing.
 
     Source: Li et al., "Evaluating Object Hallucination in Large Vision-Language Models", 2023; how an answer is read is
-    that of its evaluation script (github.com/RUCAIBox/POPE, `evaluate.py`).
+    that of its evaluation script (github.com/RUCAIBox/POPE, `evaluate.py`), but that it takes what says neither for a
+    yes, which would pay half of the points for answers to anything else.
     """
-    return float(any(_says_no(answer) == _says_no(reference) for reference in references))
+    said = _says_yes(answer)
+    return float(said is not None and any(_says_yes(reference) is said for reference in references))
 
 
-def _says_no(text: str) -> bool:
-    """Whether the first sentence holds one of the words that the script takes for a no."""
+def _says_yes(text: str) -> bool | None:
+    """Whether the first sentence says yes; None where it says neither that nor what the script takes for a no."""
     words = text.partition(".")[0].replace(",", "").split()
-    return not {"No", "not", "no"}.isdisjoint(words)
+    if not {"No", "not", "no"}.isdisjoint(words):
+        return False
+    return True if "yes" in (word.lower() for word in words) else None
 
 
 def _yes_no_summary(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """POPE's numbers of a whole set, 0 to 1: precision, recall and F1 of yes, and the share of answers that say it."""
-    said = [not _says_no(answer) for answer in answers]
-    true = [not _says_no(own[0]) for own in references]
+    said = [_says_yes(answer) is True for answer in answers]
+    true = [_says_yes(own[0]) is True for own in references]
     hits, num_said, num_true = sum(map(min, said, true)), sum(said), sum(true)
     return {
         "precision": hits / num_said if num_said else 0.0,

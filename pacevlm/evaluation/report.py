@@ -121,6 +121,7 @@ def write_report(
         tiles=_tiles(results, headroom),
         headroom=None if headroom is None else _headroom(headroom),
         groups=[_group(budget) for budget in results["budgets"]],
+        numbers=_numbers(results),
         pareto=pareto,
         knobs=knobs,
         front=front,
@@ -220,6 +221,18 @@ def _group(budget: Mapping[str, Any]) -> dict[str, Any]:
             }
         )
     return {"fraction": f"{budget['fraction']:g}", "budget_ms": milliseconds(budget["budget_ms"]), "rows": rows}
+
+
+def _numbers(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The metric's numbers of whole sets, mean over the budgets: their names, and a row of each policy as text."""
+    summaries = results["metric"]["summaries"]
+    names = list(dict.fromkeys(name for cells in summaries.values() for cell in cells.values() for name in cell))
+    rows = []
+    for policy in sort_policies(summaries):
+        cells = summaries[policy].values()
+        means = [sum(cell[name] for cell in cells) / len(cells) for name in names]
+        rows.append([policy.replace("_", " "), *map(percent, means)])
+    return names, rows
 
 
 def _split(text: str) -> tuple[str, str]:

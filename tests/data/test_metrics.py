@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pacevlm.config import MetricName
-from pacevlm.data.metrics import METRICS, Metric, load_metric, normalise_answer
+from pacevlm.data.metrics import METRICS, Metric, common_metric, load_metric, normalise_answer
 from pacevlm.data.vqa_accuracy import normalise_vqa, vqa_accuracy
 from pacevlm.errors import ConfigError, DataError
 from pacevlm.types import Example
@@ -61,7 +61,7 @@ def test_a_score_is_a_reward_and_a_reference_is_right(name: str) -> None:
             if name != "vqa":
                 both = score(name, answer, (reference, "other"), ("yes", "0"))
                 assert both >= score(name, answer, (reference,), ("yes", "0"))
-        if name != "multiple_choice":
+        if name not in ("multiple_choice", "yes_no"):
             assert score(name, answer, (answer,)) == 1.0
 
 
@@ -266,6 +266,54 @@ def test_examples_that_multiple_choice_cannot_score_are_refused() -> None:
         metric.check(Example("x", image, "?", ("a", "dog"), {"choices": ["cat", "cow"]}))
     metric.check(Example("x", image, "?", ("a", "cow"), {"choices": ["cat", "cow"]}))
     METRICS["vqa"].check(Example("x", image, "?", ("a",)))
+
+
+# Yes or no -----------------------------------------------------------------------------------------------------------
+
+
+# What POPE's script reads in an answer (github.com/RUCAIBox/POPE, evaluate.py): the first sentence without commas is a
+# no if one of its words is No, no or not. Where the script says yes to what holds neither, here it is no answer.
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        *[("yes", "yes"), ("Yes", "yes"), ("Yes.", "yes"), ("Yes, there is a dog in the image.", "yes")],
+        *[("no", "no"), ("No", "no"), ("No, there is no dog.", "no"), ("There is not a dog in the image.", "no")],
+        *[("Yes. There is no cat.", "yes"), ("yes, not one", "no"), ("no\n", "no"), ("Nothing, yes", "yes")],
+        *[("", None), ("dog", None), (".", None), ("nothing", None), ("NO", None), ("2", None)],
+    ],
+)
+def test_yes_and_no_are_read_as_by_popes_script(answer: str, said: str | None) -> None:
+    assert [score("yes_no", answer, label) for label in ("yes", "no")] == [float(said == "yes"), float(said == "no")]
+
+
+def test_popes_numbers_of_a_whole_set() -> None:
+    summary = METRICS["yes_no"].summary
+    assert summary is not None
+    answers = ["yes", "Yes.", "yes", "no", "No", "2", "no"]
+    labels = [("yes",), ("yes",), ("no",), ("no",), ("yes",), ("yes",), ("no",)]
+    # Two of three yeses are right, and two of the four that should be yes were.
+    assert summary(answers, labels) == pytest.approx(
+        {"precision": 2 / 3, "recall": 2 / 4, "f1": 2 * 2 / (3 + 4), "yes_ratio": 3 / 7}
+    )
+    assert summary(["no"], [("no",)]) == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "yes_ratio": 0.0}
+
+
+# Each example's own --------------------------------------------------------------------------------------------------
+
+
+def test_an_example_is_scored_by_its_own_metric() -> None:
+    image = Image.new("RGB", (1, 1))
+    asked, other = METRICS["exact_match"], METRICS["anls"]
+    own = Example("x", image, "?", ("kitten",), metric="anls")
+    plain = Example("x", image, "?", ("kitten",))
+    assert asked("sitting", own) == pytest.approx(1 - 3 / 7)
+    assert asked("sitting", plain) == 0.0
+    assert common_metric([other, other]) is other
+    mixed = common_metric([other, asked])
+    assert mixed.name == "anls+exact_match"
+    assert [mixed("sitting", example) for example in (own, plain)] == [pytest.approx(1 - 3 / 7), 0.0]
+    with pytest.raises(DataError, match="the metric multiple_choice needs 'choices'"):
+        mixed.check(Example("x", image, "?", ("a",), metric="multiple_choice"))
 
 
 # F1 ------------------------------------------------------------------------------------------------------------------

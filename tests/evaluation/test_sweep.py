@@ -432,3 +432,24 @@ def test_a_metric_summarises_the_answers_of_every_policy_at_every_budget(
         scores = [load_metric("f1").score(r.metadata["answer"], references[r.example_id], ()) for r in rows]
         assert by_fraction[f"{FRACTIONS[0]:g}"]["f1"] == pytest.approx(np.mean(scores))
     assert summarise_answers(load_metric("anls"), evaluation.records, test) == {}
+
+
+def test_a_mixture_is_summarised_by_benchmark(evaluation: Evaluation, test: list[Example]) -> None:
+    names = {example.example_id: ("first", "second")[i % 2] for i, example in enumerate(test)}
+    metrics = {"first": "f1", "second": "anls"}
+    mixed = [
+        dataclasses.replace(
+            example,
+            metadata=example.metadata | {"benchmark": names[example.example_id]},
+            metric=metrics[names[example.example_id]],
+        )
+        for example in test
+    ]
+    summaries = summarise_answers(load_metric("exact_match"), evaluation.records, mixed)
+    for policy, by_fraction in summaries.items():
+        for fraction in FRACTIONS:
+            numbers = by_fraction[f"{fraction:g}"]
+            assert set(numbers) == {"first accuracy", "first exact_match", "first f1", "second accuracy"}
+            rows = [r for r in evaluation.records if (r.policy, r.fraction) == (policy, fraction)]
+            own = [row.accuracy for row in rows if names[row.example_id] == "second"]
+            assert numbers["second accuracy"] == pytest.approx(np.mean(own))
