@@ -526,9 +526,7 @@ class ImportanceConfig:
         if self.name is not None:
             _check_name("name", self.name)
         if self.name in BLOCK_ORDERS:
-            raise ConfigError(
-                f"name is {self.name!r}, which is no measured order's own name; leave it out, or give another"
-            )
+            raise ConfigError(f"name is {self.name!r}, which no measured order can have; give another")
 
 
 def is_hub_id(path: str) -> bool:
