@@ -21,8 +21,21 @@ def _attend_float32(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     return out.transpose(1, 2).flatten(2).to(q.dtype)
 
 
+def saturate(x: Tensor) -> Tensor:
+    """In float16, the largest number in place of what is beyond it; other dtypes have room and stay as they are.
+
+    One infinite number becomes NaN in the next norm or activation, and attention spreads it over the whole picture.
+    Sums of residual blocks and products of the gated projector are what grows (mlx-vlm, issue 1163, saw it in Molmo2).
+    """
+    if x.dtype != torch.float16:
+        return x
+    most = torch.finfo(torch.float16).max
+    return x.clamp(-most, most)
+
+
 def quick_gelu(x: Tensor) -> Tensor:
     """CLIP's approximation of GELU (Hendrycks and Gimpel 2016)."""
+    x = saturate(x)
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -47,8 +60,7 @@ class VisionAttention(nn.Module):
     def forward(self, query: Tensor, key_value: Tensor) -> Tensor:
         """`(batch, queries, input_dim)` and `(batch, keys, input_dim)` to `(batch, queries, output_dim)`."""
         mixed = _attend_float32(self.wq(query), self.wk(key_value), self.wv(key_value), self.num_heads)
-        out: Tensor = self.wo(mixed)
-        return out
+        return saturate(self.wo(mixed))
 
 
 class _FeedForward(nn.Module):
@@ -74,9 +86,8 @@ class _ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.attention_norm(x)
-        x = x + self.attention(h, h)
-        out: Tensor = x + self.feed_forward(self.ffn_norm(x))
-        return out
+        x = saturate(x + self.attention(h, h))
+        return saturate(x + self.feed_forward(self.ffn_norm(x)))
 
 
 class _ResidualBlocks(nn.Module):
@@ -130,8 +141,7 @@ class _Projector(nn.Module):
         self.w3 = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
-        return out
+        return saturate(self.w2(saturate(F.silu(saturate(self.w1(x))) * saturate(self.w3(x)))))
 
 
 class VisionBackbone(nn.Module):
@@ -173,7 +183,7 @@ class VisionBackbone(nn.Module):
         features = self.vit_features(images, tower)
         none = (image_masks == 0).to(features.dtype).unsqueeze(-1)
         partial = ((image_masks < 1) & (image_masks != 0)).to(features.dtype).unsqueeze(-1)
-        features = features + none * self.pad_embed[0] + partial * self.pad_embed[1]
+        features = saturate(features + none * self.pad_embed[0] + partial * self.pad_embed[1])
         crops, side, (pool_h, pool_w) = features.shape[0], self.patches_per_side, self.pool
         grid = features.view(crops, side, side, -1)
         grid = F.pad(grid, (0, 0, 0, -side % pool_w, 0, -side % pool_h))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pacevlm.models.molmoe.vision import VisionTower, quick_gelu
+from pacevlm.models.molmoe.vision import VisionTower, quick_gelu, saturate
 
 _Affine = tuple[Tensor, Tensor]
 
@@ -77,9 +77,9 @@ class FrozenTower:
             # half precision rounds the shares before they multiply values, which is seven times as fast on a GPU.
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
             mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            x = x + F.linear(mixed, *layer.out)
+            x = saturate(x + F.linear(mixed, *layer.out))
             hidden = F.linear(F.layer_norm(x, width, *layer.ffn_norm, self.eps), *layer.up)
-            x = x + F.linear(quick_gelu(hidden), *layer.down)
+            x = saturate(x + F.linear(quick_gelu(hidden), *layer.down))
             if index in self.chosen:
                 outputs[index] = x
         return torch.cat([outputs[index] for index in self.chosen], dim=-1)[:, 1:]
