@@ -488,8 +488,8 @@ class ImportanceConfig:
         num_candidates: blocks tried per round after the first.
         name: what `--model.block-order` will call the order, beside others of the same model; None makes it the one of
             `importance`.
-        group_by: metadata of the examples whose groups' own orders are compared with that of all; `task`, as `digits`
-            has it, if None and every example has one.
+        group_by: metadata of the examples whose groups' own orders are compared with that of all; if None `task`, as
+            `digits` has it, or the `benchmark` of a mixture.
         dtype: number type of the weights in memory.
         device: `cpu` or `cuda`.
         seed: which examples are drawn.

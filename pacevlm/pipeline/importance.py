@@ -26,7 +26,8 @@ from pacevlm.request.run import run_forced
 from pacevlm.types import Example
 
 PARTIAL_NAME, LOCK_NAME = "elastic.json.partial.jsonl", ".elastic.json.lock"
-DEFAULT_GROUP = "task"
+# Metadata that say what a question is of: in the data set inside the package, and in a mixture of benchmarks.
+DEFAULT_GROUPS = ("task", "benchmark")
 # Seconds of work from which the time of the rest is told.
 NUM_SECONDS_TOLD = 10.0
 
@@ -141,10 +142,12 @@ def _plan(config: ImportanceConfig, num_examples: int) -> ImportancePlan:
 
 def _group(config: ImportanceConfig, examples: Sequence[Example]) -> list[str] | None:
     """Each example's group; None if there is nothing to group by."""
-    key = config.group_by or DEFAULT_GROUP
-    if all(key in example.metadata for example in examples):
-        return [str(example.metadata[key]) for example in examples]
-    if config.group_by is not None:
-        known = sorted({name for example in examples for name in example.metadata})
-        raise DataError(f"group_by is {key!r}, which not every example has; their metadata are {', '.join(known)}")
-    return None
+    for key in DEFAULT_GROUPS if config.group_by is None else (config.group_by,):
+        if all(key in example.metadata for example in examples):
+            return [str(example.metadata[key]) for example in examples]
+    if config.group_by is None:
+        return None
+    known = sorted({name for example in examples for name in example.metadata})
+    raise DataError(
+        f"group_by is {config.group_by!r}, which not every example has; their metadata are {', '.join(known)}"
+    )
