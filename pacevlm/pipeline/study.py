@@ -143,7 +143,8 @@ class _Traffic:
     def train(self, profile: Path, seed: int, name: str = "", **changes: Any) -> Path:
         """The finished run directory of one training."""
         folder = self.folder / profile.stem / f"{name}seed{seed}"
-        config = self.run_config(folder, ProfileConfig(source=str(profile)), seed, **changes)
+        num_threads = Profile.load(profile).device.num_threads
+        config = self.run_config(folder, ProfileConfig(source=str(profile), num_threads=num_threads), seed, **changes)
         _share(self.folder / OUTCOMES_NAME, folder / OUTCOMES_NAME)
         self.last = run_pipeline(config, "train", reporter=self.reporter, alike=self.last)
         return folder
