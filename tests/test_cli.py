@@ -188,6 +188,7 @@ BY_NAME: dict[str, list[str]] = {
     "model.vision-budgets": ["1 2 3"],
     "data.fields": ["image=img question=q", "answer=a b=c"],
     "data.mixture": ["crossed", "detail=1,thought=0.5"],
+    "train.batch-size": ["8", "16"],  # multiples of any train.budgets-per-example
     "train.max-tightening": ["1", "1.5"],
     "train.min-budget": ["0.2"],
     "train.max-budget": ["2"],
