@@ -96,9 +96,8 @@ def main() -> None:
     if arguments.load:
         print(json.dumps(load(arguments.load, arguments.dtype, arguments.device)))
         return
-    console, results = Console(), provenance(collect_device_facts(torch.device(arguments.device), torch.float32))
-    del results["dtype"]  # each load has its own
-    results["loads"] = []
+    console, made = Console(), provenance(collect_device_facts(torch.device(arguments.device), torch.float32))
+    loads: list[dict[str, Any]] = []
     for blocks, layout in product(arguments.num_blocks, (PUBLISHED, TRAINING)):
         if blocks > SMALL_BLOCKS and layout != PUBLISHED:
             continue
@@ -109,15 +108,15 @@ def main() -> None:
                 words = [sys.executable, __file__, "--load", str(arguments.folder), "--dtype", dtype]
                 done = subprocess.run([*words, "--device", arguments.device], check=True, stdout=subprocess.PIPE)
                 facts = {"blocks": blocks, "layout": layout, "stored_dtype": "float32", "dtype": dtype}
-                results["loads"].append({**facts, "stored_bytes": num_bytes, **json.loads(done.stdout)})
+                loads.append({**made, **facts, "stored_bytes": num_bytes, **json.loads(done.stdout)})
         finally:
             shutil.rmtree(arguments.folder, ignore_errors=True)
-    console.print(as_table(results["loads"]))
+    console.print(as_table(loads))
     arguments.results.mkdir(parents=True, exist_ok=True)
     target = arguments.results / "loading.json"
     if arguments.add and target.exists():
-        results["loads"] = json.loads(target.read_text())["loads"] + results["loads"]
-    write_json_atomic(target, results)
+        loads = json.loads(target.read_text()) + loads
+    write_json_atomic(target, loads)
     console.print(f"written to {arguments.results / 'loading.json'}")
 
 
