@@ -186,8 +186,10 @@ BY_KIND: dict[Any, list[str]] = {
 }
 BY_NAME: dict[str, list[str]] = {
     "model.vision-budgets": ["1 2 3"],
+    "model.block-order": ["importance", "early_exit", "docvqa-2.b"],
     "data.fields": ["image=img question=q", "answer=a b=c"],
     "data.mixture": ["crossed", "detail=1,thought=0.5"],
+    "train.blind-to": ["question", "latency_token question"],
     "train.batch-size": ["8", "16"],  # multiples of any train.budgets-per-example
     "train.max-tightening": ["1", "1.5"],
     "train.min-budget": ["0.2"],
@@ -234,8 +236,9 @@ def settings_of(kind: type, prefix: str = "") -> dict[str, list[list[str]]]:
 def read_settings(*arguments: str) -> Any:
     from pacevlm.pipeline import RunConfig
 
-    config, fresh = cli._read_settings("train", arguments, Path("runs/default"), RunConfig)
+    config, fresh, plan = cli._read_settings("train", arguments, Path("runs/default"), RunConfig)
     assert not fresh
+    assert not plan
     return config
 
 

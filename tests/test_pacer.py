@@ -115,7 +115,7 @@ def make_predictor(space: KnobSpace, d_model: int, favourite: Knobs) -> Predicto
     num_features = num_size_features(len(space.tiers)) + d_model
     intercept = np.array([1.0 if knobs == favourite else 0.5 for knobs in space])
     zeros, ones = np.zeros(num_features), np.ones(num_features)
-    return PredictorPolicy(space, zeros, ones, np.zeros((num_features, len(space))), intercept)
+    return PredictorPolicy(space, zeros, ones, np.zeros((num_features, len(space))), intercept, 0 * intercept)
 
 
 @pytest.fixture(scope="module")

@@ -196,7 +196,6 @@ def bad_images() -> dict[str, Any]:
         "elongated": Image.new("RGB", (4000, 1)),
         "no_side": np.zeros((0, 5, 3), np.uint8),
         "float": np.zeros((5, 5, 3), np.float32),
-        "none": None,
     }
 
 
