@@ -911,6 +911,7 @@ def test_inspect_says_what_a_model_is_and_whether_it_runs(checkpoint: Path, caps
     text = capsys.readouterr().out
     assert "runs         no\n    - " in text
     assert "pacevlm importance" in text
+    assert "1024 x 768" in text
     assert run("inspect", checkpoint, "--block-order", "early_exit") == 0
     assert "early_exit; blocks left out first: 5\n" in capsys.readouterr().out
     assert run("inspect", checkpoint / "nothing") == 2

@@ -269,7 +269,7 @@ def choose_knobs(
         if "removal" not in measured:
             raise CheckpointError(
                 f"{folder} has no measured block order; run `pacevlm importance` on it, or choose "
-                "block_order='early_exit'"
+                "block_order='early_exit' (--model.block-order early_exit)"
             )
         try:
             order = BlockOrder(adapter.num_blocks, tuple(measured["removal"]), block_order)

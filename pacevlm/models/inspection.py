@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pacevlm.errors import ImageError, PacevlmError
+from pacevlm.errors import CheckpointError, ImageError, PacevlmError
 from pacevlm.models.adapter import Adapter
 from pacevlm.models.elastic import ElasticModel, choose_knobs, read_elastic_settings
 from pacevlm.models.folder import find_model_folder
@@ -126,7 +126,11 @@ def _look_at_layout(found: Inspection, family: Family) -> None:
 
 def _look_at_model(found: Inspection, adapter: Adapter[Any, Any], block_order: str) -> None:
     settings = read_elastic_settings(found.folder)
-    space, budgets, order = choose_knobs(adapter, found.folder, settings, block_order=block_order)
+    try:
+        space, budgets, order = choose_knobs(adapter, found.folder, settings, block_order=block_order)
+    except CheckpointError as error:  # no order, or none of this model: the rest can be told all the same
+        found.problems.append(str(error))
+        space, budgets, order = choose_knobs(adapter, found.folder, settings, block_order="early_exit")
     model = ElasticModel(
         adapter, space, budgets, order, "without weights", max_new_tokens=settings.get("max_new_tokens", 32)
     )
