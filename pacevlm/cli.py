@@ -378,7 +378,9 @@ def answer(arguments: Sequence[str]) -> None:
 
     budget_ms = check_budget_ms(options.budget_ms)
     price = None if options.price is None else check_price(options.price)
-    *images, question = options.words or [""]
+    if not options.words:
+        raise QuestionError("no question was given; ask one in quotes, behind the path of its image if it has one")
+    *images, question = options.words
     if len(images) > 1:
         raise QuestionError(
             f"{len(images)} images were given for one question; give at most one, and put the question in quotes"
