@@ -62,7 +62,8 @@ class ModelConfig:
         block_order: which blocks are left out first: the least important ones as measured (`importance`, or the name
             that an order was measured under), or plainly the last ones (`early_exit`).
         stage2_after: blocks that always run before stage 2 decides.
-        max_new_tokens: most generated tokens per answer; what elastic.json says if None.
+        max_new_tokens: most generated tokens per answer; if None the most that a benchmark among the data sets wants,
+            or what elastic.json says where there is none.
         dtype: number type of the weights in memory.
         device: `cpu`, or `cuda` with an optional number such as `cuda:1`.
 

@@ -88,7 +88,8 @@ class PublishedRows:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = keeping_folder() / f"{name}-{origin.split}-{digest}"
         self.pictures = keeping_folder() / "pictures"
-        self._stream: Iterator[dict[str, Any]] | None = None
+        # The rows from a window on that is not kept.
+        self._stream: tuple[int, Iterator[dict[str, Any]]] | None = None
         self._class_names: dict[str, Sequence[str]] = {}
 
     def __iter__(self) -> Iterator[dict[str, Any] | str]:
@@ -130,9 +131,11 @@ class PublishedRows:
 
     def _read(self, number: int) -> dict[str, Any]:
         """Read and keep one window."""
-        if self._stream is None:
-            self._stream = self._open(number * WINDOW)
-        rows = list(itertools.islice(self._stream, WINDOW))
+        if self._stream is None or self._stream[0] != number:
+            self._stream = number, self._open(number * WINDOW)
+        stream = self._stream[1]
+        rows = list(itertools.islice(stream, WINDOW))
+        self._stream = number + 1, stream
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             lines = list(pool.map(self._line, rows, range(number * WINDOW, number * WINDOW + len(rows))))
         window = {"rows": lines, "is_last": len(rows) < WINDOW}

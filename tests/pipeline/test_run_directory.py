@@ -40,7 +40,7 @@ from pacevlm.pipeline import STEPS, RunConfig, run_pipeline
 from pacevlm.pipeline.artefacts import PARTIAL_NAMES, made_files, source_files
 from pacevlm.pipeline.context import RunContext, SilentReporter
 from pacevlm.pipeline.lock import LOCK_NAME, one_writer
-from pacevlm.pipeline.run_config import load_run_config
+from pacevlm.pipeline.run_config import load_run_config, read_run_file, save_run_config
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.training.grpo import GRPOConfig
 from pacevlm.training.train_config import TrainConfig
@@ -556,3 +556,18 @@ def test_damage_says_how_to_go_on_and_that_works(name: str, step: str, moved: Pa
         run_pipeline(config)
     path.unlink()
     run_pipeline(config)
+
+
+def test_the_paths_of_a_mixture_move_with_the_run(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "docvqa").mkdir(parents=True)
+    (home / "q.jsonl").touch()
+    dataset = "docvqa={0}/docvqa:2,{0}/q.jsonl,textvqa"
+    save_run_config(RunConfig(run_dir=home / "run", data=DataConfig(dataset.format(home))))
+    moved = tmp_path / "moved"
+    shutil.copytree(home, moved)
+    assert load_run_config(moved / "run").data.dataset == dataset.format(moved)
+    shutil.copytree(home / "run", tmp_path / "elsewhere" / "run")  # alone
+    assert load_run_config(tmp_path / "elsewhere" / "run").data.dataset == dataset.format(home)
+    (home / "run.toml").write_text('[data]\ndataset = "docvqa=docvqa:2,q.jsonl,textvqa"\n')
+    assert read_run_file(home / "run.toml").on_top_of(RunConfig()).data.dataset == dataset.format(home)
