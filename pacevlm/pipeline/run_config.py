@@ -115,7 +115,7 @@ class RunConfig:
 
 
 def quickstart_config(run_dir: Path = Path("runs/quickstart")) -> RunConfig:
-    """The quick defaults, six to ten minutes on two CPU cores with the embedded model.
+    """The quick defaults, some nine minutes on two CPU cores with the embedded model.
 
     Every number that decides how long a quickstart takes stands here.
     """
