@@ -63,7 +63,7 @@ FAULT, SIGNALLED, PIPE_CLOSED = 1, 128, 141
 
 
 def quickstart(arguments: Sequence[str]) -> None:
-    """Profile, train and evaluate on the embedded model and data: about ten minutes on two CPU cores.
+    """Profile, train and evaluate on the embedded model and data: some nine minutes on two CPU cores.
 
     Everything it finds is in the run directory, the report in report.html. A second start goes on where the first was
     stopped and skips what is done.

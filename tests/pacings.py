@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from pacevlm.controller.policy import Controller, ControllerConfig
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
 from pacevlm.latency.output_length import OutputLengthModel
@@ -19,6 +21,19 @@ from pacevlm.types import Objective, RequestView
 if TYPE_CHECKING:
     from pacevlm.models.elastic import ElasticModel
     from pacevlm.types import Example
+
+
+def make_controller(model: ElasticModel, fingerprint: str, **settings: Any) -> Controller:
+    """An untrained controller of a model and an estimator, always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Controller(
+            ControllerConfig(**{"reference_ms": 100.0, "embedding_scale": 1.0, **settings}),
+            model_identity=model.identity,
+            knob_space=model.knob_space,
+            estimator_fingerprint=fingerprint,
+            d_model=model.d_model,
+        )
 
 
 def make_pacing(model: ElasticModel, output_length: OutputLengthModel | None = None) -> Pacing:

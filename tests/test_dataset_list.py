@@ -35,8 +35,8 @@ def test_a_list_is_read_and_written_the_same(text: str, expected: list[tuple[obj
 
 def test_only_paths_change_with_the_folder() -> None:
     text = "textvqa,docvqa=d/x:2,hf:a/b,q.jsonl"
-    assert with_paths(text, lambda path: os.path.join("/home", path)) == (
-        "textvqa,docvqa=/home/d/x:2,hf:a/b,/home/q.jsonl"
+    assert with_paths(text, lambda path: os.path.join("/data", path)) == (
+        "textvqa,docvqa=/data/d/x:2,hf:a/b,/data/q.jsonl"
     )
     assert with_paths("digits", str.upper) == "digits"
 

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pacings import make_pacing
+from pacings import make_controller, make_pacing
 from PIL import Image
 
-from pacevlm.controller.policy import Controller, ControllerConfig
 from pacevlm.data.metrics import load_metric
 from pacevlm.errors import BudgetError, CheckpointError, ConfigError, DataError, ImageError, KnobError
 from pacevlm.models.elastic import ElasticModel
@@ -59,15 +58,7 @@ def model() -> ElasticModel:
 @pytest.fixture(scope="module")
 def bundle(model: ElasticModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, pacing = tmp_path_factory.mktemp("bundle"), make_pacing(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        controller = Controller(
-            ControllerConfig(reference_ms=100.0, embedding_scale=1.0),
-            model_identity=model.identity,
-            knob_space=model.knob_space,
-            estimator_fingerprint=pacing.guardrail.estimator.fingerprint,
-            d_model=model.d_model,
-        )
+    controller = make_controller(model, pacing.guardrail.estimator.fingerprint)
     num_threads = torch.get_num_threads()
     Pacer(model, controller, pacing, full_p50_ms=1e5, num_threads=num_threads).save_pretrained(folder)
     return folder

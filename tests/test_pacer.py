@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pacings import make_controller
 from PIL import Image
 
 import pacevlm
@@ -31,7 +32,7 @@ from pacevlm.baselines.full import FullPolicy
 from pacevlm.baselines.predictor import PredictorPolicy
 from pacevlm.config import PictureConfig
 from pacevlm.controller.features import num_size_features
-from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
+from pacevlm.controller.policy import ControllerPolicy
 from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.errors import (
     BudgetError,
@@ -88,15 +89,7 @@ def make_pacer(model: ElasticModel, folder: Path, *, lengths: bool = True, **par
     guardrail = Guardrail(estimator, "none", {"e2e": calibration, "ttft": calibration}, calibration)
     weights = (0.0,) * model.d_model
     output_length = OutputLengthModel(model.identity, weights, None, 4.0, 0, model.max_new_tokens, 0.1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        controller = Controller(
-            ControllerConfig(reference_ms=100.0, embedding_scale=1.0),
-            model_identity=model.identity,
-            knob_space=model.knob_space,
-            estimator_fingerprint=parts.get("fingerprint", estimator.fingerprint),
-            d_model=model.d_model,
-        )
+    controller = make_controller(model, parts.get("fingerprint", estimator.fingerprint))
     return Pacer(
         model,
         controller,

@@ -137,9 +137,11 @@ class _Divider:
         source.pictures[part].add(picture_id)
         for example, own_id in lines:
             known = dataclasses.replace(
-                example, known_picture_id=picture_id, metadata=example.metadata | self._about(source.entry)
+                example,
+                known_picture_id=picture_id,
+                metadata=example.metadata | self._about(source.entry),
+                metric=self._metric(source.entry),
             )
-            known = dataclasses.replace(known, metric=self._metric(source.entry))
             if not own_id:
                 key = (known.example_id, known.content_id)
                 self.ids[key] += 1

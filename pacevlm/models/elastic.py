@@ -253,7 +253,7 @@ def choose_knobs(
     """
     check_block_order(block_order, folder, settings)
     budgets = dict(settings.get("vision_budgets", adapter.default_vision_budgets))
-    space = knob_space if isinstance(knob_space, KnobSpace) else _knob_space(adapter, settings, knob_space or {})
+    space = knob_space if isinstance(knob_space, KnobSpace) else knob_space_of(adapter, settings, knob_space or {})
     if vision_budgets is not None:
         if not isinstance(vision_budgets, Mapping):
             if len(vision_budgets) != len(space.tiers):
@@ -302,10 +302,10 @@ def read_knob_space(path: str | Path, wanted: Mapping[str, Sequence[Any]]) -> Kn
         return KnobSpace.from_dict({name: list(values) for name, values in wanted.items()})
     folder = find_model_folder(path)
     adapter = load_adapter(folder, torch.device("meta"), torch.float32)
-    return _knob_space(adapter, read_elastic_settings(folder), wanted)
+    return knob_space_of(adapter, read_elastic_settings(folder), wanted)
 
 
-def _knob_space(
+def knob_space_of(
     adapter: Adapter[Any, Any], settings: Mapping[str, Any], wanted: Mapping[str, Sequence[Any]]
 ) -> KnobSpace:
     """The lists that are wanted, and the others as stored with the model or as suit it."""

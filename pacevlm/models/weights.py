@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,36 +125,31 @@ def compare(stored: Mapping[str, StoredTensor], layout: Layout) -> Mismatch:
     )
 
 
-def check_weights(folder: Path, layouts: Mapping[str, Layout]) -> tuple[dict[str, StoredTensor], Layout]:
-    """What a folder's checkpoint holds, and the layout that it has; raises CheckpointError if it has none of them."""
+def check_weights(folder: Path, layouts: Mapping[str, Layout]) -> dict[str, StoredTensor]:
+    """What a folder's checkpoint holds, by name; raises CheckpointError unless that is one of the layouts."""
     stored = read_headers(folder)
-    layout = layouts[nearest_layout(stored, layouts)]
-    wrong = list(compare(stored, layout).sentences())
+    wrong = list(compare(stored, layouts[nearest_layout(stored, layouts)]).sentences())
     if wrong:
         raise CheckpointError(
             f"the weights in {folder} do not belong to its config.json: {'; '.join(wrong)}; was a file swapped?"
         )
-    return stored, layout
+    return stored
 
 
 @torch.no_grad()
-def load_weights(folder: Path, layouts: Mapping[str, Layout]) -> None:
+def load_weights(stored: Mapping[str, StoredTensor], layouts: Mapping[str, Layout]) -> None:
     """Copy a checkpoint into the places of its layout, file by file, each tensor to their device and dtype.
 
     Files are mapped into memory, so that the system may drop what has been copied: beside the model itself there is
     never more than one converted tensor.
 
-    Raises:
-        CheckpointError: see `check_weights`; nothing has been copied then.
+    Args:
+        stored: what `check_weights` gave.
+        layouts: the same ones, with places in memory.
     """
-    stored, layout = check_weights(folder, layouts)
+    layout = layouts[nearest_layout(stored, layouts)]
     for file in sorted({tensor.file for tensor in stored.values()}):
         with safe_open(str(file), "pt") as content:
             for name in (name for name, tensor in stored.items() if tensor.file == file):
                 target = layout[name].target
                 target.copy_(content.get_tensor(name).view(target.shape))
-
-
-def num_bytes(layout: Layout, dtype: torch.dtype) -> int:
-    """Bytes of a layout's tensors in a dtype."""
-    return dtype.itemsize * sum(math.prod(place.shape) for place in layout.values())

@@ -15,7 +15,7 @@ from pacevlm.dataset_list import parse_datasets
 from pacevlm.errors import DataError, StorageError
 from pacevlm.evaluation.importance import ImportancePlan, ImportanceResult, measure_importance, plan_importance
 from pacevlm.evaluation.learnable import importance_warnings
-from pacevlm.models.elastic import read_knob_space
+from pacevlm.models.elastic import knob_space_of, read_elastic_settings
 from pacevlm.models.folder import find_model_folder
 from pacevlm.models.registry import load_adapter
 from pacevlm.pipeline.context import Reporter
@@ -135,8 +135,9 @@ def _choose(config: ImportanceConfig) -> tuple[Splits, list[Example]]:
 
 
 def _plan(config: ImportanceConfig, num_examples: int) -> ImportancePlan:
-    adapter = load_adapter(find_model_folder(config.path), torch.device("meta"), torch.float32)
-    least = config.min_num_blocks or read_knob_space(config.path, {}).num_blocks[0]
+    folder = find_model_folder(config.path)
+    adapter = load_adapter(folder, torch.device("meta"), torch.float32)
+    least = config.min_num_blocks or knob_space_of(adapter, read_elastic_settings(folder), {}).num_blocks[0]
     return plan_importance(adapter.num_blocks, adapter.fixed_blocks, num_examples, least, config.num_candidates)
 
 

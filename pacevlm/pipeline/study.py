@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.baselines.predictor import PredictorPolicy
@@ -228,7 +229,8 @@ def _judge(
         chosen[name] = [choose_knobs(policy, engine, test, row) for row in requests]
         run.reporter.progress("policies", number, len(policies))
     for knob in KNOBS:  # what the predictor makes of one knob, the others full
-        alone = [[_with_one_knob(request, knob, space) for request in row] for row in requests]
+        mask = _one_knob_mask(knob, space)
+        alone = [[_with_mask(request, mask) for request in row] for row in requests]
         chosen[f"predictor_{knob}"] = [choose_knobs(policies[PREDICTOR], engine, test, row) for row in alone]
     chosen["task_table"] = _task_choices(run, train, test, objectives, pacing, requests)
 
@@ -278,13 +280,19 @@ def _predictor_of_sizes(run: RunContext, train: Sequence[Example], objective: Ob
     return PredictorPolicy.fit(run.model.knob_space, blind, exhaustive_sweep(run.engine, train))
 
 
-def _with_one_knob(request: PolicyInput, knob: str, space: KnobSpace) -> PolicyInput:
-    """The request with the other knobs full; where that fits no budget, the cheapest configuration, as ever."""
+def _one_knob_mask(knob: str, space: KnobSpace) -> NDArray[np.bool_]:
+    """Configurations whose other knobs are full, `(tiers, top_ks, num_blocks)`."""
     others = [name for name in KNOBS if name != knob]
     alone = [all(getattr(knobs, name) == getattr(space.full, name) for name in others) for knobs in space]
-    feasible = request.feasible & np.reshape(alone, space.shape)
-    feasible[0, 0, 0] |= not feasible.any()
-    return dataclasses.replace(request, feasible=feasible)
+    return np.reshape(alone, space.shape)
+
+
+def _with_mask(request: PolicyInput, mask: NDArray[np.bool_]) -> PolicyInput:
+    """The request with some configurations alone; where none of them fits, the cheapest of all, as ever."""
+    feasible = request.feasible & mask
+    any_feasible = request.any_feasible and bool(feasible.any())
+    feasible[0, 0, 0] |= not any_feasible
+    return dataclasses.replace(request, feasible=feasible, any_feasible=any_feasible)
 
 
 def _lowered(space: KnobSpace) -> list[Knobs]:

@@ -46,7 +46,7 @@ def run_request(
         example_id: identity of the request, the seed of policies that draw at random.
         num_output_tokens: generate exactly so many tokens, for measurements; as many as the answer has if None.
         drift: correction of the guardrail's bounds; it learns from the running time of this request, unless that is
-            beyond what was profiled, as every request without an image is.
+            beyond what was profiled, or has no image.
         waited_ms: what of the budget is gone already; the rest is what guardrail and policy are given.
 
     Raises:

@@ -32,6 +32,7 @@ MAX_BATCH, MAX_ROLLOUTS = 65536, 1 << 22
 NUM_PRICES = 10
 """Prices above none that what was trained is calibrated and judged at."""
 BLIND_TO = ("question", "latency_token")
+"""What an ablation may keep from the controller."""
 MAX_WEIGHT = 1e9
 """Largest weight, gain or penalty, far beyond what makes a difference."""
 

@@ -8,15 +8,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from pacevlm.config import ProfileConfig, StudyConfig
+from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.errors import ConfigError
 from pacevlm.evaluation.worth import StudyRecords, measure_worth
 from pacevlm.files import load_safetensors
+from pacevlm.knobs import KnobSpace
 from pacevlm.pipeline import study
 from pacevlm.pipeline.context import SilentReporter
 from pacevlm.pipeline.study import run_study
+from pacevlm.types import Objective, RequestSizes, RequestView, VisionSizes
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +138,28 @@ def test_an_unknown_ablation_is_refused_before_anything_runs(config: StudyConfig
     with pytest.raises(ConfigError, match="no ablation no-luck; use some of no-mask, "):
         run_study(wrong)
     assert not wrong.study_dir.exists()
+
+
+def test_one_knob_alone_never_moves_the_others() -> None:
+    space = KnobSpace(("low", "high"), (4, 8), (12, 14, 16))
+    masks = {knob: study._one_knob_mask(knob, space) for knob in ("tier", "top_k", "num_blocks")}
+    assert {knob: int(mask.sum()) for knob, mask in masks.items()} == {"tier": 2, "top_k": 2, "num_blocks": 3}
+    assert np.logical_and.reduce(list(masks.values())).nonzero() == ([1], [1], [2])  # full alone is in all
+    for mask in masks.values():
+        flat = mask.reshape(-1)
+        assert flat[space.index(space.full)]
+        assert not flat[space.index(space.cheapest)]
+
+
+def test_where_no_admitted_configuration_is_left_the_cheapest_runs() -> None:
+    feasible = np.zeros((2, 2, 3), dtype=bool)
+    feasible[1, 0, 2] = True
+    view = RequestView(torch.zeros(4), RequestSizes((VisionSizes(1, 144),) * 2, 9, 8000), (100, 80), None)
+    request = PolicyInput(view, Objective(50.0), np.full(feasible.shape, 40.0), feasible, True)
+    kept = study._with_mask(request, np.ones(feasible.shape, dtype=bool))
+    assert kept.any_feasible
+    np.testing.assert_array_equal(kept.feasible, feasible)
+    nothing = study._with_mask(request, ~feasible)
+    assert not nothing.any_feasible
+    assert nothing.feasible.reshape(-1).nonzero()[0].tolist() == [0]
+    assert feasible.sum() == 1  # the request's own mask stays

@@ -25,7 +25,7 @@ def saturate(x: Tensor) -> Tensor:
     """In float16, the largest number in place of what is beyond it; other dtypes have room and stay as they are.
 
     One infinite number becomes NaN in the next norm or activation, and attention spreads it over the whole picture.
-    Sums of residual blocks and products of the gated projector are what grows (mlx-vlm, issue 1163, saw it in Molmo2).
+    Sums of residual blocks and products of the gated projector are what grows; users of mlx-vlm saw it in Molmo2.
     """
     if x.dtype != torch.float16:
         return x

@@ -32,10 +32,10 @@ def load_molmoe(folder: Path, device: torch.device, dtype: torch.dtype) -> Molmo
     _check_processor(folder, processor, cast(MolmoEConfig, model.config))
     if device.type == "meta":
         return MolmoEAdapter(model, processor)
-    check_weights(folder, molmoe_layouts(model))
+    stored = check_weights(folder, molmoe_layouts(model))
     # The adapter joins some weights into one, so it is made while they are empty: then nothing is in memory twice.
     adapter = _make_adapter(torch.nn.Module.to_empty(model, device=device), processor)
-    load_weights(folder, molmoe_layouts(model))
+    load_weights(stored, molmoe_layouts(model))
     return adapter
 
 
