@@ -172,7 +172,7 @@ def main() -> None:
             **rollouts_against_alone(model, examples, arguments.group_size, arguments.rounds),
         }
         if arguments.run_dir is not None:
-            results["controller_parts_ms"] = controller_cost(arguments.run_dir, examples, progress)
+            results["controller_parts_ms"] = controller_cost(arguments.run_dir, examples, progress, arguments.device)
     if model.device.type == "cuda":
         results["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     show(results, Console())

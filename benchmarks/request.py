@@ -147,9 +147,11 @@ def _with_loop(model: ElasticModel, work: Callable[[], Any]) -> Any:
         return work()
 
 
-def controller_cost(run_dir: Path, examples: Sequence[Example], progress: Progress) -> dict[str, Any]:
-    """What the decision takes: encoding the budget, the guardrail, both stages, and the latency token's block."""
-    pacer = Pacer.from_pretrained(run_dir)
+def controller_cost(
+    run_dir: Path, examples: Sequence[Example], progress: Progress, device: str = "cpu"
+) -> dict[str, Any]:
+    """What the decision takes: encoding the budget, the guardrail, both stages, the latency token, a predictor."""
+    pacer = Pacer.from_pretrained(run_dir, device=device)
     model, policy = pacer.model, ControllerPolicy(pacer.controller)
     objective = Objective(pacer.full_p50_ms, pacer.kind)
     parts: dict[str, list[float]] = {}
@@ -171,6 +173,8 @@ def controller_cost(run_dir: Path, examples: Sequence[Example], progress: Progre
             "latency token": lambda _: model.decoder.latency_token([prefix], [token[None].to(prefix.hidden)]),
             "stage 2": lambda _: policy.choose_compute(request, tier, output),
         }
+        if pacer.predictor is not None:
+            ways["predictor"] = lambda _: pacer.policy.choose_compute(request, pacer.policy.choose_tier(request), None)
         timed = Interleaved(ways, model.synchronise)
         timed.run([None], 5, None, "")
         for name in ways:
