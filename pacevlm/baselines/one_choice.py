@@ -21,6 +21,9 @@ class OneChoicePolicy(ABC):
 
     name: str
 
+    # What stage 1 settled, until stage 2 takes it: a request waits for its choice once. Other threads' are recomputed.
+    _settled: tuple[PolicyInput, Knobs] | None = None
+
     def __init__(self, space: KnobSpace) -> None:
         self.space = space
 
@@ -30,7 +33,9 @@ class OneChoicePolicy(ABC):
 
     def choose_tier(self, request: PolicyInput) -> str:
         """Stage 1: the tier of the configuration chosen."""
-        return self.choose(request).tier
+        knobs = self.choose(request)
+        self._settled = request, knobs
+        return knobs.tier
 
     def latency_token(self, request: PolicyInput) -> torch.Tensor | None:
         """None: no latency token is needed."""
@@ -38,7 +43,8 @@ class OneChoicePolicy(ABC):
 
     def choose_compute(self, request: PolicyInput, tier: str, latency_token_output: torch.Tensor | None) -> Compute:
         """Stage 2: top_k and num_blocks of the configuration chosen; raises KnobError for another tier than chosen."""
-        knobs = self.choose(request)
+        settled, self._settled = self._settled, None
+        knobs = settled[1] if settled is not None and settled[0] is request else self.choose(request)
         if tier != knobs.tier:
             raise KnobError(
                 f"policy {self.name} chose tier {knobs.tier!r} for example {request.example_id!r}, "
