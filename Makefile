@@ -29,8 +29,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## train, evaluate and report on the embedded model and data, on a CPU
 	$(BIN)/pacevlm quickstart --run-dir runs/quickstart
 
-test: setup check ## all checks and all tests
-	$(BIN)/python -m pytest
+test: setup check ## all checks and all tests, a process for each core
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: setup ## lint, format, types and import direction
 	$(BIN)/ruff check .
