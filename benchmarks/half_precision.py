@@ -60,7 +60,8 @@ def largest_numbers(model: ElasticModel, examples: list[Example]) -> dict[str, f
     for example in examples:
         prompt = model.adapter.encode_question(example.question)
         prepared = model.adapter.prepare(example.image, prompt, model.vision_budgets[model.knob_space.tiers[-1]])
-        features = backbone(prepared.images, prepared.image_masks)  # by the modules, which can be watched
+        crops, masks = prepared.images.to(model.device), prepared.image_masks.to(model.device)
+        features = backbone(crops, masks)  # by the modules, which can be watched
         stream = model.adapter.embed(prepared, features).hidden
         watch("embedded prompt")(None, None, stream)
     for hook in hooks:

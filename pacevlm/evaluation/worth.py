@@ -159,6 +159,7 @@ def measure_worth(cells: Sequence[StudyRecords]) -> dict[str, Any]:
             name: {
                 "gain_points": _mean(first.gains(name).mean(axis=(0, 1))).to_dict(),
                 "seed_gains": [_mean(of_seed.mean(axis=0)).to_dict() for of_seed in first.gains(name)],
+                "less_whole": _mean((first.gains(name) - gains[: len(first.controllers(name))]).mean((0, 1))).to_dict(),
             }
             for name in first.ablations
         },
@@ -236,7 +237,10 @@ def format_worth(worth: Mapping[str, Any]) -> str:
                 for points, ratio in found["latency_at_equal_accuracy"].items()
             ),
         ]
-        lines += [f"  {name:<30} {_points(row['gain_points'])} points" for name, row in found["ablations"].items()]
+        lines += [
+            f"  {name:<30} {_points(row['gain_points'])} points; less the whole {_points(row['less_whole'])}"
+            for name, row in found["ablations"].items()
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -62,6 +62,8 @@ def test_gains_are_over_the_table_on_the_same_questions() -> None:
     assert found["share_of_learnable"] == pytest.approx(2.0)
     assert found["gains"]["predictor"]["mean"] == pytest.approx(40.0)
     assert found["ablations"]["no-mask"]["gain_points"]["mean"] == pytest.approx(5.0)
+    whole = np.mean([gain["mean"] for gain in found["seed_gains"][: len(found["ablations"]["no-mask"]["seed_gains"])]])
+    assert found["ablations"]["no-mask"]["less_whole"]["mean"] == pytest.approx(5.0 - whole)
     assert found["policies"]["controller"][0]["mean"] == pytest.approx(60.0)
     assert {name: loss["mean"] for name, loss in found["rebased_less_trained"].items()} == pytest.approx({"b": -10.0})
     json.dumps(found, allow_nan=False)
