@@ -36,7 +36,9 @@ class Family:
 
 # Families inside the package by the module that holds their `FAMILY`, so that one loads when it is asked for.
 _FAMILIES: dict[str, str | Family] = {
+    "gemma4": "pacevlm.models.gemma4.loading",
     "molmo": "pacevlm.models.molmoe.runtime.loading",
+    "qwen3_vl": "pacevlm.models.qwen3_vl.loading",
     "qwen3_vl_moe": "pacevlm.models.qwen3_vl_moe.loading",
 }
 
