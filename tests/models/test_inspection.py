@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families.tiny_qwen3_vl_moe import save_qwen3_vl_moe
+from families.tiny_qwen3_vl import save_qwen3_vl_moe
 from families.toy_moe import save_toy
 from safetensors.torch import load_file, save_file
 

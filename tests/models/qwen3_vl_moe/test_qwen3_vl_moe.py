@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families.tiny_qwen3_vl_moe import save_qwen3_vl_moe
+from families.tiny_qwen3_vl import save_qwen3_vl_moe
 from PIL import Image
 
 from pacevlm.errors import CheckpointError, ImageError, QuestionError
