@@ -152,7 +152,8 @@ OTHER_DEVICES = ["xpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAW_MODELS = [
     *("tiny cpu", "tiny_gqa cpu", "embedded cpu", "toy cpu", "dense cpu"),
     *("qwen3_vl_moe cpu", "qwen3_vl cpu", "gemma4 cpu"),
-    *("tiny xpu", "tiny_gqa xpu", "toy xpu", "dense xpu", "qwen3_vl_moe xpu", "gemma4 xpu"),
+    # Masks of transformers' Gemma 4 are made by `vmap`, which the pretended device does not follow.
+    *("tiny xpu", "tiny_gqa xpu", "toy xpu", "dense xpu", "qwen3_vl_moe xpu"),
     *(
         pytest.param(f"{name} cuda", marks=pytest.mark.gpu)
         for name in ("tiny", "tiny_gqa", "embedded", "toy", "dense", "qwen3_vl_moe", "qwen3_vl", "gemma4")

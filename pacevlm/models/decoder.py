@@ -400,7 +400,7 @@ class Generation:
             columns = torch.arange(end, device=x.device)
             mask = (columns < self.lengths[:, None]) | (columns >= self.padded_length)
             mask = mask[:, None, None]
-        masks = {None: mask}
+        masks: dict[int | None, Tensor | None] = {None: mask}
         for window in set(self.adapter.windows.values()):
             masks[window] = mask if end <= window else _both(mask, self._inside(window, end))
         for block in range(self.adapter.num_blocks):

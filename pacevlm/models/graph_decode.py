@@ -136,7 +136,7 @@ class GraphDecode:
         # Added to scores rather than true or false, which attention would turn into this in every block.
         columns = torch.arange(capacity, device=x.device)
         mask = x.new_zeros(1, 1, 1, capacity).masked_fill_(columns > self._place, float("-inf"))
-        masks = {None: mask}
+        masks: dict[int | None, Tensor] = {None: mask}
         for window in set(adapter.windows.values()):
             outside = columns <= self._place - window
             masks[window] = mask if window >= capacity else mask.masked_fill(outside, float("-inf"))

@@ -1,4 +1,4 @@
-"""A random Qwen3-VL of a few layers, with experts or dense, tokenizer and image processor, and transformers' pass of it."""
+"""A random Qwen3-VL of a few layers, with experts or dense, all that goes with it, and transformers' own pass of it."""
 
 from __future__ import annotations
 

@@ -176,7 +176,8 @@ class Gemma4Adapter(Adapter[SplitPrompt, Gemma4Request]):
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """See `Adapter`."""
-        return F.embedding(token_ids, self.text.embed_tokens.weight) * self.embed_scale
+        out: Tensor = F.embedding(token_ids, self.text.embed_tokens.weight) * self.embed_scale
+        return out
 
     def rope(self, positions: Tensor) -> Rope:
         """See `Adapter`; cosines and sines of every type of layer."""
