@@ -103,7 +103,7 @@ def save_gemma4(folder: Path, seed: int = 0, text: dict[str, Any] | None = None,
 
 
 @contextmanager
-def _changed(adapter: Gemma4Adapter, removed: Collection[int], top_ks: Sequence[int] | None) -> Iterator[None]:
+def changed(adapter: Gemma4Adapter, removed: Collection[int], top_ks: Sequence[int] | None) -> Iterator[None]:
     # The pretended device has no grouped product: transformers would count experts there as a GPU does.
     adapter.model.set_experts_implementation("eager")
     layers = adapter.model.model.language_model.layers
@@ -136,7 +136,7 @@ def transformers_pass(
     if prompt.seen_both_ways is not None:
         types[0, slice(*prompt.seen_both_ways)] = 1
     text, streams = adapter.model.model.language_model, []
-    with _changed(adapter, removed, top_ks):
+    with changed(adapter, removed, top_ks):
         # What a layer reads is the stream behind the one before.
         hooks = [
             module.register_forward_pre_hook(lambda _, args: streams.append(args[0][0].clone()))

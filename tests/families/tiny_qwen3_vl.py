@@ -144,7 +144,7 @@ def eager_experts(adapter: Qwen3VLAdapter) -> None:
 
 
 @contextmanager
-def _changed(adapter: Qwen3VLAdapter, removed: Collection[int], top_ks: Sequence[int] | None) -> Iterator[None]:
+def changed(adapter: Qwen3VLAdapter, removed: Collection[int], top_ks: Sequence[int] | None) -> Iterator[None]:
     eager_experts(adapter)
     layers = adapter.model.model.language_model.layers
     kept, trained = list(layers), adapter.trained_top_k
@@ -179,7 +179,7 @@ def transformers_pass(
         depths = [prompt.added[block][visual] for block in range(len(prompt.added))]
         visual = F.pad(visual, (0, len(behind)))[None]
     text, streams = adapter.model.model.language_model, []
-    with _changed(adapter, removed, top_ks):
+    with changed(adapter, removed, top_ks):
         # What a layer reads is the stream behind the one before, with what is added there.
         hooks = [
             module.register_forward_pre_hook(lambda _, args: streams.append(args[0][0]))

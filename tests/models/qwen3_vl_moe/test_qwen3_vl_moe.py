@@ -38,7 +38,7 @@ def test_sizes_of_any_picture_are_known(model: ElasticModel) -> None:
     rng, adapter = random.Random(0), model.adapter
     prompt = adapter.encode_question("?")
     sides = [(1, 1), (3, 3), (3, 50), (1, 3), (3, 1), (2, 400), (400, 2), (1, 200)]
-    sides += [(int(600 ** rng.random()), int(600 ** rng.random())) for _ in range(60)]
+    sides += [(int(600 ** rng.random()), int(600 ** rng.random())) for _ in range(20)]
     for height, width in sides:
         if max(height, width) > 200 * min(height, width):
             continue
