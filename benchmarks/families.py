@@ -9,6 +9,10 @@ out and its top_k lowered. Prints a table and, last, one JSON line; the same goe
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,8 +36,27 @@ from pacevlm.request.run import run_forced
 from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.types import Example
 
+ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "Which number is the largest?"
 SIDES = [(480, 640), (320, 320), (600, 300), (200, 350), (768, 1024), (256, 400)]
+
+
+def folder_lines(family: str) -> int:
+    """Lines of a family's folder."""
+    files = (ROOT / "pacevlm" / "models" / family).glob("*.py")
+    return sum(len(file.read_text().splitlines()) for file in files)
+
+
+def laws(family: str) -> int:
+    """How many laws of a family pass on the CPU; raises CalledProcessError if one does not."""
+    chosen = "qwen3_vl and not qwen3_vl_moe" if family == "qwen3_vl" else family
+    files = ["tests/models/test_decoder.py", "tests/models/test_graph_decode.py", "tests/test_families.py"]
+    files += [f"tests/models/{family}"] if (ROOT / "tests" / "models" / family).is_dir() else []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"({chosen}) and not xpu", *files]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    return int(passed[1]) if passed else 0
 
 
 def make_examples(count: int, seed: int) -> list[Example]:
@@ -127,21 +150,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=16)
+    parser.add_argument("--laws", action="store_true", help="run the tests of every family too, and count what passed")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     console, families = Console(stderr=True), {}
     dtype = getattr(torch, arguments.dtype)
     with Progress(console=console) as progress, use_num_threads(arguments.num_threads), torch.inference_mode():
         for family in arguments.family:
-            families[family] = found = {"generate_over_full": {}}
+            families[family] = found = {"folder_lines": folder_lines(family), "generate_over_full": {}}
             for size in arguments.size:
                 with torch.inference_mode(False):
                     model = random_model(family, size, arguments.device, dtype)
                 found["generate_over_full"][size] = full_knobs(family, model, arguments.repeats, progress)
-                # Of the last size, which is the largest.
-                found |= rollouts(family, model, arguments.rounds, arguments.group_size)
+                if size == arguments.size[-1]:
+                    found |= rollouts(family, model, arguments.rounds, arguments.group_size)
                 facts = collect_device_facts(model.device, model.dtype, compiler=model.adapter.compiler)
                 del model
+    if arguments.laws:
+        for family in arguments.family:
+            families[family]["laws"] = laws(family)
     results = {**provenance(facts), "families": families}
     table = Table(title=f"families on {results['device']['name']}, {results['dtype']}")
     for column in ("family", "size", "generate ms", "ours ms", "ratio", "same answers", "rollouts over alone"):

@@ -189,8 +189,7 @@ def build_qwen3_vl_moe(size: str, device: torch.device, dtype: torch.dtype) -> A
 
 
 def build_qwen3_vl(size: str, device: torch.device, dtype: torch.dtype) -> Adapter[Any, Any]:
-    """A random Qwen3-VL without experts, of the same widths; its dense layers are as wide as the eight experts that run
-    of the 30B-A3B model."""
+    """A random Qwen3-VL without experts, of the same widths."""
     tokenizer, settings = qwen_configs(size)
     with on_device(device, dtype):
         model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**settings))

@@ -106,7 +106,11 @@ def test_lower_knobs_generate_what_edited_modules_generate(
         assert found[0, batch["input_ids"].shape[1] :].tolist() == tokens
 
 
-def test_a_run_from_the_command_line_finds_the_family(family: str, folder: Path, tmp_path: Path) -> None:
+def test_a_run_from_the_command_line_finds_the_family(
+    family: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Figures know no family, and take as long as all the rest.
+    monkeypatch.setattr("pacevlm.pipeline.outputs.draw_outputs", lambda *_, **__: None)
     settings = {
         **{"run-dir": tmp_path / "run", "model.path": folder, "model.max-new-tokens": 2, "profile.num-requests": 4},
         **{"model.tiers": "low medium", "model.num-blocks": "5 6"},
