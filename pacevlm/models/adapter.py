@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -53,12 +54,15 @@ class EmbeddedPrompt:
         next_position: of the first generated token, on every axis; None where it is the number of tokens.
         added: by the number of a block in the checkpoint, what is added to the stream behind it, `(tokens, d_model)`,
             whether that block runs or not.
+        seen_both_ways: first token and one behind the last of a span whose tokens see each other, later ones too, in
+            the blocks that have a window; never the prompt's last token.
     """
 
     hidden: Tensor
     positions: Tensor | None = None
     next_position: int | None = None
     added: Mapping[int, Tensor] = field(default_factory=dict)
+    seen_both_ways: tuple[int, int] | None = None
 
 
 class RowDecode(Protocol):
@@ -88,8 +92,7 @@ class Adapter(ABC, Generic[PromptT, PreparedT]):
     so that the caller owns caches, masks and the choice of blocks. How a smaller top_k is applied (kept weights
     renormalised or not, shared experts, groups, biases) is the family's, and so is all of attention but the mask.
 
-    What does not fit yet: attention over a sliding window, image tokens that look at each other both ways, caches that
-    layers share, and blocks with a state instead of keys and values.
+    What does not fit yet: caches that layers share, and blocks with a state instead of keys and values.
 
     A tier is a *vision budget* to the family: a whole number in a unit of its own, such as crops, patches or pixels.
 
@@ -105,6 +108,7 @@ class Adapter(ABC, Generic[PromptT, PreparedT]):
         device, dtype: where the weights are, and their type.
         default_vision_budgets: what tiers mean where nobody says otherwise, cheapest first.
         fixed_blocks: blocks that no configuration leaves out, besides those in front of stage 2.
+        windows: by block, how many tokens back a token sees there, itself included; all of them in other blocks.
         position_axes: axes of the rotary positions that prompts are given; 0 where positions count 0, 1, 2 and so on.
         compiler: what compiles what runs between matrix products, `numba` or `triton`; latencies with and without do
             not compare.
@@ -121,6 +125,7 @@ class Adapter(ABC, Generic[PromptT, PreparedT]):
     dtype: torch.dtype
     default_vision_budgets: Mapping[str, int]
     fixed_blocks: frozenset[int] = frozenset()
+    windows: Mapping[int, int] = MappingProxyType({})
     position_axes: int = 0
     compiler: str | None = None
 

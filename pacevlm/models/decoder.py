@@ -14,6 +14,7 @@ from pacevlm.models.adapter import Adapter, EmbeddedPrompt, Rope, RowDecode
 from pacevlm.models.block_order import BlockOrder
 from pacevlm.models.graph_decode import GraphDecode
 from pacevlm.models.prefix_tree import PrefixTree
+from pacevlm.models.windows import prompt_mask, window_start
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class ElasticDecoder:
         for block in range(self.stage2_after):
             q, k, v = self.adapter.project(block, x, rope)
             kept.append((k, v))
-            x = x + self.adapter.attend(block, q, k, v, None, is_causal=True)
+            mask = self.window_mask(block, prompts, x.shape[1])
+            x = x + self.adapter.attend(block, q, k, v, mask, is_causal=mask is None)
             x = x + self.adapter.mix_experts(block, x, self.adapter.trained_top_k)
             x = _add(x, block, prompts)
         return [
@@ -122,6 +124,11 @@ class ElasticDecoder:
         axes = self.adapter.position_axes
         return self.adapter.rope(positions[..., None].expand(*positions.shape, axes) if axes else positions)
 
+    def window_mask(self, block: int, prompts: Sequence[EmbeddedPrompt], num_tokens: int) -> Tensor | None:
+        """What padded prompts' tokens see in a block; None where causal order says it all."""
+        window = self.adapter.windows.get(block)
+        return None if window is None else prompt_mask(prompts, num_tokens, window)
+
     def latency_token(self, prefixes: Sequence[Prefix], tokens: Sequence[Tensor]) -> Tensor:
         """Run latency tokens through the first blocks behind prompts that have been run already.
 
@@ -147,16 +154,22 @@ class ElasticDecoder:
         mask = None
         if not alone:
             # Padded queries compute garbage that is cut off below; padded keys are masked.
-            seen = torch.arange(max(lengths), device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
+            real = torch.arange(max(lengths), device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
             itself = torch.eye(most, dtype=torch.bool, device=x.device).expand(len(lengths), -1, -1)
-            mask = torch.cat([seen[:, None].expand(-1, most, -1), itself], dim=-1)[:, None]
+            mask = torch.cat([real[:, None].expand(-1, most, -1), itself], dim=-1)[:, None]
         positions = torch.tensor([prefix.next_position for prefix in prefixes], device=x.device)
         rope = self.rope_at(positions[:, None].expand(-1, most))
         for block in range(self.stage2_after):
             q, k, v = self.adapter.project(block, x, rope)
             keys = torch.cat([_pad_heads([prefix.keys[block] for prefix in prefixes]), k], dim=2)
             values = torch.cat([_pad_heads([prefix.values[block] for prefix in prefixes]), v], dim=2)
-            x = x + self.adapter.attend(block, q, keys, values, mask, is_causal=False)
+            seen = mask
+            if (window := self.adapter.windows.get(block, max(lengths) + 1)) <= max(lengths):
+                places = torch.tensor(lengths, device=x.device)[:, None]
+                own = torch.full((1, most), max(lengths), device=x.device)  # behind all prompts, so inside any window
+                places_of_keys = torch.cat([torch.arange(max(lengths), device=x.device)[None], own], dim=1)
+                seen = _both(mask, window_start(places.expand(-1, most), places_of_keys, window))
+            x = x + self.adapter.attend(block, q, keys, values, seen, is_causal=False)
             x = x + self.adapter.mix_experts(block, x, self.adapter.trained_top_k)
         return torch.cat([x[i, :n] for i, n in enumerate(counts)])
 
@@ -245,6 +258,7 @@ class Generation:
         self.alive = list(range(len(prefixes)))
         self.caches: dict[int, _BlockCache] = {}
         self.num_steps = 0
+        self.latest_mask: tuple[tuple[int | None, tuple[int, ...]], Tensor | None] | None = None
         self.last = self.lengths  # ids fed at the next step; set by `_accept`
 
     def finish(self) -> list[list[int]]:
@@ -308,21 +322,34 @@ class Generation:
             part = x if index is None else x[index]
             q, k, v = self.adapter.project(block, part, _take(rope, tree.some_row(members)))
             self.caches[block] = self._cache(tree, block, members, k, v)
-            mask = None
+            mask = self._prompt_mask(block, tree.some_row(members)) if block < last else None
             if block == last:
                 lengths = self.lengths[tree.some_row()]
                 # Behind the last block only the last token of each prompt is read: the others need keys and values.
                 own = lengths if index is None else lengths[index]
                 part, q = _ends(part, own), _ends(q.transpose(1, 2), own).transpose(1, 2)
+                columns = torch.arange(k.shape[2], device=x.device)[None]
                 if not self.same_length:
-                    mask = (torch.arange(k.shape[2], device=x.device) < own[:, None])[:, None, None]
+                    mask = (columns < own[:, None])[:, None, None]
+                if (window := self.adapter.windows.get(block, k.shape[2])) < k.shape[2]:
+                    mask = _both(mask, window_start(own[:, None] - 1, columns, window))
                 x, is_cut = _ends(x, lengths), True
-            part = part + self.adapter.attend(block, q, k, v, mask, is_causal=block < last)
+            part = part + self.adapter.attend(block, q, k, v, mask, is_causal=block < last and mask is None)
             part = part + self.adapter.mix_experts(block, part, self._row_top_k(tree.some_row(members)))
             x = part if index is None else x.index_copy(0, index, part)
             x = self._add(tree, x, block, is_cut)
         x = x[:, 0] if is_cut else _ends(x, self.lengths[tree.some_row()])[:, 0]
         return tree.spread(None, self.adapter.logits(x))[1]
+
+    def _prompt_mask(self, block: int, rows: Sequence[int]) -> Tensor | None:
+        """What the prompts of some rows see in a block; the latest mask is kept, because blocks ask in turn."""
+        key = (self.adapter.windows.get(block), tuple(rows))
+        if key[0] is None:
+            return None
+        if self.latest_mask is None or self.latest_mask[0] != key:
+            prompts = [self.prefixes[row].prompt for row in rows]
+            self.latest_mask = key, self.decoder.window_mask(block, prompts, self.padded_length)
+        return self.latest_mask[1]
 
     def _add(self, tree: PrefixTree, x: Tensor, block: int, is_cut: bool) -> Tensor:
         """The branches' stream with what their prompts add behind a block; only its ends are left once it is cut."""
@@ -373,11 +400,14 @@ class Generation:
             columns = torch.arange(end, device=x.device)
             mask = (columns < self.lengths[:, None]) | (columns >= self.padded_length)
             mask = mask[:, None, None]
+        masks: dict[int | None, Tensor | None] = {None: mask}
+        for window in set(self.adapter.windows.values()):
+            masks[window] = mask if end <= window else _both(mask, self._inside(window, end))
         for block in range(self.adapter.num_blocks):
             cache = self.caches.get(block)
             if cache is None:
                 continue
-            rows = cache.rows
+            rows, mask = cache.rows, masks[self.adapter.windows.get(block)]
             part = x if rows is None else x[rows]
             q, k, v = self.adapter.project(block, part, rope if rows is None else _take(rope, rows))
             cache.keys.narrow(2, end - 1, 1).copy_(k)
@@ -389,6 +419,14 @@ class Generation:
             part = part + self.adapter.mix_experts(block, part, top_k)
             x = part if rows is None else x.index_copy(0, rows, part)
         return self.adapter.logits(x[:, 0])
+
+    def _inside(self, window: int, end: int) -> Tensor:
+        """Which of the columns in use are inside the window of the newest tokens, `(rows, 1, 1, columns)`."""
+        columns = torch.arange(end, device=self.lengths.device)[None]
+        # What was generated stands behind the padding, but follows the prompt.
+        padding = (self.padded_length - self.lengths)[:, None]
+        places = torch.where(columns < self.padded_length, columns, columns - padding)
+        return window_start(end - 1 - padding, places, window)
 
     def _leave(self, stay: list[int]) -> None:
         """Keep only the rows at places `stay`, in the batch and in every cache."""
@@ -415,6 +453,10 @@ class Generation:
 def _take(rope: Rope, rows: Sequence[int] | Tensor) -> Rope:
     """The tables of some rows; those that all rows share stay as they are."""
     return tuple(table if table.shape[0] == 1 else table[rows] for table in rope)
+
+
+def _both(mask: Tensor | None, other: Tensor) -> Tensor:
+    return other if mask is None else mask & other
 
 
 def _add(x: Tensor, block: int, prompts: Sequence[EmbeddedPrompt], ends: Tensor | None = None) -> Tensor:

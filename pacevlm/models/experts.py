@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,18 +50,25 @@ def _supports_grouped_mm(x: Tensor, weight: Tensor) -> bool:
     return all(width * weight.element_size() % 16 == 0 for width in weight.shape[1:])
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+# What a gate goes through.
+Activation = Callable[[Tensor], Tensor]
+
+
+def swiglu(gate_up: Tensor, activation: Activation = F.silu) -> Tensor:
     """Gate and value side by side, `(..., 2 * width)`, to `(..., width)` (Shazeer 2020)."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return activation(gate) * up
 
 
-def _run_one_token(x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def _run_one_token(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: Activation
+) -> Tensor:
     # A grouped product walks over all experts, which takes as long with one active expert as with eight; products with
     # the active ones alone make a smaller top_k cheaper in proportion. Everything between the products is done for all
     # of them at once, because a decode step is bound by calls.
     token, active = x[0], experts[0].tolist()
-    inner = swiglu(torch.stack([torch.mv(gate_up_proj[expert], token) for expert in active])) * weights[0, :, None]
+    gates = torch.stack([torch.mv(gate_up_proj[expert], token) for expert in active])
+    inner = swiglu(gates, activation) * weights[0, :, None]
     out = x.new_zeros(x.shape[1])
     for expert, row in zip(active, inner.unbind(), strict=True):
         out = torch.addmv(out, down_proj[expert], row)
@@ -67,12 +76,12 @@ def _run_one_token(x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Te
 
 
 def _run_one_token_gathered(
-    x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: Activation
 ) -> Tensor:
     # On an accelerator without a grouped product for this dtype: nothing that depends on which experts are active has
     # to come back to the host, so that a CUDA graph can hold it.
     active = experts[0]
-    inner = swiglu(torch.matmul(gate_up_proj[active], x[0]))
+    inner = swiglu(torch.matmul(gate_up_proj[active], x[0]), activation)
     out = torch.matmul(down_proj[active], inner.unsqueeze(-1)).squeeze(-1)
     return torch.matmul(weights, out)
 
@@ -95,7 +104,13 @@ def grouped_product(rows: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
 
 
 def run_experts(
-    x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, keep: Tensor | None = None
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    keep: Tensor | None = None,
+    activation: Activation = F.silu,
 ) -> Tensor:
     """Weighted sum of the kept experts' outputs for every token.
 
@@ -106,15 +121,16 @@ def run_experts(
         gate_up_proj: `(experts, 2 * expert_dim, d_model)`.
         down_proj: `(experts, d_model, expert_dim)`.
         keep: `(tokens, k)`, which of the k experts run; all of them if None.
+        activation: what the gates go through.
 
     Returns:
         `(tokens, d_model)`.
     """
     if x.shape[0] == 1 and keep is None:
         if x.device.type == "cpu":
-            return _run_one_token(x, weights, experts, gate_up_proj, down_proj)
+            return _run_one_token(x, weights, experts, gate_up_proj, down_proj, activation)
         if not (_supports_grouped_mm(x, gate_up_proj) and _supports_grouped_mm(x, down_proj)):
-            return _run_one_token_gathered(x, weights, experts, gate_up_proj, down_proj)
+            return _run_one_token_gathered(x, weights, experts, gate_up_proj, down_proj, activation)
     num_tokens, top_k = experts.shape
     pair_expert = experts.reshape(-1)
     kept = None if keep is None else keep.reshape(-1).nonzero().squeeze(-1)
@@ -125,7 +141,7 @@ def run_experts(
     every = torch.arange(gate_up_proj.shape[0], dtype=torch.int16, device=x.device)
     ends = torch.searchsorted(pair_expert, every, right=True, out_int32=True)
     rows = x.index_select(0, pair.div(top_k, rounding_mode="floor"))
-    out = grouped_product(swiglu(grouped_product(rows, ends, gate_up_proj)), ends, down_proj)
+    out = grouped_product(swiglu(grouped_product(rows, ends, gate_up_proj), activation), ends, down_proj)
     # Back in the order of tokens: a sum of k rows each, which is quicker than adding rows where they belong, and the
     # same every time.
     place = pair.new_zeros(num_tokens * top_k).index_copy_(0, pair, torch.arange(len(pair), device=x.device))

@@ -134,13 +134,18 @@ class GraphDecode:
         x = adapter.embed_tokens(self._token)[:, None]
         rope = self._rope()
         # Added to scores rather than true or false, which attention would turn into this in every block.
-        behind = torch.arange(capacity, device=x.device) > self._place
-        mask = x.new_zeros(1, 1, 1, capacity).masked_fill_(behind, float("-inf"))
+        columns = torch.arange(capacity, device=x.device)
+        mask = x.new_zeros(1, 1, 1, capacity).masked_fill_(columns > self._place, float("-inf"))
+        masks: dict[int | None, Tensor] = {None: mask}
+        for window in set(adapter.windows.values()):
+            outside = columns <= self._place - window
+            masks[window] = mask if window >= capacity else mask.masked_fill(outside, float("-inf"))
         for block in sorted(self.order.kept(num_blocks)):
             q, k, v = adapter.project(block, x, rope)
             keys, values = self._caches[block]
             keys.index_copy_(2, self._place, k)
             values.index_copy_(2, self._place, v)
+            mask = masks[adapter.windows.get(block)]
             x = x + adapter.attend(block, q, keys[:, :, :capacity], values[:, :, :capacity], mask, is_causal=False)
             experts = adapter.trained_top_k if block < self.stage2_after else top_k
             x = x + adapter.mix_experts(block, x, experts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ class Family:
 
 # Families inside the package by the module that holds their `FAMILY`, so that one loads when it is asked for.
 _FAMILIES: dict[str, str | Family] = {
+    "gemma4": "pacevlm.models.gemma4.loading",
     "molmo": "pacevlm.models.molmoe.runtime.loading",
+    "qwen3_vl": "pacevlm.models.qwen3_vl.loading",
     "qwen3_vl_moe": "pacevlm.models.qwen3_vl_moe.loading",
 }
 
@@ -67,11 +70,20 @@ def find_family(folder: Path) -> tuple[str, Family]:
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise CheckpointError(
-            f"{folder / 'config.json'} describes a model of type {model_type!r}; pacevlm runs {sorted(_FAMILIES)}"
+            f"{folder / 'config.json'} describes a model of type {model_type!r}; pacevlm runs {sorted(_FAMILIES)}, and "
+            "docs/families.md says how to add a family"
         )
     family = _FAMILIES[model_type]
     if isinstance(family, str):
-        family = importlib.import_module(family).FAMILY
+        try:
+            family = importlib.import_module(family).FAMILY
+        except ImportError as error:
+            if not (error.name or "").startswith("transformers"):
+                raise
+            raise CheckpointError(
+                f"models of type {model_type!r} are run on classes of transformers that the version here, "
+                f"{version('transformers')}, lacks ({error}); docs/families.md says which versions have them"
+            ) from error
     assert isinstance(family, Family)
     return model_type, family
 

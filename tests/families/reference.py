@@ -8,12 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from families import tiny_qwen3_vl_moe as qwen
+from families import tiny_gemma4 as gemma
+from families import tiny_qwen3_vl as qwen
 from families.toy_moe import ToyAdapter, plain_pass
 from families.toy_moe import naive_experts as naive_toy_experts
 from pacevlm.models.adapter import EmbeddedPrompt
 from pacevlm.models.elastic import ElasticModel
-from pacevlm.models.qwen3_vl_moe.adapter import Qwen3VLMoeAdapter
+from pacevlm.models.gemma4.adapter import Gemma4Adapter
+from pacevlm.models.qwen3_vl.adapter import Qwen3VLAdapter
 from pacevlm.types import Example
 
 
@@ -44,8 +46,10 @@ def reference_pass(
     if isinstance(adapter, ToyAdapter):
         each = [model.trained_top_k] * adapter.num_blocks if top_ks is None else top_ks
         return Pass(*plain_pass(adapter, prompt, behind, removed, each))
-    if isinstance(adapter, Qwen3VLMoeAdapter):
+    if isinstance(adapter, Qwen3VLAdapter):
         return Pass(*qwen.transformers_pass(adapter, prompt, behind, removed, top_ks))
+    if isinstance(adapter, Gemma4Adapter):
+        return Pass(*gemma.transformers_pass(adapter, prompt, behind, removed, top_ks))
     out = adapter.model(
         inputs_embeds=torch.cat([prompt.hidden, behind])[None],
         use_cache=False,
@@ -60,8 +64,10 @@ def naive_experts(model: ElasticModel, block: int, x: Tensor, top_k: int) -> Ten
     """One token after the other, one expert after the other; `x` is `(tokens, d_model)`."""
     if isinstance(model.adapter, ToyAdapter):
         return naive_toy_experts(model.adapter, block, x, top_k)
-    if isinstance(model.adapter, Qwen3VLMoeAdapter):
+    if isinstance(model.adapter, Qwen3VLAdapter):
         return qwen.naive_experts(model.adapter, block, x, top_k)
+    if isinstance(model.adapter, Gemma4Adapter):
+        return gemma.naive_experts(model.adapter, block, x, top_k)
     mlp = model.adapter.model.model.transformer.blocks[block].mlp
     out = torch.zeros_like(x)
     for t, row in enumerate(x):
@@ -87,8 +93,10 @@ def transformers_request(
     image = example.image if with_image else None
     prepared = adapter.prepare(image, adapter.encode_question(example.question, with_image), budget)
     prompt = adapter.embed(prepared, adapter.encode_vision([prepared])[0] if with_image else None)
-    if isinstance(adapter, Qwen3VLMoeAdapter):
+    if isinstance(adapter, Qwen3VLAdapter):
         batch = qwen.transformers_inputs(adapter, image, example.question, budget)
+    elif isinstance(adapter, Gemma4Adapter):
+        batch = gemma.transformers_inputs(adapter, image, example.question, budget)
     elif with_image:
         batch = adapter.processor(images=example.image, text=example.question, max_crops=budget)
     else:
@@ -100,5 +108,7 @@ def transformers_request(
 def pad_token_id(model: ElasticModel) -> int:
     """The token that fills rows that ended."""
     adapter = model.adapter
-    tokenizer = adapter.tokenizer if isinstance(adapter, Qwen3VLMoeAdapter) else adapter.processor.tokenizer
+    tokenizer = (
+        adapter.tokenizer if isinstance(adapter, (Qwen3VLAdapter, Gemma4Adapter)) else adapter.processor.tokenizer
+    )
     return tokenizer.pad_token_id

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from families.tiny_qwen3_vl_moe import save_qwen3_vl_moe
+from families.tiny_gemma4 import save_gemma4
+from families.tiny_qwen3_vl import save_qwen3_vl, save_qwen3_vl_moe
 from families.toy_moe import save_toy
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +22,8 @@ from pacevlm.models.inspection import PICTURE_SIZES, inspect_checkpoint
 FAMILIES = {
     "molmo": lambda folder, tiny: tiny,
     "qwen3_vl_moe": lambda folder, tiny: save_qwen3_vl_moe(folder),
+    "qwen3_vl": lambda folder, tiny: save_qwen3_vl(folder),
+    "gemma4": lambda folder, tiny: save_gemma4(folder),
 }
 
 
@@ -29,7 +32,9 @@ def test_what_is_said_is_what_loading_finds(family: str, tiny_elastic_dir: Path,
     folder = FAMILIES[family](tmp_path, tiny_elastic_dir)
     found, loaded = inspect_checkpoint(folder), ElasticModel.from_pretrained(folder)
     assert (found.model_type, found.problems) == (family, [])
-    assert found.num_parameters == sum(weight.numel() for weight in loaded.adapter.model.parameters())
+    # What is stored besides parameters counts, what is tied counts once.
+    weights = {weight.data_ptr(): weight for weight in loaded.adapter.model.state_dict().values()}
+    assert found.num_parameters == sum(weight.numel() for weight in weights.values())
     assert found.num_bytes == (folder / "model.safetensors").stat().st_size
     assert found.stored_dtypes == {"F32": len(found.stored)}
     assert found.num_tensors == len(found.stored)

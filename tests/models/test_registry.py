@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families.tiny_qwen3_vl_moe import save_qwen3_vl_moe
+from families.tiny_qwen3_vl import save_qwen3_vl_moe
 from families.toy_moe import ToyAdapter, load_toy, save_toy
 
 from pacevlm.errors import CheckpointError, ConfigError, KnobError

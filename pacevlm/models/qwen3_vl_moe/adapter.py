@@ -1,256 +1,35 @@
-"""Qwen3-VL-MoE (Qwen team 2025) behind the adapter interface, on the modules and weights of transformers' model."""
+"""Qwen3-VL-MoE (Qwen team 2025): Qwen3-VL with experts in place of the dense layers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3VLMoeForConditionalGeneration
 
-from pacevlm.errors import ImageError, QuestionError
-from pacevlm.models.adapter import Adapter, EmbeddedPrompt, Rope
 from pacevlm.models.experts import run_experts, spread_top_k
-from pacevlm.types import VisionSizes
-
-# What the chat template makes of one user's turn, with a picture or without; only these name special tokens.
-BEFORE_TEXT = "<|im_start|>user\n"
-BEFORE_IMAGE = BEFORE_TEXT + "<|vision_start|>"
-IMAGE_TOKEN = "<|image_pad|>"
-BEHIND_IMAGE = "<|vision_end|>"
-BEHIND_QUESTION = "<|im_end|>\n<|im_start|>assistant\n"
-
-# Image tokens of the tiers that a checkpoint says nothing about.
-DEFAULT_IMAGE_TOKENS = {"low": 64, "medium": 256, "high": 1024}
-# The image processor takes no picture that is longer.
-MAX_ASPECT = 200
-MAX_CHARS_PER_TOKEN = 16
-# Checkpoints take 262,144 positions. Buffers of graph decoding and the longest questions of a profile grow with them.
-MAX_POSITIONS = 8192
+from pacevlm.models.qwen3_vl.adapter import Qwen3VLAdapter
 
 
-@dataclass(frozen=True, slots=True)
-class Qwen3VLMoePrompt:
-    """Token ids before and behind the image."""
-
-    ids_before: list[int]
-    ids_behind: list[int]
-
-    @property
-    def text_ids(self) -> list[int]:
-        """Tokens of the question and of the words around it."""
-        return self.ids_before + self.ids_behind
-
-    @property
-    def num_text_tokens(self) -> int:
-        """Prompt tokens that are not image tokens."""
-        return len(self.ids_before) + len(self.ids_behind)
-
-
-@dataclass(frozen=True, slots=True)
-class Qwen3VLMoeRequest:
-    """The model's inputs for one request.
-
-    Attributes:
-        input_ids: `(tokens,)`.
-        is_image: which of them are image tokens, `(tokens,)`.
-        patches: pixel values in the order of the vision encoder, `(patches, patch_values)`; None without an image.
-        grid: frames, rows and columns of patches, `(1, 3)`; None without an image.
-        vision_sizes: patches, image tokens and pairs of patches.
-    """
-
-    input_ids: Tensor
-    is_image: Tensor
-    patches: Tensor | None
-    grid: Tensor | None
-    vision_sizes: VisionSizes
-
-
-class Qwen3VLMoeAdapter(Adapter[Qwen3VLMoePrompt, Qwen3VLMoeRequest]):
-    """Adapter of a Qwen3-VL-MoE model; see `pacevlm.models.adapter.Adapter` for the methods.
-
-    A tier's vision budget is the most pixels that a picture is resized to. A token's positions are its time, row and
-    column.
-    """
-
-    position_axes = 3
+class Qwen3VLMoeAdapter(Qwen3VLAdapter):
+    """Adapter of a Qwen3-VL-MoE model; see `pacevlm.models.adapter.Adapter` for the methods."""
 
     def __init__(
         self, model: Qwen3VLMoeForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, image_processor: Any
     ) -> None:
-        model.train(False)
-        self.model = model.requires_grad_(False)
-        self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.text, self.layers = model.model.language_model, list(model.model.language_model.layers)
+        super().__init__(model, tokenizer, image_processor)
         config: Any = model.config.text_config
-        self.num_blocks = len(self.layers)
         self.num_experts: int = config.num_experts
         self.trained_top_k: int = config.num_experts_per_tok
-        self.d_model: int = config.hidden_size
-        self.max_positions: int = min(config.max_position_embeddings, MAX_POSITIONS)
-        ends = model.generation_config.eos_token_id
-        ends = config.eos_token_id if ends is None else ends
-        self.end_token_ids = frozenset(ends if isinstance(ends, list) else [ends])
-        self.head_dim: int = config.head_dim
-        self.device, self.dtype = next(model.parameters()).device, next(model.parameters()).dtype
-        self.cache_bytes_per_token = 2 * config.num_key_value_heads * self.head_dim * self.dtype.itemsize
-        # Sides of a picture are multiples of this, pixels; one image token covers its square.
-        self.token_side: int = image_processor.patch_size * image_processor.merge_size
-        self.default_vision_budgets = {tier: count * self.token_side**2 for tier, count in DEFAULT_IMAGE_TOKENS.items()}
-        image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self.image_id: int = cast(int, image_id)
-        self._before, self._before_text = self._encode(BEFORE_IMAGE), self._encode(BEFORE_TEXT)
-        self._between, self._behind = self._encode(BEHIND_IMAGE), self._encode(BEHIND_QUESTION)
-
-    # Text and pictures ------------------------------------------------------------------------------------------------
-
-    def _encode(self, text: str, split_special_tokens: bool = False) -> list[int]:
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)
-        return list(encoded["input_ids"])
-
-    def encode_question(self, question: str, has_image: bool = True) -> Qwen3VLMoePrompt:
-        """See `Adapter`; raises QuestionError."""
-        if not isinstance(question, str):
-            raise QuestionError(f"a question must be text, not {type(question).__name__}")
-        if not question.strip():
-            raise QuestionError("the question is empty; ask something, for example 'Describe this image.'")
-        if len(question) > MAX_CHARS_PER_TOKEN * self.max_positions:
-            raise QuestionError(
-                f"the question has {len(question):,} characters, far more than fit into {self.max_positions:,} "
-                "positions; shorten it"
-            )
-        try:
-            question.encode()
-        except UnicodeEncodeError as error:
-            raise QuestionError(f"the question is not valid Unicode text: {error}") from error
-        # A question cannot bring special tokens of its own.
-        ids = self._encode(question, split_special_tokens=True)
-        before, between = (self._before, self._between) if has_image else (self._before_text, [])
-        prompt = Qwen3VLMoePrompt(before, between + ids + self._behind)
-        if prompt.num_text_tokens >= self.max_positions:
-            raise QuestionError(
-                f"the prompt has {prompt.num_text_tokens:,} text tokens, but the model has {self.max_positions:,} "
-                "positions; shorten the question"
-            )
-        return prompt
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """See `Adapter`."""
-        return cast(str, self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
-
-    def _pixel_limits(self, height: int, width: int, vision_budget: int) -> tuple[int, int]:
-        """Fewest and most pixels of a resized picture, as the image processor is given them."""
-        least, most, side = self.image_processor.size["shortest_edge"], vision_budget, self.token_side
-        if round(height / side) * round(width / side) * side**2 > vision_budget:
-            # The processor shrinks it then, but would enlarge a long one that only rounding made too large, so that a
-            # dearer tier could have fewer tokens.
-            most = min(vision_budget, height * width)
-        return min(least, most), most
-
-    def vision_sizes(self, height: int, width: int, vision_budget: int) -> VisionSizes:
-        """See `Adapter`; raises ImageError."""
-        least, most = self._pixel_limits(height, width, vision_budget)
-        if max(height, width) > MAX_ASPECT * min(height, width):
-            raise ImageError(
-                f"the image is {width}x{height} pixels, more than {MAX_ASPECT} times as long as wide; crop it"
-            )
-        count = self.image_processor.get_number_of_image_patches(
-            height, width, {"min_pixels": least, "max_pixels": most}
-        )
-        return VisionSizes(count, count // self.image_processor.merge_size**2, count * count)
-
-    def max_image_tokens(self, vision_budget: int) -> int:
-        """See `Adapter`: a side is one token at least, so that long pictures may have more than the budget."""
-        longest = -(-math.isqrt(MAX_ASPECT * vision_budget) // self.token_side) + 1
-        return max(vision_budget // self.token_side**2, longest)
-
-    def prepare(self, image: Image.Image | None, prompt: Qwen3VLMoePrompt, vision_budget: int) -> Qwen3VLMoeRequest:
-        """See `Adapter`; raises ImageError."""
-        if image is None:
-            ids = torch.tensor(prompt.text_ids)
-            return Qwen3VLMoeRequest(ids, torch.zeros_like(ids, dtype=torch.bool), None, None, VisionSizes(0, 0))
-        sizes = self.vision_sizes(image.height, image.width, vision_budget)
-        least, most = self._pixel_limits(image.height, image.width, vision_budget)
-        inputs = self.image_processor(
-            images=image, size={"shortest_edge": least, "longest_edge": most}, return_tensors="pt"
-        )
-        count = sizes.num_image_tokens
-        ids = torch.tensor([*prompt.ids_before, *[self.image_id] * count, *prompt.ids_behind])
-        is_image = torch.zeros_like(ids)
-        is_image[len(prompt.ids_before) : len(prompt.ids_before) + count] = 1
-        return Qwen3VLMoeRequest(ids, is_image.bool(), inputs["pixel_values"], inputs["image_grid_thw"], sizes)
-
-    def encode_vision(self, requests: Sequence[Qwen3VLMoeRequest]) -> list[list[Tensor]]:
-        """See `Adapter`; for every request what stands in front of the first block and what is added behind some."""
-        patches = torch.cat([cast(Tensor, request.patches) for request in requests]).to(self.device)
-        grids = torch.cat([cast(Tensor, request.grid) for request in requests]).to(self.device)
-        # `get_image_features` cuts these apart from release to release in other ways.
-        found: Any = self.model.model.visual(patches.to(self.dtype), grid_thw=grids, return_dict=True)
-        counts = [request.vision_sizes.num_image_tokens for request in requests]
-        depths = [found.pooler_output, *found.deepstack_features]
-        return [list(of_one) for of_one in zip(*(depth.split(counts) for depth in depths), strict=True)]
-
-    # The decoder ------------------------------------------------------------------------------------------------------
-
-    def embed(self, request: Qwen3VLMoeRequest, features: list[Tensor] | None) -> EmbeddedPrompt:
-        """See `Adapter`."""
-        ids, is_image = request.input_ids, request.is_image
-        if features is None:
-            counted = torch.arange(len(ids), device=self.device)[:, None].expand(-1, self.position_axes)
-            return EmbeddedPrompt(self.embed_tokens(ids.to(self.device)), counted, len(ids))
-        positions, offset = self.model.model.get_rope_index(
-            ids[None], mm_token_type_ids=is_image[None].int(), image_grid_thw=request.grid
-        )
-        places = is_image.nonzero()[:, 0].to(self.device)
-        hidden = self.embed_tokens(ids.to(self.device)).index_copy(0, places, features[0])
-        nothing = torch.zeros_like(hidden)
-        return EmbeddedPrompt(
-            hidden,
-            positions[:, 0].T.to(self.device),
-            len(ids) + int(offset),
-            {block: nothing.index_copy(0, places, added) for block, added in enumerate(features[1:])},
-        )
-
-    def embed_tokens(self, token_ids: Tensor) -> Tensor:
-        """See `Adapter`."""
-        return F.embedding(token_ids, self.text.embed_tokens.weight)
-
-    def rope(self, positions: Tensor) -> Rope:
-        """See `Adapter`."""
-        cos, sin = self.text.rotary_emb(self.text.embed_tokens.weight, positions.movedim(-1, 0))
-        return cos[:, None], sin[:, None]
-
-    def project(self, block: int, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Adapter`."""
-        layer = self.layers[block]
-        attention, normed = layer.self_attn, layer.input_layernorm(x)
-        q = attention.q_norm(attention.q_proj(normed).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        k = attention.k_norm(attention.k_proj(normed).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        v = attention.v_proj(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        return _rotate(q, rope), _rotate(k, rope), v
-
-    def attend(self, block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        """See `Adapter`."""
-        attention = self.layers[block].self_attn
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=is_causal, scale=attention.scaling, enable_gqa=True
-        )
-        out: Tensor = attention.o_proj(mixed.transpose(1, 2).flatten(2))
-        return out
 
     def mix_experts(self, block: int, x: Tensor, top_k: int | Tensor) -> Tensor:
         """See `Adapter`; kept weights are renormalised, and a block without experts ignores top_k."""
         layer = self.layers[block]
-        normed: Tensor = layer.post_attention_layernorm(x)
         if not hasattr(layer.mlp, "experts"):
-            dense: Tensor = layer.mlp(normed)
-            return dense
-        flat = normed.flatten(0, 1)
+            return super().mix_experts(block, x, top_k)
+        flat: Tensor = layer.post_attention_layernorm(x).flatten(0, 1)
         widest, keep = spread_top_k(top_k, x.shape[1])
         shares = F.linear(flat, layer.mlp.gate.weight).softmax(-1, dtype=torch.float32)
         weights, experts = shares.topk(widest, dim=-1)
@@ -259,13 +38,3 @@ class Qwen3VLMoeAdapter(Adapter[Qwen3VLMoePrompt, Qwen3VLMoeRequest]):
         weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
         of_layer = layer.mlp.experts
         return run_experts(flat, weights, experts, of_layer.gate_up_proj, of_layer.down_proj, keep).view_as(x)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """See `Adapter`."""
-        out: Tensor = self.model.lm_head(self.text.norm(x))
-        return out
-
-
-def _rotate(x: Tensor, rope: Rope) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * rope[0] + torch.cat([-second, first], dim=-1) * rope[1]

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families.tiny_qwen3_vl_moe import save_qwen3_vl_moe
+from families.tiny_qwen3_vl import save_qwen3_vl_moe
 from PIL import Image
 
 from pacevlm.errors import CheckpointError, ImageError, QuestionError
 from pacevlm.models.elastic import ElasticModel
+from pacevlm.models.questions import encode_text
 from pacevlm.request.run import run_forced
 
 
@@ -37,7 +38,7 @@ def test_sizes_of_any_picture_are_known(model: ElasticModel) -> None:
     rng, adapter = random.Random(0), model.adapter
     prompt = adapter.encode_question("?")
     sides = [(1, 1), (3, 3), (3, 50), (1, 3), (3, 1), (2, 400), (400, 2), (1, 200)]
-    sides += [(int(600 ** rng.random()), int(600 ** rng.random())) for _ in range(60)]
+    sides += [(int(600 ** rng.random()), int(600 ** rng.random())) for _ in range(20)]
     for height, width in sides:
         if max(height, width) > 200 * min(height, width):
             continue
@@ -75,7 +76,10 @@ def test_unusable_questions_are_refused(model: ElasticModel, question: Any) -> N
 def test_unusual_questions_are_answered(model: ElasticModel, question: str) -> None:
     assert model.adapter.image_id not in model.adapter.encode_question(question).text_ids
     run_forced(model, picture(40, 40), question, model.knob_space.full)
-    assert model.adapter.decode(model.adapter._encode(question, split_special_tokens=True)) == question.strip()
+    assert (
+        model.adapter.decode(encode_text(model.adapter.tokenizer, question, split_special_tokens=True))
+        == question.strip()
+    )
 
 
 def test_pictures_encoded_together_are_what_they_are_alone(model: ElasticModel) -> None:

@@ -1,4 +1,4 @@
-"""A random Qwen3-VL-MoE of a few layers, with a tokenizer and an image processor, and transformers' own pass of it."""
+"""A random Qwen3-VL of a few layers, with experts or dense, all that goes with it, and transformers' own pass of it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
 )
 
 from pacevlm.models.adapter import EmbeddedPrompt
-from pacevlm.models.qwen3_vl_moe.adapter import Qwen3VLMoeAdapter
+from pacevlm.models.qwen3_vl.adapter import Qwen3VLAdapter
 
 ENDS = ("<|im_end|>", "<|endoftext|>")
 SPECIAL = [*ENDS, "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -29,26 +31,34 @@ TEXTS = ["Which number is the largest? 407", "How many red digits are there?", "
 PATCH, MERGE = 4, 2
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(special: Sequence[str] = SPECIAL) -> PreTrainedTokenizerFast:
+    """Bytes and a few merges; of the special tokens the first ends an answer and the second fills."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=SPECIAL,
+        special_tokens=list(special),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token=ENDS[0],
-        pad_token=ENDS[1],
-        extra_special_tokens=SPECIAL[2:],
+        eos_token=special[0],
+        pad_token=special[1],
+        extra_special_tokens=list(special[2:]),
     )
 
 
-def save_qwen3_vl_moe(folder: Path, seed: int = 0, text: dict[str, Any] | None = None, **elastic: Any) -> Path:
+def save_qwen3_vl(folder: Path, **elastic: Any) -> Path:
+    """See `save_qwen3_vl_moe`, for a dense one."""
+    return save_qwen3_vl_moe(folder, dense=True, **elastic)
+
+
+def save_qwen3_vl_moe(
+    folder: Path, seed: int = 0, text: dict[str, Any] | None = None, dense: bool = False, **elastic: Any
+) -> Path:
     """Write a random checkpoint, its tokenizer, image processor and `elastic.json`; returns the folder."""
     tokenizer = build_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
@@ -60,9 +70,6 @@ def save_qwen3_vl_moe(folder: Path, seed: int = 0, text: dict[str, Any] | None =
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
-        "moe_intermediate_size": 24,
-        "num_experts": 6,
-        "num_experts_per_tok": 3,
         "max_position_embeddings": 256,
         "initializer_range": 0.25,
         "eos_token_id": [ids[token] for token in ENDS],
@@ -73,7 +80,14 @@ def save_qwen3_vl_moe(folder: Path, seed: int = 0, text: dict[str, Any] | None =
             "mrope_interleaved": True,
         },
     }
-    config = Qwen3VLMoeConfig(
+    if not dense:
+        settings |= {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3}
+    config_class, model_class = (
+        (Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+        if dense
+        else (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration)
+    )
+    config = config_class(
         text_config=settings | (text or {}),
         vision_config={
             "depth": 4,
@@ -94,7 +108,7 @@ def save_qwen3_vl_moe(folder: Path, seed: int = 0, text: dict[str, Any] | None =
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3VLMoeForConditionalGeneration(config)
+        model = model_class(config)
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if name.endswith("norm.weight"):
@@ -105,7 +119,7 @@ def save_qwen3_vl_moe(folder: Path, seed: int = 0, text: dict[str, Any] | None =
     Qwen2VLImageProcessorPil(
         patch_size=PATCH, merge_size=MERGE, size={"shortest_edge": side**2, "longest_edge": 64 * side**2}
     ).save_pretrained(folder)
-    space = {"tiers": ["low", "medium", "high"], "top_ks": [1, 2, 3], "num_blocks": [3, 4, 5, 6]}
+    space = {"tiers": ["low", "medium", "high"], "top_ks": [1] if dense else [1, 2, 3], "num_blocks": [3, 4, 5, 6]}
     values = {
         "vision_budgets": {"low": 4 * side**2, "medium": 9 * side**2, "high": 16 * side**2},
         "removal": [4, 2, 3],
@@ -116,33 +130,41 @@ def save_qwen3_vl_moe(folder: Path, seed: int = 0, text: dict[str, Any] | None =
     return folder
 
 
-class _Nothing(torch.nn.Module):
+class Nothing(torch.nn.Module):
     """Stands for a layer that is left out."""
 
-    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
 
 
+def eager_experts(adapter: Qwen3VLAdapter) -> None:
+    """The pretended device has no grouped product: transformers would count experts there as a GPU does."""
+    if adapter.num_experts > 1:
+        adapter.model.set_experts_implementation("eager")
+
+
 @contextmanager
-def _changed(adapter: Qwen3VLMoeAdapter, removed: Collection[int], top_ks: Sequence[int] | None) -> Iterator[None]:
-    # The pretended device has no grouped product: transformers would count experts there as a GPU does.
-    adapter.model.set_experts_implementation("eager")
+def changed(adapter: Qwen3VLAdapter, removed: Collection[int], top_ks: Sequence[int] | None) -> Iterator[None]:
+    eager_experts(adapter)
     layers = adapter.model.model.language_model.layers
     kept, trained = list(layers), adapter.trained_top_k
     try:
         for block, layer in enumerate(kept):
-            layer.mlp.gate.top_k = trained if top_ks is None else top_ks[block]
+            if hasattr(layer.mlp, "gate"):
+                layer.mlp.gate.top_k = trained if top_ks is None else top_ks[block]
             if block in removed:
-                layers[block] = _Nothing()
+                layers[block] = Nothing()
         yield
     finally:
         for block, layer in enumerate(kept):
-            layer.mlp.gate.top_k, layers[block] = trained, layer
+            layers[block] = layer
+            if hasattr(layer.mlp, "gate"):
+                layer.mlp.gate.top_k = trained
 
 
 @torch.no_grad()
 def transformers_pass(
-    adapter: Qwen3VLMoeAdapter,
+    adapter: Qwen3VLAdapter,
     prompt: EmbeddedPrompt,
     behind: Tensor,
     removed: Collection[int],
@@ -157,7 +179,7 @@ def transformers_pass(
         depths = [prompt.added[block][visual] for block in range(len(prompt.added))]
         visual = F.pad(visual, (0, len(behind)))[None]
     text, streams = adapter.model.model.language_model, []
-    with _changed(adapter, removed, top_ks):
+    with changed(adapter, removed, top_ks):
         # What a layer reads is the stream behind the one before, with what is added there.
         hooks = [
             module.register_forward_pre_hook(lambda _, args: streams.append(args[0][0]))
@@ -176,12 +198,15 @@ def transformers_pass(
     return states, adapter.model.lm_head(out.last_hidden_state[0])
 
 
-def naive_experts(adapter: Qwen3VLMoeAdapter, block: int, x: Tensor, top_k: int) -> Tensor:
+def naive_experts(adapter: Qwen3VLAdapter, block: int, x: Tensor, top_k: int) -> Tensor:
     """One token after the other, one expert after the other; `x` is `(tokens, d_model)`."""
     layer, out = adapter.model.model.language_model.layers[block], []
     norm, mlp = layer.post_attention_layernorm, layer.mlp
     for token in x:
         y = token / (token.square().mean() + norm.variance_epsilon).sqrt() * norm.weight
+        if not hasattr(mlp, "gate"):
+            out.append(mlp.down_proj.weight @ (F.silu(mlp.gate_proj.weight @ y) * (mlp.up_proj.weight @ y)))
+            continue
         best = (mlp.gate.weight @ y).softmax(-1).topk(top_k)
         mixed = torch.zeros_like(token)
         for weight, expert in zip(best.values / best.values.sum(), best.indices.tolist(), strict=True):
@@ -192,10 +217,10 @@ def naive_experts(adapter: Qwen3VLMoeAdapter, block: int, x: Tensor, top_k: int)
 
 
 def transformers_inputs(
-    adapter: Qwen3VLMoeAdapter, image: Image.Image | None, question: str, budget: int
+    adapter: Qwen3VLAdapter, image: Image.Image | None, question: str, budget: int
 ) -> dict[str, Any]:
     """What transformers' model is given, made from the text of the chat template and not from the adapter's parts."""
-    adapter.model.set_experts_implementation("eager")
+    eager_experts(adapter)
     inputs: dict[str, Any] = {}
     picture = ""
     if image is not None:

@@ -1,0 +1,1 @@
+"""Gemma 4 with mixture-of-experts or dense blocks, run on transformers' own modules."""

@@ -1,0 +1,1 @@
+"""Qwen3-VL without experts, run on transformers' own modules."""
