@@ -506,8 +506,8 @@ def inspect(arguments: Sequence[str]) -> int:
 def serve(arguments: Sequence[str]) -> None:
     """Answer requests over HTTP, each within its budget, time in the queue included; OpenAI's clients fit.
 
-    Says where it listens once the model is loaded and warm. SIGTERM and Ctrl-C finish what was accepted. Requests, objectives,
-    metrics and errors: docs/serving.md.
+    Says where it listens once the model is loaded and warm. SIGTERM and Ctrl-C finish what was accepted. Objectives,
+    metrics and errors are in docs/serving.md.
 
     Examples:
       pacevlm serve --run-dir runs/mine

@@ -60,9 +60,7 @@ BESIDE = ("recipes", "benchmarks", "scripts", "examples", "tests")  # they impor
 
 SERVER = frozenset(
     f"pacevlm.server.{module}"
-    for module in (
-        *("app", "asking", "chat", "edge", "listening", "metrics", "protocol", "refusals", "remote", "run"),
-    )
+    for module in (*("app", "asking", "chat", "edge", "listening", "metrics", "protocol", "refusals", "remote", "run"),)
 )
 
 # Optional libraries, and the only modules that may load them as they are imported. Everywhere else the import stands

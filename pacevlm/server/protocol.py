@@ -124,7 +124,9 @@ class ChatRequest(_Asked):
     @property
     def most_tokens(self) -> int | None:
         """The lower of the two limits, if one is given."""
-        return min((limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None), default=None)
+        return min(
+            (limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None), default=None
+        )
 
 
 # What each field may be besides null, and why nothing else.
@@ -303,9 +305,11 @@ class ErrorBody(BaseModel):
 
     message: str
     type: str
-    param: str | None = None
-    code: str | None = None
-    retry_after_s: float | None = Field(None, description="when a request like this could be accepted, if that is known")
+    param: str | None
+    code: str | None
+    retry_after_s: float | None = Field(
+        None, description="when a request like this could be accepted, if that is known"
+    )
     soonest_budget_ms: float | None = Field(None, description="the smallest budget that could be promised now")
 
 

@@ -59,24 +59,23 @@ def describe(error: PacevlmError) -> tuple[int, ErrorBody, dict[str, str]]:
             headers["connection"] = "close"
         kinds = {401: "authentication_error", 429: OVERLOADED, 503: UNAVAILABLE}
         kind = kinds.get(error.status, INVALID)
-        body = ErrorBody(
-            message=message, type=kind, param=error.param, code=error.code, retry_after_s=error.retry_after_s
-        )
-        status = error.status
+        status, body = error.status, ErrorBody(message=message, type=kind, param=error.param, code=error.code)
+        body.retry_after_s = error.retry_after_s
     elif isinstance(error, OverloadError):
         status = 429
         body = ErrorBody(
             message=message,
             type=OVERLOADED,
+            param="latency_budget_ms",
             code="budget_cannot_be_met",
             retry_after_s=_finite(error.retry_after_s),
             soonest_budget_ms=_finite(error.soonest_budget_ms),
         )
     elif isinstance(error, DeadlineError):
-        status, body = 408, ErrorBody(message=message, type=INVALID, code="deadline_expired")
+        status, body = 408, ErrorBody(message=message, type=INVALID, param="latency_budget_ms", code="deadline_expired")
     elif isinstance(error, WorkerError):
         status = 503
-        body = ErrorBody(message=message, type=UNAVAILABLE, code="worker_lost", retry_after_s=RESTART_S)
+        body = ErrorBody(message=message, type=UNAVAILABLE, param=None, code="worker_lost", retry_after_s=RESTART_S)
     else:
         param, code = _where(error)
         status, body = 400, ErrorBody(message=message, type=INVALID, param=param, code=code)
@@ -95,12 +94,12 @@ def error_response(error: PacevlmError) -> Response:
 def plain_error(status: int, message: str) -> ErrorBody:
     """For what has no error of its own: an unknown path, a wrong method, a fault of the server."""
     kind = "server_error" if status >= 500 else INVALID
-    return ErrorBody(message=message, type=kind, code=HTTPStatus(status).phrase.lower().replace(" ", "_"))
+    return ErrorBody(message=message, type=kind, param=None, code=HTTPStatus(status).phrase.lower().replace(" ", "_"))
 
 
 def envelope_response(status: int, body: ErrorBody, headers: dict[str, str] | None = None) -> Response:
     """An error as a whole response."""
-    content = ErrorEnvelope(error=body).model_dump_json()
+    content = ErrorEnvelope(error=body).model_dump_json(exclude_unset=True)
     return Response(content, status, headers, media_type="application/json")
 
 

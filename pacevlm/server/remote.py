@@ -83,12 +83,16 @@ class PictureFetcher:
             pool.stream("GET", url, headers=headers) as response,
         ):
             if response.status != 200:
-                raise ImageError(f"the picture at {host} was answered with status {response.status}; nothing is followed")
+                raise ImageError(
+                    f"the picture at {host} was answered with status {response.status}; nothing is followed"
+                )
             content = bytearray()
             async for piece in response.aiter_stream():
                 content += piece
                 if len(content) > self._max_bytes:
-                    raise ImageError(f"the picture at {host} has more than {self._max_bytes:,} bytes, which is the most")
+                    raise ImageError(
+                        f"the picture at {host} has more than {self._max_bytes:,} bytes, which is the most"
+                    )
             return bytes(content)
 
 
