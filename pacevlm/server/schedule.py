@@ -82,7 +82,8 @@ class Schedule:
     Attributes:
         waiting: accepted and not begun, by the deadlines they were promised.
         free_s: when the running request is over at the latest; minus infinity while none runs.
-        factor: how many times slower than profiled the machine is.
+        factor: how many times slower than profiled the machine is, for bounds.
+        pace: how many times their predictions requests took lately, on average.
         gap_ms: what passes on the worker between two requests.
     """
 
@@ -90,7 +91,7 @@ class Schedule:
         self.max_waiting = max_waiting
         self.waiting: list[Entry] = []
         self.free_s = -math.inf
-        self.factor, self.gap_ms = 1.0, 0.0
+        self.factor, self.pace, self.gap_ms = 1.0, 1.0, 0.0
 
     def admit(self, entry: Entry, now_s: float) -> Refusal | None:
         """Accept a request into the queue, or say why not.
@@ -206,7 +207,7 @@ class Schedule:
         return starts
 
     def _take_s(self, entry: Entry) -> float:
-        return (entry.cheapest_ms * self.factor + self.gap_ms) / 1e3
+        return (entry.cheapest_ms * self.pace + self.gap_ms) / 1e3
 
     def _bound_s(self, entry: Entry) -> float:
         return (entry.bound_ms * self.factor + self.gap_ms) / 1e3
