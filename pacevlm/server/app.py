@@ -39,9 +39,7 @@ _REFUSALS = {
     503: "the worker is being restarted",
 }
 # Nothing that the page needs is anywhere else.
-_PAGE_POLICY = (
-    "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
-)
+_PAGE_POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'"
 
 
 class Model(BaseModel):

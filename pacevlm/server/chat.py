@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,6 +46,7 @@ class ChatEndpoint:
     def __init__(self, engine: Engine, config: ServeConfig, metrics: Metrics) -> None:
         self._engine, self._config, self._metrics = engine, config, metrics
         self._fetcher = PictureFetcher(config.image_hosts, config.max_body_bytes)
+        self._numbers = itertools.count(1)  # clients may send one id twice
 
     async def __call__(self, request: Request) -> Response:
         """The answer, or why there is none; what a stream says is decided once its first piece is there."""
@@ -54,7 +56,12 @@ class ChatEndpoint:
             self._check_model(asked.model)
             state = request.state
             job = await read_job(
-                asked, request.headers, self._fetcher, request_id=state.request_id, arrived_s=state.arrived_s
+                asked,
+                request.headers,
+                self._fetcher,
+                max_positions=self._engine.limits["max_positions"],
+                request_id=f"{state.request_id}-{next(self._numbers)}",
+                arrived_s=state.arrived_s,
             )
             turn = _Turn(self._engine.submit(job), request.receive)
             event = await turn.next()
@@ -66,7 +73,11 @@ class ChatEndpoint:
             if isinstance(error, ClientDisconnect | asyncio.CancelledError):
                 self._metrics.cancelled()
             raise
-        head = {"id": f"chatcmpl-{job.request_id}", "created": int(time.time()), "model": self._config.model_name}
+        head: dict[str, Any] = {
+            "id": f"chatcmpl-{job.request_id}",
+            "created": int(time.time()),
+            "model": self._config.model_name,
+        }
         if asked.stream:
             include_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
             return EventStream(self, request, turn, event, head, include_usage=include_usage)
@@ -189,8 +200,8 @@ class _Turn:
         self._gone = asyncio.ensure_future(_until_gone(receive))
 
     async def next(self) -> str | Served:
-        """The next piece of the answer, or the whole at its end; raises ClientDisconnect, and whatever the engine does."""
-        step = asyncio.ensure_future(anext(self._events))
+        """The next piece, or the whole at the end; raises ClientDisconnect, and what the engine raises."""
+        step: asyncio.Future[str | Served] = asyncio.ensure_future(anext(self._events))
         try:
             await asyncio.wait((step, self._gone), return_when=asyncio.FIRST_COMPLETED)
             if not step.done():

@@ -1,4 +1,4 @@
-"""What `/metrics` shows. Names are vLLM's with another prefix where they mean the same, so that dashboards carry over."""
+"""What `/metrics` shows; names are vLLM's with another prefix where they mean the same, so dashboards carry over."""
 
 from __future__ import annotations
 
@@ -99,6 +99,7 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(PREFIX + name, description, value)
         for name, value, description in (
             ("requests_accepted", stats.accepted, "Requests that entered the queue."),
+            ("requests_expired", stats.expired, "Accepted requests whose budget was over before they could begin."),
             ("worker_restarts", stats.restarts, "Workers that were started in place of a dead one."),
         ):
             yield CounterMetricFamily(PREFIX + name, description, value)

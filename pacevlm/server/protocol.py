@@ -124,9 +124,8 @@ class ChatRequest(_Asked):
     @property
     def most_tokens(self) -> int | None:
         """The lower of the two limits, if one is given."""
-        return min(
-            (limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None), default=None
-        )
+        given = [limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None]
+        return min(given, default=None)
 
 
 # What each field may be besides null, and why nothing else.
@@ -307,10 +306,8 @@ class ErrorBody(BaseModel):
     type: str
     param: str | None
     code: str | None
-    retry_after_s: float | None = Field(
-        None, description="when a request like this could be accepted, if that is known"
-    )
-    soonest_budget_ms: float | None = Field(None, description="the smallest budget that could be promised now")
+    retry_after_s: float | None = Field(default=None, description="when a request like this could be accepted")
+    soonest_budget_ms: float | None = Field(default=None, description="the smallest budget that could be promised now")
 
 
 class ErrorEnvelope(BaseModel):

@@ -76,16 +76,14 @@ class PictureFetcher:
 
     async def _read(self, host: str, target: bytes) -> bytes:
         url = httpcore2.URL(scheme=b"https", host=host.encode(), port=None, target=target)
-        headers = {"host": host, "accept": "image/*", "accept-encoding": "identity", "user-agent": "pacevlm"}
+        headers = [("host", host), ("accept", "image/*"), ("accept-encoding", "identity"), ("user-agent", "pacevlm")]
         # A connection of its own for each picture, so that none outlives the check of its address.
         async with (
             httpcore2.AsyncConnectionPool(self._certificates, network_backend=self._network) as pool,
             pool.stream("GET", url, headers=headers) as response,
         ):
             if response.status != 200:
-                raise ImageError(
-                    f"the picture at {host} was answered with status {response.status}; nothing is followed"
-                )
+                raise ImageError(f"the picture at {host} came with status {response.status}; nothing is followed")
             content = bytearray()
             async for piece in response.aiter_stream():
                 content += piece

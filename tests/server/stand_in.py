@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
+from typing import ClassVar
 
 from pacevlm.errors import PacevlmError
 from pacevlm.images import open_picture
@@ -21,6 +22,7 @@ class StandInEngine:
     """Answers every job after `seconds`, unless `error` says otherwise; `jobs` are those it was given."""
 
     knob_space = KnobSpace()
+    limits: ClassVar = {"max_new_tokens": 8, "max_positions": 256, "max_image_pixels": 10**8}
 
     def __init__(self) -> None:
         self.ready = False
@@ -48,7 +50,7 @@ class StandInEngine:
         return StandInTicket(self, job)
 
     def stats(self) -> SimpleNamespace:
-        return SimpleNamespace(waiting=0, running=0, accepted=len(self.jobs), restarts=0, drift_factor=1.0)
+        return SimpleNamespace(waiting=0, running=0, accepted=len(self.jobs), expired=0, restarts=0, drift_factor=1.0)
 
 
 class StandInTicket:
