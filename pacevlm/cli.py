@@ -503,6 +503,26 @@ def inspect(arguments: Sequence[str]) -> int:
     return USAGE_ERROR if found.problems else 0
 
 
+def serve(arguments: Sequence[str]) -> None:
+    """Answer requests over HTTP, each within its budget, time in the queue included; OpenAI's clients fit.
+
+    Says where it listens once the model is loaded and warm. SIGTERM and Ctrl-C finish what was accepted. Objectives,
+    metrics and errors are in docs/serving.md.
+
+    Examples:
+      pacevlm serve --run-dir runs/mine
+      pacevlm serve --run-dir runs/mine --host 0.0.0.0 --port 8080
+      pacevlm serve --image-hosts images.example.org upload.example.org
+    """
+    from pacevlm.server.config import ServeConfig
+
+    config = parse_options(serve, ServeConfig, arguments)
+    from pacevlm.server.run import run_server
+
+    run_server(config, lambda address: print(f"listening on {address}", flush=True))
+    print("stopped; what was accepted is finished")
+
+
 # Each returns its exit code, or None for 0.
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "quickstart": quickstart,
@@ -518,6 +538,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "prices": prices,
     "importance": importance,
     "inspect": inspect,
+    "serve": serve,
 }
 
 
@@ -572,7 +593,7 @@ def _end_early(error: BaseException, arguments: Sequence[str]) -> int:
         return _fail(str(error))
     if isinstance(error, ModuleNotFoundError) and error.name is not None and not error.name.startswith("pacevlm"):
         return _fail(
-            f"{error.name} is not installed; pip install 'pacevlm[cpu,digits,report,train]' installs all of it"
+            f"{error.name} is not installed; pip install 'pacevlm[cpu,digits,report,serve,train]' installs all of it"
         )
     if isinstance(error, OSError):
         # The package's own files raise StorageError and the like: this is the output, or a path that cannot be used.
