@@ -21,7 +21,7 @@ from pacevlm.knobs import KnobSpace
 from pacevlm.server.config import ServeConfig
 from pacevlm.server.job import Job, Served
 from pacevlm.server.outlook import Look, Outlook
-from pacevlm.server.schedule import Entry, Schedule, Turn
+from pacevlm.server.schedule import NEWEST, Entry, Schedule, Turn
 from pacevlm.server.wire import HEAD, NO_IMAGE, answer_from_dict, pack
 from pacevlm.types import BudgetKind
 
@@ -34,8 +34,6 @@ HANG_S = 60.0
 STOP_S = 20.0
 """So long a worker may take to end once it is told to."""
 MAX_RESTART_PAUSE_S = 30.0
-# Weight of the newest request in what is known of the time that requests take, and of the gap between two.
-NEWEST = 0.02
 FIRST_GAP_MS = 1.0
 # Largest message of a worker but the first, and most that is buffered of a stream.
 STREAM_LIMIT = 2**20
@@ -364,7 +362,7 @@ class Engine:
         schedule, answer = self.schedule, served.answer
         schedule.factor = drift_factor
         predicted_ms = float(ticket.look.predicted_ms[self.knob_space.place(answer.knobs)])
-        schedule.pace += NEWEST * (answer.times.e2e_ms / predicted_ms - schedule.pace)
+        schedule.learn(predicted_ms, answer.times.e2e_ms)
         schedule.gap_ms += NEWEST * (max(passed_ms - answer.times.e2e_ms, 0.0) - schedule.gap_ms)
 
     async def _run_probe(self) -> None:

@@ -10,6 +10,9 @@ import bisect
 import math
 from dataclasses import dataclass, field, replace
 
+# Weight of the newest request in averages.
+NEWEST = 0.02
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -134,6 +137,15 @@ class Schedule:
     def end(self) -> None:
         """The running request is over."""
         self.free_s = -math.inf
+
+    def learn(self, predicted_ms: float, took_ms: float) -> None:
+        """Follow what requests take on average.
+
+        Args:
+            predicted_ms: what the knobs that ran were predicted to take before the request began.
+            took_ms: what it took.
+        """
+        self.pace += NEWEST * (took_ms / predicted_ms - self.pace)
 
     def cancel(self, key: str) -> bool:
         """Give up a waiting request's place; False if it does not wait."""
