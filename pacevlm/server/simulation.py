@@ -21,11 +21,12 @@ from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.baselines.one_choice import OneChoicePolicy
 from pacevlm.controller.policy_interface import Policy, PolicyInput
 from pacevlm.errors import ConfigError
+from pacevlm.evaluation.prices import PriceTable
 from pacevlm.evaluation.sweep import choose_knobs, exhaustive_sweep
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.latency.profile import Profile
 from pacevlm.latency.replay import ReplayedClock
-from pacevlm.pipeline.artefacts import LOOKUP_NAME, PROFILE_NAME
+from pacevlm.pipeline.artefacts import LOOKUP_NAME, PRICES_NAME, PROFILE_NAME
 from pacevlm.pipeline.context import Reporter, RunContext
 from pacevlm.pipeline.lock import one_writer
 from pacevlm.pipeline.run_config import load_run_config
@@ -86,9 +87,6 @@ class Traffic:
 
     @classmethod
     def _gather(cls, run: RunContext) -> Self:
-        from pacevlm.evaluation.prices import PriceTable
-        from pacevlm.pipeline.artefacts import PRICES_NAME
-
         space, pacing, engine = run.model.knob_space, run.pacing(), run.engine
         estimator = pacing.guardrail.estimator
         inside = [example for example in run.splits.test if estimator.beyond(engine.view(example).sizes) is None]
@@ -185,6 +183,11 @@ class Tally:
         return self.late / self.accepted if self.accepted else 0.0
 
     @property
+    def kept_share(self) -> float:
+        """Answers in time, of all requests."""
+        return (self.accepted - self.late) / self.offered
+
+    @property
     def accuracy(self) -> float:
         """Of the answers; 0 without any."""
         return self.right / self.accepted if self.accepted else 0.0
@@ -198,6 +201,10 @@ class _Device:
         self.schedule.gap_ms = GAP_MS
         self.busy_s = 0.0
         self.free_s: float | None = None  # when what runs is over
+
+    @property
+    def num_held(self) -> int:
+        return len(self.schedule.waiting) + (self.free_s is not None)
 
 
 def simulate(traffic: Traffic, load: Load) -> Tally:
@@ -252,9 +259,7 @@ def simulate(traffic: Traffic, load: Load) -> Tally:
             begin(place, now_s)
             continue
         first, second = routes[i]
-        place = int(
-            min(first, second, key=lambda p: len(devices[p].schedule.waiting) + (devices[p].free_s is not None))
-        )
+        place = int(min(first, second, key=lambda place: devices[place].num_held))
         question = int(questions[i])
         entry = Entry(
             str(i),
