@@ -236,7 +236,7 @@ def simulate(traffic: Traffic, load: Load) -> Tally:
         question = int(questions[i])
         given_ms = max(min(turn.until_s, turn.entry.deadline_s) - now_s, 1e-9) * 1e3
         bounds_ms = traffic.bounds_ms[question]
-        objective = Objective(given_ms, "e2e", traffic.price)
+        objective = Objective(given_ms, "e2e", max(traffic.price, turn.price))
         (request,) = policy_inputs([traffic.views[question]], [objective], bounds_ms[None], [turn.entry.key])
         at = space.place(choose(question, request))
         took_ms = float(traffic.real_ms[question][at] * ratios[i])

@@ -129,7 +129,7 @@ class Worker:
         objective = Objective(
             job["budgets_ms"][kind],
             kind,
-            pacer.default_price if job["price"] is None else job["price"],
+            max(pacer.default_price if job["price"] is None else job["price"], job["least_price"]),
             *(job["budgets_ms"][other] for other in others),
         )
 
