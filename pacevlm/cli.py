@@ -503,6 +503,49 @@ def inspect(arguments: Sequence[str]) -> int:
     return USAGE_ERROR if found.problems else 0
 
 
+def serve(arguments: Sequence[str]) -> None:
+    """Answer requests over HTTP, each within its budget, time in the queue included; OpenAI's clients fit.
+
+    Says where it listens once the model is loaded and warm. SIGTERM and Ctrl-C finish what was accepted. Objectives,
+    metrics and errors are in docs/serving.md.
+
+    Examples:
+      pacevlm serve --run-dir runs/mine
+      pacevlm serve --run-dir runs/mine --host 0.0.0.0 --port 8080
+      pacevlm serve --image-hosts images.example.org upload.example.org
+    """
+    from pacevlm.server.config import ServeConfig
+
+    config = parse_options(serve, ServeConfig, arguments)
+    from pacevlm.server.run import run_server
+
+    run_server(config, lambda address: print(f"listening on {address}", flush=True))
+    print("stopped; what was accepted is finished")
+
+
+def capacity(arguments: Sequence[str]) -> None:
+    """Say how many devices answer so many requests a second in time, by a simulation of the server's queue.
+
+    Requests are like the run's test questions, and take what they are predicted to on the profiled device, off by what
+    its profile was off by. Each device has a queue of its own. Nothing is run but what is not known yet of the test
+    questions.
+
+    Examples:
+      pacevlm capacity --requests-per-s 100 --budgets-ms 150
+      pacevlm capacity --run-dir runs/mine --requests-per-s 40 --budgets-ms 50 100 200 --kept 0.95
+      pacevlm capacity --requests-per-s 100 --budgets-ms 150 --policy full
+    """
+    from pacevlm.server.capacity import CapacityConfig
+
+    options = parse_options(capacity, CapacityConfig, arguments)
+    from pacevlm.server.capacity import format_capacity, plan_capacity
+    from pacevlm.server.simulation import Traffic
+
+    with RichReporter() as reporter:
+        traffic = Traffic.of_run(options.run_dir, reporter)
+    print("\n" + format_capacity(plan_capacity(traffic, options), options), end="")
+
+
 # Each returns its exit code, or None for 0.
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "quickstart": quickstart,
@@ -518,6 +561,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "prices": prices,
     "importance": importance,
     "inspect": inspect,
+    "serve": serve,
+    "capacity": capacity,
 }
 
 
@@ -572,7 +617,7 @@ def _end_early(error: BaseException, arguments: Sequence[str]) -> int:
         return _fail(str(error))
     if isinstance(error, ModuleNotFoundError) and error.name is not None and not error.name.startswith("pacevlm"):
         return _fail(
-            f"{error.name} is not installed; pip install 'pacevlm[cpu,digits,report,train]' installs all of it"
+            f"{error.name} is not installed; pip install 'pacevlm[cpu,digits,report,serve,train]' installs all of it"
         )
     if isinstance(error, OSError):
         # The package's own files raise StorageError and the like: this is the output, or a path that cannot be used.

@@ -49,3 +49,24 @@ class StorageError(PacevlmError, OSError):
 
 class MemoryLimitError(PacevlmError, MemoryError):
     """The device has too little memory for even the smallest piece of work."""
+
+
+class OverloadError(PacevlmError, RuntimeError):
+    """A request cannot be answered within its budget behind those that were accepted before it.
+
+    Attributes:
+        retry_after_s: seconds until a request like it would be accepted if nothing else arrived.
+        soonest_budget_ms: the smallest budget that could be promised now.
+    """
+
+    def __init__(self, message: str, retry_after_s: float, soonest_budget_ms: float) -> None:
+        super().__init__(message)
+        self.retry_after_s, self.soonest_budget_ms = retry_after_s, soonest_budget_ms
+
+
+class DeadlineError(PacevlmError, TimeoutError):
+    """A request's budget was over before it could begin; it was not run."""
+
+
+class WorkerError(PacevlmError, RuntimeError):
+    """The process that runs requests died of this one, or could not be started."""

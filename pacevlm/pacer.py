@@ -176,10 +176,10 @@ class Pacer:
             ConfigError: there is no such device, or there are fewer CPUs than threads were profiled with.
         """
         device = resolve_device(device)
-        folder = _bundle_folder(path)
-        values = _read_bundle(folder)
+        folder = bundle_folder(path)
+        values = read_bundle(folder)
         settings = values["model"]
-        place = os.fspath(model_path or _find_model(settings, folder))
+        place = os.fspath(model_path or find_bundle_model(settings, folder))
         source = find_model_folder(place)
         place = place if place == "embedded" else os.fspath(source)
         model = ElasticModel.from_pretrained(
@@ -316,6 +316,9 @@ class Pacer:
         policy: Policy | None = None,
         *,
         price: float | None = None,
+        kind: BudgetKind | None = None,
+        other_budget_ms: float | None = None,
+        max_new_tokens: int | None = None,
     ) -> Answer:
         """Answer a question about an image within a latency budget, which counts from this call.
 
@@ -327,12 +330,16 @@ class Pacer:
             policy: chooses the knobs in place of the bundle's own, for example `ControllerPolicy(pacer.controller)`.
             price: what time is worth below the budget: points of accuracy for one whole full latency. 0 spends the
                 budget wherever that may help; None takes `default_price`.
+            kind: what the budget covers, if not what the bundle's do.
+            other_budget_ms: budget of the other kind, where both must hold.
+            max_new_tokens: most tokens of the answer; it makes the bounds lower.
 
         Raises:
-            BudgetError: the budget is not a positive, finite number.
+            BudgetError: a budget is not a positive, finite number.
             ImageError: the image cannot be read or used.
             QuestionError: the question is empty, too long or not text.
-            ConfigError: `policy` is no policy, or the price is no number from 0 to `MAX_PRICE`.
+            ConfigError: `policy` is no policy, the price is no number from 0 to `MAX_PRICE`, the kind is unknown, or
+                `max_new_tokens` is no whole number from 1.
         """
         own = self.policy if image is not None else MostPolicy(self.model.knob_space)
         chosen = own if policy is None else policy
@@ -341,11 +348,20 @@ class Pacer:
                 f"policy is {policy!r}; give an object with name, choose_tier, latency_token, choose_compute"
             )
         called = time.perf_counter()
-        objective = Objective(budget_ms, self.kind, self.default_price if price is None else price)
+        price = self.default_price if price is None else price
+        objective = Objective(budget_ms, self.kind if kind is None else kind, price, other_budget_ms)
         with self._running, use_num_threads(self.num_threads):
             waited_ms = (time.perf_counter() - called) * 1e3
             return run_request(
-                self.model, chosen, image, question, objective, self.pacing, drift=self.drift, waited_ms=waited_ms
+                self.model,
+                chosen,
+                image,
+                question,
+                objective,
+                self.pacing,
+                drift=self.drift,
+                waited_ms=waited_ms,
+                max_new_tokens=max_new_tokens,
             )
 
     def track_drift(
@@ -421,13 +437,14 @@ def read_prices(path: str | os.PathLike[str]) -> PriceTable:
     Raises:
         CheckpointError: the bundle or its prices are missing or damaged.
     """
-    folder = _bundle_folder(path)
-    if PRICES_NAME not in _read_bundle(folder)["files"]:
+    folder = bundle_folder(path)
+    if PRICES_NAME not in read_bundle(folder)["files"]:
         raise CheckpointError(f"the bundle {folder} has no calibrated prices; train and calibrate again")
     return PriceTable.load(folder / PRICES_NAME)
 
 
-def _bundle_folder(path: str | os.PathLike[str]) -> Path:
+def bundle_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder that holds a bundle, as `Pacer.from_pretrained` is given it; raises CheckpointError."""
     for folder in (Path(path), Path(path) / BUNDLE_FOLDER):
         if (folder / BUNDLE_FILE).is_file():
             return folder
@@ -460,7 +477,7 @@ class _Bundle(TypedDict):
     files: dict[Text, Sha256]
 
 
-def _read_bundle(folder: Path) -> dict[str, Any]:
+def read_bundle(folder: Path) -> dict[str, Any]:
     """The values of a bundle, whose files are whole; raises CheckpointError."""
     path = folder / BUNDLE_FILE
     values: dict[str, Any] = load_artefact(path, KIND, SCHEMA_VERSION, CheckpointError)
@@ -500,8 +517,13 @@ def _check_scale(folder: Path, model: ElasticModel, pacing: Pacing, kind: Budget
         )
 
 
-def _find_model(settings: dict[str, Any], bundle: Path) -> str:
-    """Where the model is that a bundle was saved with, now that both may have moved."""
+def find_bundle_model(settings: dict[str, Any], bundle: Path) -> str:
+    """Where the model is that a bundle was saved with, now that both may have moved.
+
+    Args:
+        settings: what the bundle says of the model.
+        bundle: its folder.
+    """
     if settings["path"] == "embedded":
         return "embedded"
     return find_portable(settings["path"], settings["absolute_path"], bundle)

@@ -189,11 +189,18 @@ class ElasticModel:
             picture: None for a question alone.
             max_new_tokens: most tokens of the answer; the model's own limit if None.
         """
-        most, size = max_new_tokens or self.max_new_tokens, None
+        sizes = self.request_sizes(picture, prompt, max_new_tokens)
+        ids = torch.tensor(prompt.text_ids, device=self.device)
+        question = self.adapter.embed_tokens(ids).float().mean(0).cpu()
+        size = None if picture is None else (picture.height, picture.width)
+        return RequestView(question, sizes, size, picture)
+
+    def request_sizes(self, picture: Picture | None, prompt: Prompt, max_new_tokens: int | None = None) -> RequestSizes:
+        """What of `look` needs no weights; arguments and errors as there."""
+        most = max_new_tokens or self.max_new_tokens
         vision = tuple(VisionSizes(0, 0) for _ in self.vision_budgets)
         if picture is not None:
-            size = picture.height, picture.width
-            vision = self.vision_sizes(*size)
+            vision = self.vision_sizes(picture.height, picture.width)
         # The largest tier counts, so that the choice of tier never decides whether a question is accepted.
         num_image_tokens = max(sizes.num_image_tokens for sizes in vision)
         if prompt.num_text_tokens + num_image_tokens + most > self.adapter.max_positions:
@@ -202,16 +209,13 @@ class ElasticModel:
                 f"and {most:,} of the answer, but the model has {self.adapter.max_positions:,} positions; "
                 "shorten the question or the answer"
             )
-        sizes = RequestSizes(
+        return RequestSizes(
             vision=vision,
             num_text_tokens=prompt.num_text_tokens,
             num_pixels=0 if picture is None else picture.height * picture.width,
             picture_kind="memory" if picture is None else picture.kind,
             num_bytes=0 if picture is None else picture.num_bytes,
         )
-        ids = torch.tensor(prompt.text_ids, device=self.device)
-        question = self.adapter.embed_tokens(ids).float().mean(0).cpu()
-        return RequestView(question, sizes, size, picture)
 
     def view(self, image: ImageSource | None, question: str) -> RequestView:
         """What a policy may know of a request before its pixels; raises ImageError and QuestionError."""

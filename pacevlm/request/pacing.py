@@ -14,7 +14,7 @@ from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.identity import Identity
 from pacevlm.latency.guardrail import Guardrail, feasible_knobs
 from pacevlm.latency.output_length import OutputLengthModel
-from pacevlm.types import BudgetKind, Objective, RequestView
+from pacevlm.types import BudgetKind, Objective, RequestView, other_kind
 
 Array = NDArray[np.float64]
 
@@ -63,23 +63,39 @@ class Pacing:
         text = None if model.text_weight is None else [view.sizes.num_text_tokens for view in views]
         return model.upper_many(embeddings, text)
 
-    def upper_bounds_ms(self, views: Sequence[RequestView], kind: BudgetKind) -> Array:
+    def upper_bounds_ms(
+        self, views: Sequence[RequestView], kind: BudgetKind, max_new_tokens: int | None = None
+    ) -> Array:
         """Bounds on requests' latencies under every configuration, `(requests, tiers, top_ks, num_blocks)`.
+
+        Args:
+            max_new_tokens: most tokens of these answers, if fewer than the model may generate.
 
         Raises:
             ProfileError: the guardrail is not calibrated for this kind of budget, or does not fit the knob space.
         """
         sizes = [view.sizes for view in views]
-        return self.guardrail.upper_bounds_many_ms(sizes, self.output_tokens_upper(views), kind)
+        most = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        return self.guardrail.upper_bounds_many_ms(sizes, np.minimum(self.output_tokens_upper(views), most), kind)
 
-    def look(self, view: RequestView, objective: Objective, example_id: str = "") -> PolicyInput:
+    def look(
+        self, view: RequestView, objective: Objective, example_id: str = "", max_new_tokens: int | None = None
+    ) -> PolicyInput:
         """What a policy is told of one request; raises as `upper_bounds_ms`.
 
         Args:
             objective: as the machine that was profiled would have to keep it.
+            max_new_tokens: most tokens of the answer, if fewer than the model may generate.
         """
-        bounds_ms = self.upper_bounds_ms([view], objective.kind)
-        return policy_inputs([view], [objective], bounds_ms, [example_id])[0]
+        bounds_ms = self.upper_bounds_ms([view], objective.kind, max_new_tokens)
+        seen = policy_inputs([view], [objective], bounds_ms, [example_id])[0]
+        if objective.other_budget_ms is None or not seen.any_feasible:
+            return seen
+        other_ms = self.upper_bounds_ms([view], other_kind(objective.kind), max_new_tokens)[0]
+        mask, any_feasible = feasible_knobs(
+            np.where(seen.feasible, other_ms, np.inf)[None], [objective.other_budget_ms]
+        )
+        return replace(seen, feasible=mask[0], any_feasible=bool(any_feasible[0]))
 
     def why_infeasible(self, seen: PolicyInput, objective: Objective, drift_factor: float, waited_ms: float) -> str:
         """Why no configuration is promised to keep an objective, in a sentence.
@@ -97,6 +113,11 @@ class Pacing:
             return f"the {budget} ran out while waiting {waited_ms:.1f} ms for earlier requests"
         waited = f" after waiting {waited_ms:.1f} ms" if waited_ms >= 0.1 else ""
         lowest_ms = seen.bounds_ms.min() * drift_factor
+        if objective.other_budget_ms is not None and lowest_ms <= objective.budget_ms - waited_ms:
+            return (
+                f"no configuration keeps both the {budget} ({objective.kind}) and the one of "
+                f"{objective.other_budget_ms:g} ms ({other_kind(objective.kind)}){waited}"
+            )
         return f"the lowest bound is {lowest_ms:.1f} ms, but the budget is {objective.budget_ms:g} ms{waited}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -78,8 +78,12 @@ class Request:
             return None
         return model.decoder.latency_token([self._prefix], [latency_token[None].to(self._prefix.hidden)])[0]
 
-    def finish(self, compute: Compute) -> Answer:
-        """Run the other blocks and decode; raises KnobError if the knobs are not in the knob space."""
+    def finish(self, compute: Compute, on_token: Callable[[int], None] | None = None) -> Answer:
+        """Run the other blocks and decode; raises KnobError if the knobs are not in the knob space.
+
+        Args:
+            on_token: told every token as it is generated; what it takes is part of the request's time.
+        """
         model, knobs = self.model, Knobs(self.tier, *compute)
         model.knob_space.index(knobs)
         self._clock.mark("first_block_ms")
@@ -91,12 +95,16 @@ class Request:
             self.max_new_tokens,
             self.min_new_tokens,
         )
+        token_ids = generation.generated[0]
         generation.step()
         self._clock.mark("prefill_ms")
+        if on_token is not None:
+            on_token(token_ids[-1])
         while generation.alive:
             generation.step()
             self._clock.mark("decode_ms")
-        token_ids = generation.generated[0]
+            if on_token is not None:
+                on_token(token_ids[-1])
         return Answer(
             answer=model.adapter.decode(token_ids),
             token_ids=tuple(token_ids),

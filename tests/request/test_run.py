@@ -21,7 +21,7 @@ from pacevlm.knobs import Compute
 from pacevlm.latency.drift import DriftCorrection
 from pacevlm.request.pacing import Pacing
 from pacevlm.request.run import run_forced, run_request
-from pacevlm.types import Answer, Objective
+from pacevlm.types import Answer, Objective, other_kind
 
 if TYPE_CHECKING:
     from pacevlm.models.elastic import ElasticModel
@@ -209,16 +209,101 @@ def test_drift_learns_from_the_answers_real_length(
     assert observed[0][0] < paced.upper_bound_ms
 
 
-def test_drift_of_another_kind_or_estimator_is_refused(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
+def test_drift_of_another_estimator_is_refused(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
     example, pacing = law_examples[0], make_pacing(tiny_elastic)
+    drift = DriftCorrection("another", "e2e")
+    with pytest.raises(IdentityError, match="drift correction"):
+        run(tiny_elastic, FullPolicy(tiny_elastic.knob_space), example, Objective(10.0), pacing, drift=drift)
+    assert drift.num_observations == 0
+
+
+@pytest.mark.parametrize("kind", ["e2e", "ttft"])
+def test_drift_of_one_kind_corrects_the_other_and_learns_of_its_own(
+    tiny_elastic: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    example, pacing = law_examples[0], make_pacing(tiny_elastic)
+    drift, observed = slowed(pacing, 1.5, other_kind(kind)), []
+    monkeypatch.setattr(drift, "observe", lambda *latencies_ms: observed.append(latencies_ms))
     policy = FullPolicy(tiny_elastic.knob_space)
-    for drift in (
-        DriftCorrection.for_guardrail(pacing.guardrail, "ttft"),
-        DriftCorrection("another", "e2e"),
-    ):
-        with pytest.raises(IdentityError, match="drift correction"):
-            run(tiny_elastic, policy, example, Objective(10.0), pacing, drift=drift)
-        assert drift.num_observations == 0
+    paced = run(tiny_elastic, policy, example, Objective(1e9, kind), pacing, drift=drift)
+    view = tiny_elastic.view(example.image, example.question)
+    assert paced.upper_bound_ms == bounds_of(pacing, view, kind)[-1, -1, -1] * drift.factor
+    ((bound_ms, measured_ms),) = observed
+    assert measured_ms == paced.times.covered_ms(other_kind(kind))
+    real_ms = pacing.guardrail.upper_bounds_ms(view.sizes, paced.num_output_tokens, other_kind(kind))
+    assert bound_ms == real_ms[-1, -1, -1]
+
+
+@pytest.mark.parametrize("kind", ["e2e", "ttft"])
+def test_both_kinds_of_budget_hold(tiny_elastic: ElasticModel, law_examples: list[Example], kind: Any) -> None:
+    example, pacing, space = law_examples[2], make_pacing(tiny_elastic), tiny_elastic.knob_space
+    view = tiny_elastic.view(example.image, example.question)
+    own, other = (bounds_of(pacing, view, each) for each in (kind, other_kind(kind)))
+    rng = np.random.default_rng(0)
+    policy = RandomFeasiblePolicy(space, 0)
+    for _ in range(8):
+        limits = (float(rng.choice(own.ravel())), float(rng.choice(other.ravel())))
+        objective = Objective(limits[0], kind, other_budget_ms=limits[1])
+        seen = pacing.look(view, objective)
+        fits = (own <= limits[0]) & (other <= limits[1])
+        assert seen.any_feasible == fits.any()
+        assert np.array_equal(seen.feasible, fits if fits.any() else np.arange(len(space)).reshape(space.shape) == 0)
+    both = Objective(1e9, kind, other_budget_ms=1e-6)
+    paced = run(tiny_elastic, policy, example, both, pacing)
+    assert (paced.feasible, paced.budget_met, paced.knobs) == (False, False, space.cheapest)
+    assert "keeps both" in str(paced.why_infeasible)
+    assert paced.measured_ms <= paced.budget_ms
+    kept = run(tiny_elastic, policy, example, dataclasses.replace(both, other_budget_ms=1e9), pacing)
+    assert kept.budget_met
+    late = dataclasses.replace(kept, other_budget_ms=1e-3)
+    assert not late.budget_met
+
+
+@pytest.mark.parametrize("kind", ["e2e", "ttft"])
+def test_what_others_leave_makes_knobs_cheaper_and_no_budget_infeasible(
+    tiny_elastic: ElasticModel, law_examples: list[Example], kind: Any
+) -> None:
+    example, pacing, space = law_examples[2], make_pacing(tiny_elastic), tiny_elastic.knob_space
+    view = tiny_elastic.view(example.image, example.question)
+    bounds_ms = bounds_of(pacing, view)
+    policy, objective = RandomFeasiblePolicy(space, 0), Objective(1e9, kind)
+    for most_ms in np.quantile(bounds_ms, [0.1, 0.5, 0.9]).tolist():
+        for name in "abc":
+            paced = run(tiny_elastic, policy, example, objective, pacing, most_ms=most_ms, example_id=name)
+            assert bounds_ms[space.place(paced.knobs)] <= most_ms
+            assert (paced.feasible, paced.why_infeasible, paced.budget_ms) == (True, None, 1e9)
+    paced = run(tiny_elastic, policy, example, objective, pacing, most_ms=0.0)
+    assert (paced.knobs, paced.feasible, paced.budget_met) == (space.cheapest, True, True)
+    hopeless = run(tiny_elastic, policy, example, Objective(1e-3, kind), pacing, most_ms=1e9)
+    assert (hopeless.knobs, hopeless.feasible) == (space.cheapest, False)
+
+
+def test_a_shorter_answer_is_bounded_lower_and_told_as_it_comes(
+    tiny_elastic: ElasticModel, law_examples: list[Example]
+) -> None:
+    example, pacing, policy = law_examples[3], make_pacing(tiny_elastic), FullPolicy(tiny_elastic.knob_space)
+    bounds_ms, previous = [], 0.0
+    told: list[Any] = []
+    for most in (1, 2, tiny_elastic.max_new_tokens, tiny_elastic.max_new_tokens + 5, None):
+        told.clear()
+        paced = run(
+            tiny_elastic,
+            policy,
+            example,
+            ALL_FIT,
+            pacing,
+            max_new_tokens=most,
+            on_choice=lambda *choice: told.append(choice),
+            on_token=told.append,
+        )
+        assert told == [(paced.knobs, paced.upper_bound_ms), *paced.token_ids]
+        assert paced.num_output_tokens <= (most or tiny_elastic.max_new_tokens)
+        bounds_ms.append(paced.upper_bound_ms)
+        assert paced.upper_bound_ms >= previous
+        previous = paced.upper_bound_ms
+    assert bounds_ms[0] < bounds_ms[1] < bounds_ms[2] == bounds_ms[3] == bounds_ms[4]
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        run(tiny_elastic, policy, example, ALL_FIT, pacing, max_new_tokens=0)
 
 
 def test_bad_requests_are_refused(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:

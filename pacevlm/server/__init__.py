@@ -1,0 +1,1 @@
+"""A server that keeps latency promises: HTTP in front, a queue by deadlines, and one worker that answers."""

@@ -1,0 +1,532 @@
+"""The queue and its worker, from asyncio: everything that is accepted ends in an answer or an error."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pacevlm import errors
+from pacevlm.errors import BudgetError, DeadlineError, OverloadError, PacevlmError, WorkerError
+from pacevlm.knobs import KnobSpace
+from pacevlm.server.config import ServeConfig
+from pacevlm.server.job import Job, Served
+from pacevlm.server.outlook import Look, Outlook
+from pacevlm.server.schedule import NEWEST, Entry, Schedule, Turn
+from pacevlm.server.wire import HEAD, NO_IMAGE, answer_from_dict, pack
+from pacevlm.types import BudgetKind
+
+log = logging.getLogger("pacevlm.server")
+
+MAX_ATTEMPTS = 2
+"""Workers that a request may begin on; one that kills so many is not tried again."""
+HANG_S = 60.0
+"""A worker that says nothing for so long beyond a request's bound is killed."""
+STOP_S = 20.0
+"""So long a worker may take to end once it is told to."""
+MAX_RESTART_PAUSE_S = 30.0
+SLOW_RETRY_S = 1.0
+"""When to come again for a budget that only a machine as slow as lately cannot keep."""
+FIRST_GAP_MS = 1.0
+# Largest message of a worker but the first, and most that is buffered of a stream.
+STREAM_LIMIT = 2**20
+
+
+class Ticket:
+    """An accepted request: iterate over it for the pieces of its answer and, at last, what was served.
+
+    Raises while iterated:
+        DeadlineError: its budget was over before it could begin.
+        WorkerError: it could not be run.
+        ImageError, QuestionError: only running it showed that it cannot be used.
+    """
+
+    def __init__(self, engine: Engine, job: Job, look: Look) -> None:
+        self.job, self.look = job, look
+        self.attempts = 0
+        self.is_over = False
+        self._engine = engine
+        self._events: asyncio.Queue[str | Served | PacevlmError] = asyncio.Queue()
+        self._token_ids: list[int] = []
+        self._told = ""
+
+    async def __aiter__(self) -> AsyncIterator[str | Served]:
+        while True:
+            event = await self._events.get()
+            if isinstance(event, PacevlmError):
+                raise event
+            yield event
+            if isinstance(event, Served):
+                return
+
+    def cancel(self) -> None:
+        """Nobody wants the answer any more: a waiting request leaves the queue, a running one is finished in vain."""
+        self._engine.cancel(self)
+
+    def add_token(self, token_id: int) -> None:
+        """Tell the text that a new token adds, once it is whole."""
+        self._token_ids.append(token_id)
+        text = self._engine.outlook.model.adapter.decode(self._token_ids)
+        # A character of several tokens shows as a replacement character until its last one.
+        if text.startswith(self._told) and not text.endswith("\ufffd") and text != self._told:
+            self._events.put_nowait(text[len(self._told) :])
+            self._told = text
+
+    def finish(self, event: Served | PacevlmError) -> None:
+        """End it, once; what comes later is dropped."""
+        if self.is_over:
+            return
+        self.is_over = True
+        if self.job.stream and isinstance(event, Served) and (rest := event.answer.answer[len(self._told) :]):
+            self._events.put_nowait(rest)
+        self._events.put_nowait(event)
+
+
+@dataclass
+class Stats:
+    """Running counts since the start.
+
+    Attributes:
+        waiting, running: requests now.
+        accepted: requests that got a place.
+        refused: of those that did not, because of others or for want of time.
+        answered, failed, expired, cancelled: how accepted ones ended.
+        late: answered ones that did not keep their budget.
+        restarts: workers that were started after one had died.
+        drift_factor: how many times the profiled bounds those of now are.
+        pace: how many times its prediction a request took lately.
+        gap_ms: what passes between two requests.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    accepted: int = 0
+    refused: int = 0
+    answered: int = 0
+    failed: int = 0
+    expired: int = 0
+    cancelled: int = 0
+    late: int = 0
+    restarts: int = 0
+    drift_factor: float = 1.0
+    pace: float = 1.0
+    gap_ms: float = FIRST_GAP_MS
+
+
+class Engine:
+    """A queue by deadlines in front of one worker process.
+
+    All methods must be called in the event loop that `start` ran in.
+
+    Args:
+        config: what is served, and how.
+
+    Attributes:
+        outlook: the bundle without weights; there from `start` on.
+        ready: whether a worker is there, warm.
+    """
+
+    outlook: Outlook
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.config = config
+        self.ready = False
+        self.schedule = Schedule(config.max_waiting)
+        self.schedule.gap_ms = FIRST_GAP_MS
+        self._stats = Stats()
+        self._tickets: dict[str, Ticket] = {}
+        self._running: Ticket | None = None
+        self._worker: _Worker | None = None
+        self._load_s = 10.0
+        self._wake = asyncio.Event()
+        self._loop_task: asyncio.Task[None] | None = None
+        self._is_stopping = False
+        self._wants_probe = False
+
+    # What the front must know ----------------------------------------------------------------------------------------
+
+    @property
+    def knob_space(self) -> KnobSpace:
+        """Configurations that can be asked for."""
+        return self.outlook.model.knob_space
+
+    @property
+    def full_p50_ms(self) -> float:
+        """Median milliseconds of the full configuration on the profiled device."""
+        return self.outlook.full_p50_ms
+
+    @property
+    def kinds(self) -> tuple[BudgetKind, ...]:
+        """Kinds of budget that can be asked for."""
+        return self.outlook.kinds
+
+    @property
+    def identity(self) -> str:
+        """Of the model."""
+        return self.outlook.model.identity
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Largest inputs: `max_new_tokens`, `max_positions` of prompt and answer, `max_image_pixels`."""
+        model = self.outlook.model
+        return {
+            "max_new_tokens": model.max_new_tokens,
+            "max_positions": model.adapter.max_positions,
+            "max_image_pixels": model.picture_config.max_pixels,
+        }
+
+    def stats(self) -> Stats:
+        """Counts, as they are now."""
+        stats, schedule = self._stats, self.schedule
+        stats.waiting, stats.running = len(schedule.waiting), int(self._running is not None)
+        stats.drift_factor, stats.pace, stats.gap_ms = schedule.factor, schedule.pace, schedule.gap_ms
+        return stats
+
+    # Life ------------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load the bundle, start a worker and wait until it is warm.
+
+        Raises as `Pacer.from_pretrained` and `LookupTable.load` do, and WorkerError if the worker died.
+        """
+        import torch
+
+        torch.set_num_threads(1)  # the front must not slow the worker down
+        loading = asyncio.get_running_loop().run_in_executor(None, Outlook, self.config)
+        worker = await _Worker.start(self.config)  # loads at the same time
+        try:
+            self.outlook = await loading
+        except BaseException:
+            await worker.kill()
+            raise
+        await self._take(worker)
+        self._loop_task = asyncio.create_task(self._loop())
+
+    async def stop(self) -> None:
+        """Accept nothing more, finish what was accepted, let the worker save its drift, and end it."""
+        self._is_stopping = True
+        self._wake.set()
+        if self._loop_task is not None:
+            await self._loop_task
+        self.ready = False
+        if self._worker is not None:
+            await self._worker.stop()
+
+    def submit(self, job: Job) -> Ticket:
+        """Accept a request at once, or refuse it at once.
+
+        Raises:
+            OverloadError: it could not be answered in time behind those that were accepted before it.
+            BudgetError: no server of this kind could answer it in time, or a budget is no number in its range.
+            DeadlineError: its budget is over.
+            ImageError, QuestionError, KnobError, ConfigError: see `Outlook.look`.
+            WorkerError: the server is stopping.
+        """
+        if self._is_stopping or self._loop_task is None:
+            raise WorkerError("the server is not running; try another one")
+        if job.request_id in self._tickets:
+            raise errors.ConfigError(f"a request {job.request_id!r} is being served already; give each its own id")
+        look = self.outlook.look(job)
+        now_s = time.perf_counter()
+        entry = _entry(job, look)
+        try:
+            self._check_time(job, entry, now_s)
+            refusal = self.schedule.admit(entry, now_s)
+            if refusal is not None:
+                retry_s = refusal.retry_s - now_s
+                soonest_ms = self._budget_of(look, (refusal.soonest_s - job.arrived_s) * 1e3)
+                raise OverloadError(
+                    "this request could not be answered within its budget behind those accepted before it; "
+                    f"try again in {retry_s:.2f} s, or with a budget of {soonest_ms:.0f} ms",
+                    retry_s,
+                    soonest_ms,
+                )
+        except (DeadlineError, BudgetError, OverloadError):
+            self._stats.refused += 1
+            raise
+        self._stats.accepted += 1
+        ticket = Ticket(self, job, look)
+        self._tickets[job.request_id] = ticket
+        asyncio.get_running_loop().call_later(max(entry.deadline_s - now_s, 0.0) + 1e-3, self._expire)
+        self._wake.set()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """See `Ticket.cancel`."""
+        if ticket.is_over:
+            return
+        self._stats.cancelled += 1
+        if self.schedule.cancel(ticket.job.request_id):
+            del self._tickets[ticket.job.request_id]
+        ticket.finish(DeadlineError("the request was cancelled"))
+
+    def _check_time(self, job: Job, entry: Entry, now_s: float) -> None:
+        """Refuse what could not be answered in time even if nothing else were asked for."""
+        least_ms = entry.bound_ms * self.schedule.factor + self.schedule.gap_ms
+        budget_ms = (entry.deadline_s - job.arrived_s) * 1e3
+        if now_s >= entry.deadline_s:
+            raise DeadlineError(f"the budget was over {(now_s - entry.deadline_s) * 1e3:.0f} ms before the queue")
+        if budget_ms < least_ms:
+            if budget_ms >= entry.bound_ms + self.schedule.gap_ms:
+                if self._running is None:
+                    self._probe()
+                raise OverloadError(
+                    f"the machine is {self.schedule.factor:.1f} times slower than profiled, and this request may take "
+                    f"{least_ms:.1f} ms with its cheapest knobs; try again in {SLOW_RETRY_S:g} s, or with that budget",
+                    SLOW_RETRY_S,
+                    least_ms,
+                )
+            raise BudgetError(
+                f"a budget of {budget_ms:g} ms is too small: with its cheapest knobs this request may take "
+                f"{least_ms:.1f} ms here; give a larger one"
+            )
+
+    def _probe(self) -> None:
+        """Let the worker find out whether the machine is still as slow as its last requests said."""
+        self._wants_probe = True
+        self._wake.set()
+
+    @staticmethod
+    def _budget_of(look: Look, whole_ms: float) -> float:
+        """The tightest budget that was asked for, as it would have to be for the whole answer to take so long."""
+        return whole_ms + min(look.budgets_ms.values()) - look.whole_budget_ms
+
+    def _expire(self) -> None:
+        for entry in self.schedule.expire(time.perf_counter()):
+            ticket = self._tickets.pop(entry.key)
+            self._stats.expired += 1
+            ticket.finish(DeadlineError("the budget was over before the request could begin"))
+
+    # The worker ------------------------------------------------------------------------------------------------------
+
+    async def _loop(self) -> None:
+        """Serve the queue until the engine stops and nothing is left of it."""
+        while True:
+            self._expire()
+            turn = self.schedule.start(time.perf_counter())
+            if turn is not None:
+                await self._serve(turn)
+            elif self._wants_probe:
+                self._wants_probe = False
+                await self._run_probe()
+            elif self._is_stopping:
+                return
+            else:
+                self._wake.clear()
+                await self._wake.wait()
+
+    async def _serve(self, turn: Turn) -> None:
+        ticket = self._tickets[turn.entry.key]
+        ticket.attempts += 1
+        self._running = ticket
+        try:
+            assert self._worker is not None
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + HANG_S + _bound_s(turn)):
+                self._worker.send(_message(ticket, turn), ticket.job.image or NO_IMAGE)
+                await self._follow(ticket)
+        except (ConnectionError, asyncio.IncompleteReadError, TimeoutError):
+            await self._replace_worker(turn, ticket)
+        finally:
+            self._running = None
+        if ticket.is_over:
+            self._tickets.pop(turn.entry.key, None)
+
+    async def _follow(self, ticket: Ticket) -> None:
+        """Hear of a running request until it is over."""
+        assert self._worker is not None
+        sent_s = time.perf_counter()
+        while True:
+            message = await self._worker.receive()
+            if message["type"] == "choice":
+                self.schedule.expect(message["end_s"])
+            elif message["type"] == "token":
+                if not ticket.is_over:
+                    ticket.add_token(message["id"])
+            else:
+                break
+        self.schedule.end()
+        if message["type"] == "failed":
+            self._stats.failed += 1
+            ticket.finish(_error(message))
+            return
+        answer = answer_from_dict(message["answer"])
+        served = Served(answer, message["queue_ms"], message["finished_s"], ticket.attempts, message["finish_reason"])
+        if not ticket.is_over:
+            self._stats.answered += 1
+            self._stats.late += not answer.budget_met
+        ticket.finish(served)
+        self._learn(ticket, served, message["drift_factor"], (time.perf_counter() - sent_s) * 1e3)
+
+    def _learn(self, ticket: Ticket, served: Served, drift_factor: float, passed_ms: float) -> None:
+        """Follow the machine: the bounds' factor, the usual pace, and what lies between two requests."""
+        schedule, answer = self.schedule, served.answer
+        schedule.factor = drift_factor
+        predicted_ms = float(ticket.look.predicted_ms[self.knob_space.place(answer.knobs)])
+        schedule.learn(predicted_ms, answer.times.e2e_ms)
+        schedule.gap_ms += NEWEST * (max(passed_ms - answer.times.e2e_ms, 0.0) - schedule.gap_ms)
+
+    async def _run_probe(self) -> None:
+        assert self._worker is not None
+        try:
+            async with asyncio.timeout(HANG_S):
+                self._worker.send({"type": "probe"})
+                self.schedule.factor = (await self._worker.receive())["drift_factor"]
+        except (ConnectionError, asyncio.IncompleteReadError, TimeoutError):
+            await self._replace_worker(None, None)
+
+    async def _replace_worker(self, turn: Turn | None, ticket: Ticket | None) -> None:
+        """Start another worker in the place of one that died, and give its request another try if that can be."""
+        assert self._worker is not None
+        self.ready = False
+        self._running = None
+        name = "a probe" if ticket is None else f"request {ticket.job.request_id}"
+        log.error("the worker died while it ran %s", name)
+        # Until there is another one, as if something ran that long.
+        self.schedule.expect(time.perf_counter() + self._load_s)
+        if turn is not None and ticket is not None and not ticket.is_over:
+            if ticket.attempts >= MAX_ATTEMPTS:
+                self._stats.failed += 1
+                ticket.finish(WorkerError(f"{MAX_ATTEMPTS} workers died of this request; do not send it again"))
+            else:
+                self.schedule.readmit(turn.entry)
+        await self._worker.kill()
+        pause_s = 0.1
+        while True:
+            self._stats.restarts += 1
+            try:
+                await self._take(await _Worker.start(self.config))
+                break
+            except PacevlmError as error:
+                log.error("no worker could be started: %s", error)
+                self.schedule.expect(time.perf_counter() + pause_s + self._load_s)
+                if self._is_stopping and not self.schedule.waiting:
+                    break
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, MAX_RESTART_PAUSE_S)
+        self.schedule.end()
+
+    async def _take(self, worker: _Worker) -> None:
+        """Wait until a worker is warm; raises what it could not do."""
+        started_s = time.perf_counter()
+        self._worker = worker
+        try:
+            message = await worker.receive()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            message = {"type": "failed", "error": "WorkerError", "message": "the worker died while it loaded"}
+        if message["type"] == "failed":
+            await worker.kill()
+            raise _error(message)
+        self.outlook.know_lengths(np.frombuffer(worker.body, "<f8"))
+        self._load_s = time.perf_counter() - started_s
+        self.schedule.factor = message["drift_factor"]
+        self.ready = True
+        log.info("a worker is ready after %.1f s", self._load_s)
+
+
+class _Worker:
+    """A worker process, and the socket to it."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.process, self.reader, self.writer = process, reader, writer
+        self.body = b""  # of the last message
+
+    @classmethod
+    async def start(cls, config: ServeConfig) -> _Worker:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "pacevlm.server.worker",
+                str(theirs.fileno()),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C is the front's
+            )
+        reader, writer = await asyncio.open_connection(sock=ours, limit=STREAM_LIMIT)
+        worker = cls(process, reader, writer)
+        worker.send(
+            {
+                "run_dir": str(config.run_dir),
+                "model_path": config.model_path,
+                "device": config.device,
+                "policy": config.policy,
+                "drift_path": None if config.drift_path is None else str(config.drift_path),
+            }
+        )
+        return worker
+
+    def send(self, message: dict[str, Any], body: bytes = NO_IMAGE) -> None:
+        self.writer.write(pack(message, body))
+
+    async def receive(self) -> dict[str, Any]:
+        """The next message; raises ConnectionError or IncompleteReadError if there is none."""
+        num_text, num_body = HEAD.unpack(await self.reader.readexactly(HEAD.size))
+        message: dict[str, Any] = json.loads(await self.reader.readexactly(num_text))
+        self.body = await self.reader.readexactly(num_body)
+        return message
+
+    async def stop(self) -> None:
+        """Let it end in order, or kill it."""
+        try:
+            self.send({"type": "stop"})
+            async with asyncio.timeout(STOP_S):
+                await self.process.wait()
+        except (ConnectionError, TimeoutError):
+            log.warning("the worker did not end in %.0f s and is killed", STOP_S)
+        await self.kill()
+
+    async def kill(self) -> None:
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+        self.writer.close()
+
+
+def _entry(job: Job, look: Look) -> Entry:
+    return Entry(
+        job.request_id,
+        job.arrived_s + look.whole_budget_ms / 1e3,
+        float(look.predicted_ms[look.least]),
+        float(look.bounds_ms["e2e"][look.least]),
+        float(look.bounds_ms["e2e"][look.most]),
+    )
+
+
+def _message(ticket: Ticket, turn: Turn) -> dict[str, Any]:
+    job = ticket.job
+    return {
+        "type": "run",
+        "request_id": job.request_id,
+        "question": job.question,
+        "budgets_ms": ticket.look.budgets_ms,
+        "price": job.price,
+        "knobs": None if job.knobs is None else str(job.knobs),
+        "max_new_tokens": job.max_new_tokens,
+        "arrived_s": job.arrived_s,
+        "until_s": turn.until_s,
+        "least_price": turn.price,
+        "stream": job.stream,
+    }
+
+
+def _bound_s(turn: Turn) -> float:
+    return turn.entry.dearest_ms / 1e3 if math.isfinite(turn.entry.dearest_ms) else 0.0
+
+
+def _error(message: dict[str, Any]) -> PacevlmError:
+    kind = getattr(errors, message["error"], WorkerError)
+    known = isinstance(kind, type) and issubclass(kind, PacevlmError) and kind is not OverloadError
+    error: PacevlmError = (kind if known else WorkerError)(message["message"])
+    return error
