@@ -60,7 +60,9 @@ BESIDE = ("recipes", "benchmarks", "scripts", "examples", "tests")  # they impor
 
 SERVER = frozenset(
     f"pacevlm.server.{module}"
-    for module in (*("app", "asking", "chat", "edge", "listening", "metrics", "protocol", "refusals", "remote", "run"),)
+    for module in (
+        *("app", "asking", "chat", "edge", "listening", "metrics", "protocol", "ray_app", "refusals", "remote", "run"),
+    )
 )
 
 # Optional libraries, and the only modules that may load them as they are imported. Everywhere else the import stands
@@ -79,6 +81,7 @@ OPTIONAL: dict[str, frozenset[str]] = {
     "datasets": frozenset(),
     "trl": frozenset(),
     "lmms_eval": frozenset({"pacevlm.lmms_eval", "pacevlm.lmms_eval.model"}),
+    "ray": frozenset({"pacevlm.server.ray_app"}),
     "loguru": frozenset({"pacevlm.lmms_eval.model"}),
     **dict.fromkeys(("fastapi", "uvicorn", "starlette", "prometheus_client", "pydantic"), SERVER),
 }
