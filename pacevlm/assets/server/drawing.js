@@ -55,12 +55,12 @@ export function timeline(pacing, full) {
     ${bar(stagesOf(pacing), 46, 26)}
     <text x="0" y="116">${full ? svg`Full knobs <tspan class="strong">${ms(full.measured_ms)}</tspan>` : nothing}</text>
     ${full ? svg`<g class="ghost">${bar(stagesOf(full), 124, 26)}</g>` : nothing}
-    ${boundMs === null ? nothing : svg`
-      <line class="bound" x1=${x(boundMs)} x2=${x(boundMs)} y1="42" y2="80"></line>
-      <text class="small" x=${x(boundMs)} y="93" text-anchor=${anchor(boundMs)}>promised ${ms(boundMs)}</text>`}
     ${budgetMs === null ? nothing : svg`
       <line class="deadline" x1=${x(budgetMs)} x2=${x(budgetMs)} y1="18" y2="160"></line>
       <text class="deadline-text" x=${x(budgetMs)} y="12" text-anchor=${anchor(budgetMs)}>budget ${ms(budgetMs)}</text>`}
+    ${boundMs === null ? nothing : svg`
+      <line class="bound" x1=${x(boundMs)} x2=${x(boundMs)} y1="42" y2="80"></line>
+      <text class="small over-lines" x=${x(boundMs)} y="93" text-anchor=${anchor(boundMs)}>promised ${ms(boundMs)}</text>`}
   </svg>`;
 }
 
@@ -97,7 +97,7 @@ export function loadCharts(steps, most, fullMs) {
       <figcaption><span class="chart-title">${title}</span><span class="chart-value">${shown}</span><span class="chart-whole">${whole}</span></figcaption>
       <svg width="100%" height="132" role="img" aria-label=${`${title}, ${whole}: ${said || "nothing yet"}`}>
         ${[0, 0.5, 1].map((share) => svg`<line class="grid" x1="0" x2="100%" y1=${y(share)} y2=${y(share)}></line>
-          <text class="small" x="100%" y=${y(share) - 4} text-anchor="end">${100 * share}${share === 1 ? " %" : nothing}</text>`)}
+          <text class="small" x="0" y=${y(share) - 4}>${100 * share}${share === 1 ? " %" : nothing}</text>`)}
         ${[0, 1, 2, 3, 4].filter((load) => load <= most).map((load) => svg`
           <text class="small" x=${`${x(load)}%`} y="126" text-anchor="middle">${load ? `${load}×` : "0"}</text>`)}
         ${points.slice(1).map(([load, number, of], before) => svg`<line class="curve"

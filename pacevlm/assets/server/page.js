@@ -17,7 +17,7 @@ const state = {
   model: null, // what /v1/models says
   samples: [],
   picture: null, // `url`, a data: URL; `name`; `sample` if it is one
-  multiple: 0.7, // the budget, of the full median
+  multiple: 1, // the budget, of the full median
   price: null, // the server's own
   isAsking: false,
   isStale: false, // something changed while a request ran
@@ -25,7 +25,7 @@ const state = {
   result: null, // of the last answer: `question`, `text`, `pacing`, `roundTripMs`, `verdict`
   problem: null, // or why there is none
   full: null, // what full knobs gave: `key` of the request, and `pacing`, `text` or `problem`
-  load: { steps: [], stop: null, note: "" },
+  load: { steps: [], most: 0, stop: null, note: "" }, // `most`: highest load of the run; `stop` ends it
 };
 
 // Start ---------------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ function budgetTick(tick, fullMs) {
   const input = at("budget");
   const place = `${(100 * (Math.log2(tick) - input.min)) / (input.max - input.min)}%`;
   return svg`<line x1=${place} x2=${place} y1="2" y2="8"></line>
-    <text x=${place} y="22" text-anchor="middle">${tick}×</text>
+    <text x=${place} y="22" text-anchor="middle">${tick}</text>
     <text class="small" x=${place} y="36" text-anchor="middle">${(tick * fullMs).toFixed(0)}</text>`;
 }
 
@@ -227,7 +227,8 @@ function answerView() {
       <ul class="stages">${stagesOf(pacing).map(([colour, name, stageMs], index) => html`<li><i class=${colour}></i>${name}
         <b>${stageMs.toFixed(1)}</b><span class="of-full">${full ? stagesOf(full)[index][2].toFixed(1) : nothing}</span></li>`)}</ul>
       <p class="note">Milliseconds in the server${full ? ", and with full knobs behind them" : nothing}.
-        ${pacing.predicted_ms === null ? nothing : html`Predicted ${ms(pacing.predicted_ms)}.`}
+        ${pacing.predicted_ms === null ? nothing : html`Predicted ${ms(pacing.predicted_ms)}`}${pacing.drift_factor > 1.05
+          ? html`, on a machine ${pacing.drift_factor.toFixed(2)} × as slow as profiled` : nothing}.
         To this browser and back it took ${ms(roundTripMs)}.</p>
       ${fullNote()}
     </div>
@@ -239,7 +240,7 @@ function fullNote() {
   if (full?.problem) return html`<p class="problem">Full knobs could not be asked: ${sentence(full.problem)}</p>`;
   if (!full?.pacing) return html`<p class="note">Asking full knobs for the same …</p>`;
   const ratio = full.pacing.answer_ms / result.pacing.answer_ms;
-  const same = full.text === result.text ? "They answered the same" : `They answered “${full.text}”`;
+  const same = full.text === result.text ? "Full knobs answered the same" : `Full knobs answered “${full.text}”`;
   return html`<p class="note">${same}, in ${ratio.toFixed(2)} × the time.</p>`;
 }
 
@@ -267,13 +268,13 @@ function meters(knobs) {
 
 function drawLoad() {
   const { steps, stop, note } = state.load;
-  const most = Number(at("most").value);
-  say("most-shown", `${most} × capacity`);
+  const wanted = Number(at("most").value);
+  say("most-shown", `${wanted} × capacity`);
   at("most").disabled = Boolean(stop);
   at("load").disabled = !state.samples.length;
   at("load").textContent = stop ? "Stop the load" : "Start the load";
   const fullMs = state.model?.pacevlm.full_p50_ms ?? 1;
-  render(loadCharts(steps, most, fullMs), at("charts"));
+  render(loadCharts(steps, steps.length ? state.load.most : wanted, fullMs), at("charts"));
   const capacity = `Capacity is what full knobs can answer: ${(1e3 / fullMs).toFixed(1)} requests per second.`;
   const last = steps.at(-1);
   const now = last ? `At ${Number(last.load.toFixed(2))} ×: ${last.offered} offered, ${last.accepted} answered, ${last.met} in time, ` +
@@ -316,9 +317,10 @@ function setMultiple(multiple) {
   changed();
 }
 
-at("ask").addEventListener("submit", (event) => {
+at("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
-  ask();
+  await ask();
+  at("answer").scrollIntoView({ block: "nearest" });
 });
 at("budget").addEventListener("input", ({ target }) => {
   const power = Number(target.value);
@@ -339,19 +341,19 @@ at("file").addEventListener("change", ({ target }) => {
   take(target.files[0]);
   target.value = ""; // so that the same file can be chosen again
 });
-at("most").addEventListener("input", drawLoad);
+at("most").addEventListener("input", draw);
 at("load").addEventListener("click", async () => {
   const { load, samples, model } = state;
   if (load.stop) {
     load.stop.abort();
     return;
   }
-  load.stop = new AbortController();
-  load.note = "";
   const fullMs = model.pacevlm.full_p50_ms;
+  Object.assign(load, { steps: [], most: Number(at("most").value), stop: new AbortController(), note: "" });
+  drawLoad();
   load.note = await runLoad(server, samples, {
     fullMs,
-    most: Number(at("most").value),
+    most: load.most,
     signal: load.stop.signal,
     onChange: (steps) => {
       load.steps = steps;
