@@ -37,8 +37,8 @@ class ServeConfig:
         max_body_bytes: largest request, picture included.
         max_image_pixels: largest picture; what the bundle accepts if None.
         max_waiting: most requests that wait at a time.
-        drift_path: file that remembers how much slower the machine is than profiled; `drift.json` beside the bundle if
-            None.
+        drift_path: file that remembers how much slower the machine is than profiled; `bundle-drift.json` beside the
+            bundle if None.
         log_level: least severe of the messages that are logged.
 
     Raises:

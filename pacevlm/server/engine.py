@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -217,8 +216,14 @@ class Engine:
         import torch
 
         torch.set_num_threads(1)  # the front must not slow the worker down
-        self.outlook = await asyncio.get_running_loop().run_in_executor(None, Outlook, self.config)
-        await self._start_worker()
+        loading = asyncio.get_running_loop().run_in_executor(None, Outlook, self.config)
+        worker = await _Worker.start(self.config)  # loads at the same time
+        try:
+            self.outlook = await loading
+        except BaseException:
+            await worker.kill()
+            raise
+        await self._take(worker)
         self._loop_task = asyncio.create_task(self._loop())
 
     async def stop(self) -> None:
@@ -406,7 +411,7 @@ class Engine:
         while True:
             self._stats.restarts += 1
             try:
-                await self._start_worker()
+                await self._take(await _Worker.start(self.config))
                 break
             except PacevlmError as error:
                 log.error("no worker could be started: %s", error)
@@ -417,28 +422,22 @@ class Engine:
                 pause_s = min(2 * pause_s, MAX_RESTART_PAUSE_S)
         self.schedule.end()
 
-    async def _start_worker(self) -> None:
+    async def _take(self, worker: _Worker) -> None:
+        """Wait until a worker is warm; raises what it could not do."""
         started_s = time.perf_counter()
-        self._worker = await _Worker.start(self.config, self.drift_path)
+        self._worker = worker
         try:
-            message = await self._worker.receive()
+            message = await worker.receive()
         except (ConnectionError, asyncio.IncompleteReadError):
-            await self._worker.kill()
-            raise WorkerError("the worker died while it loaded; its last words are above") from None
+            message = {"type": "failed", "error": "WorkerError", "message": "the worker died while it loaded"}
         if message["type"] == "failed":
-            await self._worker.kill()
+            await worker.kill()
             raise _error(message)
-        self.outlook.know_lengths(np.frombuffer(self._worker.body, "<f8"))
+        self.outlook.know_lengths(np.frombuffer(worker.body, "<f8"))
         self._load_s = time.perf_counter() - started_s
         self.schedule.factor = message["drift_factor"]
         self.ready = True
         log.info("a worker is ready after %.1f s", self._load_s)
-
-    @property
-    def drift_path(self) -> Path:
-        """File that the machine's drift is kept in."""
-        folder = self.outlook.folder
-        return self.config.drift_path or folder.with_name(f"{folder.name}-drift.json")
 
 
 class _Worker:
@@ -451,7 +450,7 @@ class _Worker:
         self.body = b""  # of the last message
 
     @classmethod
-    async def start(cls, config: ServeConfig, drift_path: Path) -> _Worker:
+    async def start(cls, config: ServeConfig) -> _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
@@ -471,7 +470,7 @@ class _Worker:
                 "model_path": config.model_path,
                 "device": config.device,
                 "policy": config.policy,
-                "drift_path": str(drift_path),
+                "drift_path": None if config.drift_path is None else str(config.drift_path),
             }
         )
         return worker

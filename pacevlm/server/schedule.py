@@ -124,7 +124,7 @@ class Schedule:
             until_s = min(until_s, other.due_s - self._bound_s(other) - between_s)
             between_s += self._take_s(other)
         until_s = max(until_s - self.gap_ms / 1e3, now_s)
-        self.free_s = max(until_s, now_s + self._bound_s(entry))
+        self.free_s = min(max(until_s, now_s + self._bound_s(entry)), now_s + self._most_s(entry))
         return Turn(entry, until_s)
 
     def expect(self, end_s: float) -> None:
@@ -179,8 +179,8 @@ class Schedule:
         over_s, first_s = max(now_s, self.free_s), -math.inf
         for other in self.waiting:
             # Kept promises end by the deadline. One that cannot be kept any more begins by then or never.
-            kept_s = max(other.due_s, min(over_s, other.deadline_s) + self._bound_s(other))
-            over_s = max(over_s, min(over_s + (other.dearest_ms * self.factor + self.gap_ms) / 1e3, kept_s))
+            kept_s = max(other.deadline_s, min(over_s, other.deadline_s) + self._bound_s(other))
+            over_s = max(over_s, min(over_s + self._most_s(other), kept_s))
             first_s = over_s if first_s == -math.inf else first_s
         budget_s = entry.deadline_s - now_s
         spare_s = max(budget_s - self._bound_s(entry), 0.0)
@@ -211,6 +211,9 @@ class Schedule:
 
     def _bound_s(self, entry: Entry) -> float:
         return (entry.bound_ms * self.factor + self.gap_ms) / 1e3
+
+    def _most_s(self, entry: Entry) -> float:
+        return (entry.dearest_ms * self.factor + self.gap_ms) / 1e3
 
 
 def _due_s(entry: Entry) -> float:

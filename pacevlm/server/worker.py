@@ -74,9 +74,10 @@ class Worker:
         )
         self.space = self.pacer.model.knob_space
         self.policy = self._load_policy(Path(settings["run_dir"]), settings["policy"])
-        self.drift_path = Path(settings["drift_path"])
+        folder = bundle_folder(settings["run_dir"])
+        self.drift_path = Path(settings["drift_path"] or folder.with_name(f"{folder.name}-drift.json"))
         self.saved_s, self.is_saved = time.monotonic(), True
-        self.sample = Image.fromarray(np.random.default_rng(0).integers(0, 256, (336, 336, 3), dtype=np.uint8))
+        self.sample = Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8))
         self.loose = Objective(1e9, self.pacer.kind)
 
     def run(self) -> None:

@@ -1,0 +1,319 @@
+"""The engine with a real worker process: nothing that is accepted is lost, whatever happens to either."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from pacevlm.errors import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    DeadlineError,
+    ImageError,
+    KnobError,
+    OverloadError,
+    PacevlmError,
+    QuestionError,
+    WorkerError,
+)
+from pacevlm.knobs import Knobs
+from pacevlm.models.elastic import ElasticModel
+from pacevlm.request.run import run_forced
+from pacevlm.server.config import ServeConfig
+from pacevlm.server.engine import Engine, Ticket
+from pacevlm.server.job import Job, Served
+
+QUESTION = "How many red digits are there?"
+LONG_MS = 600_000.0
+ResultT = TypeVar("ResultT")
+
+
+class Running:
+    """An engine in an event loop of its own thread, as tests talk to it."""
+
+    def __init__(self, config: ServeConfig, picture: bytes) -> None:
+        self.engine, self.picture = Engine(config), picture
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        self.count = 0
+
+    def do(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(100)
+
+    def call(self, function: Callable[[], ResultT]) -> ResultT:
+        async def work() -> ResultT:
+            return function()
+
+        return self.do(work())
+
+    def job(self, **values: Any) -> Job:
+        self.count += 1
+        given = {"image": self.picture, "question": QUESTION, "arrived_s": time.perf_counter(), "budgets_ms": {}}
+        return Job(**{"request_id": str(self.count), **given, **values})
+
+    def submit(self, **values: Any) -> Ticket:
+        return self.call(lambda: self.engine.submit(self.job(**values)))
+
+    def wait(self, ticket: Ticket) -> list[str | Served]:
+        async def events() -> list[str | Served]:
+            return [event async for event in ticket]
+
+        return self.do(events())
+
+    def result(self, ticket: Ticket) -> Served:
+        *_, served = self.wait(ticket)
+        assert isinstance(served, Served)
+        return served
+
+    @property
+    def worker_pid(self) -> int:
+        worker = self.engine._worker
+        assert worker is not None
+        return worker.process.pid
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.worker_pid, number)
+
+    def until(self, is_so: Callable[[], bool]) -> None:
+        end_s = time.monotonic() + 60
+        while not self.call(is_so):
+            assert time.monotonic() < end_s
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+
+@pytest.fixture(scope="module")
+def running(served_run: Path, picture: bytes) -> Iterator[Running]:
+    server = Running(ServeConfig(run_dir=served_run, max_waiting=100), picture)
+    assert not server.engine.ready
+    server.do(server.engine.start())
+    assert server.engine.ready
+    yield server
+    with suppress(ProcessLookupError):
+        server.signal(signal.SIGCONT)
+    server.do(server.engine.stop())
+    server.close()
+
+
+def test_it_says_what_the_front_must_know(running: Running, tiny_elastic: ElasticModel) -> None:
+    engine = running.engine
+    assert engine.knob_space == tiny_elastic.knob_space
+    assert engine.identity == tiny_elastic.identity
+    assert engine.full_p50_ms == 1700.0
+    assert set(engine.kinds) == {"e2e", "ttft"}
+    assert engine.limits["max_new_tokens"] == tiny_elastic.max_new_tokens
+
+
+def test_a_request_is_answered_within_its_budget(running: Running, tiny_elastic: ElasticModel) -> None:
+    before = running.call(lambda: dataclasses.replace(running.engine.stats()))
+    served = running.result(running.submit(budgets_ms={"e2e": 5000.0}, price=0.0))
+    answer = served.answer
+    assert answer.answer == run_forced(tiny_elastic, running.picture, QUESTION, answer.knobs).answer
+    assert answer.budget_met
+    assert (answer.budget_ms, answer.kind, answer.price) == (5000.0, "e2e", 0.0)
+    assert served.queue_ms == answer.waited_ms
+    assert served.finished_s <= time.perf_counter()
+    assert (served.attempts, served.finish_reason) == (1, "length")
+    after = running.call(running.engine.stats)
+    assert (after.accepted - before.accepted, after.answered - before.answered, after.late) == (1, 1, 0)
+    assert (after.waiting, after.running) == (0, 0)
+
+
+def test_no_budget_means_four_times_the_median(running: Running) -> None:
+    answer = running.result(running.submit()).answer
+    assert (answer.budget_ms, answer.kind) == (6800.0, "e2e")
+
+
+def test_pieces_add_up_to_the_answer(running: Running) -> None:
+    full = running.engine.knob_space.full
+    *pieces, served = running.wait(running.submit(knobs=full, stream=True))
+    assert isinstance(served, Served)
+    assert "".join(map(str, pieces)) == served.answer.answer
+    assert len(pieces) > 1
+
+
+def test_both_kinds_of_budget_and_shorter_answers(running: Running) -> None:
+    answer = running.result(running.submit(budgets_ms={"ttft": 4000.0, "e2e": 5000.0}, max_new_tokens=1)).answer
+    assert (answer.kind, answer.budget_ms, answer.other_budget_ms) == ("e2e", 5000.0, 4000.0)
+    assert answer.num_output_tokens == 1
+    answer = running.result(running.submit(budgets_ms={"ttft": 4000.0}, max_new_tokens=1000)).answer
+    assert (answer.kind, answer.budget_ms, answer.other_budget_ms) == ("ttft", 4000.0, None)
+    assert answer.budget_met
+
+
+def test_knobs_that_are_asked_for_run(running: Running) -> None:
+    for knobs in (running.engine.knob_space.full, running.engine.knob_space.cheapest, Knobs("medium", 3, 4)):
+        assert running.result(running.submit(knobs=knobs)).answer.knobs == knobs
+
+
+def test_a_question_alone_is_answered(running: Running) -> None:
+    assert running.result(running.submit(image=None)).answer.sizes.num_pixels == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"image": b"no picture"}, ImageError),
+        ({"image": b""}, ImageError),
+        ({"question": ""}, QuestionError),
+        ({"question": "red " * 1000}, QuestionError),
+        ({"knobs": Knobs("low", 99, 3)}, KnobError),
+        ({"budgets_ms": {"e2e": -1.0}}, BudgetError),
+        ({"budgets_ms": {"e2e": 1e9}}, BudgetError),
+        ({"budgets_ms": {"e2e": 100.0}}, BudgetError),  # less than the cheapest knobs' bound
+        ({"budgets_ms": {"ttlt": 100.0}}, ConfigError),
+        ({"price": -1.0}, ConfigError),
+        ({"max_new_tokens": 0}, ConfigError),
+        ({"arrived_s": -1e6, "budgets_ms": {"e2e": 5000.0}}, DeadlineError),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_at_once(
+    running: Running, values: dict[str, Any], error: type[PacevlmError]
+) -> None:
+    with pytest.raises(error):
+        running.submit(**values)
+    assert running.call(running.engine.stats).waiting == 0
+
+
+def test_a_poisonous_picture_hurts_nobody_else(running: Running, picture: bytes) -> None:
+    """Its header is right and its pixels are not, which only the worker finds out."""
+    cut = picture[: len(picture) // 2]
+    with pytest.raises(ImageError):
+        running.wait(running.submit(image=cut, budgets_ms={"e2e": 5000.0}))
+    assert running.result(running.submit()).answer.budget_met
+    assert running.call(running.engine.stats).restarts == 0
+
+
+def test_more_than_can_be_answered_is_refused_with_the_truth(running: Running) -> None:
+    """While the worker is held, requests are taken as long as each could still be in time."""
+    running.signal(signal.SIGSTOP)
+    tickets = []
+    refused = None
+    while refused is None:
+        try:
+            tickets.append(running.submit(budgets_ms={"e2e": 10_000.0}))
+        except OverloadError as error:
+            refused = error
+    assert 2 <= len(tickets) <= 15
+    assert "try again in" in str(refused)
+    assert 0 < refused.retry_after_s < 20
+    assert refused.soonest_budget_ms > 10_000.0
+    soonest_ms = refused.soonest_budget_ms + 100.0  # what passes until it is asked for
+    tickets.append(running.submit(budgets_ms={"e2e": soonest_ms}))
+    running.signal(signal.SIGCONT)
+    assert all(running.result(ticket).answer.budget_met for ticket in tickets)
+
+
+def test_the_earliest_deadline_is_answered_first_and_a_client_may_leave(running: Running) -> None:
+    running.signal(signal.SIGSTOP)
+    budgets_ms = [60_000.0, 50_000.0, 20_000.0, 40_000.0, 30_000.0]
+    first, *tickets = [running.submit(budgets_ms={"e2e": budget_ms}) for budget_ms in budgets_ms]
+    running.until(lambda: running.engine.stats().running == 1)
+    running.call(tickets[1].cancel)  # waits
+    running.call(first.cancel)  # runs
+    running.call(first.cancel)
+    assert running.call(running.engine.stats).waiting == 3
+    running.signal(signal.SIGCONT)
+    finished = [running.result(ticket).finished_s for ticket in (tickets[3], tickets[2], tickets[0])]
+    assert finished == sorted(finished)
+    for ticket in (first, tickets[1]):
+        with pytest.raises(DeadlineError, match="cancelled"):
+            running.wait(ticket)
+    assert running.call(running.engine.stats).cancelled == 2
+
+
+def test_a_deadline_that_passes_in_the_queue_is_refused_not_run(running: Running) -> None:
+    running.signal(signal.SIGSTOP)
+    first = running.submit(budgets_ms={"e2e": LONG_MS})
+    running.until(lambda: running.engine.stats().running == 1)
+    short = running.submit(budgets_ms={"e2e": 2500.0})
+    with pytest.raises(DeadlineError, match="before the request could begin"):
+        running.wait(short)  # at its deadline, though the worker is still held
+    running.signal(signal.SIGCONT)
+    assert running.result(first).attempts == 1
+
+
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(running: Running) -> None:
+    running.signal(signal.SIGSTOP)
+    tickets = [running.submit(budgets_ms={"e2e": LONG_MS}, stream=number == 0) for number in range(3)]
+    running.until(lambda: running.engine.stats().running == 1)
+    running.signal(signal.SIGKILL)
+    running.until(lambda: not running.engine.ready)
+    with pytest.raises((OverloadError, BudgetError)):  # nobody could answer that soon
+        running.submit(budgets_ms={"e2e": 1500.0})
+    late = running.submit(budgets_ms={"e2e": LONG_MS})
+    served = [running.result(ticket) for ticket in (*tickets, late)]
+    assert [one.attempts for one in served] == [2, 1, 1, 1]
+    assert all(one.answer.budget_met for one in served)
+    assert running.engine.ready
+    assert running.call(running.engine.stats).restarts == 1
+
+
+def test_a_request_that_kills_two_workers_is_given_up(running: Running) -> None:
+    running.signal(signal.SIGSTOP)
+    poison = running.submit(budgets_ms={"e2e": LONG_MS})
+    other = running.submit(budgets_ms={"e2e": LONG_MS + 1000.0})
+    for _ in range(2):
+        running.until(lambda: running.engine.stats().running == 1)
+        pid = running.worker_pid
+        running.signal(signal.SIGKILL)
+        # Held before it is sent the request again.
+        running.until(lambda pid=pid: running.worker_pid != pid)  # type: ignore[misc]
+        if poison.attempts < 2:
+            running.engine._worker.send = hold(running, running.engine._worker.send)  # type: ignore[union-attr, method-assign]
+    with pytest.raises(WorkerError, match="2 workers died"):
+        running.wait(poison)
+    assert running.result(other).attempts == 1
+    assert running.call(running.engine.stats).restarts == 3
+
+
+def hold(running: Running, send: Callable[..., None]) -> Callable[..., None]:
+    """Stop the worker as soon as it is sent something."""
+
+    def stop_first(*message: Any) -> None:
+        running.signal(signal.SIGSTOP)
+        send(*message)
+
+    return stop_first
+
+
+def test_drift_is_learned_and_stopping_finishes_what_was_accepted(running: Running, served_run: Path) -> None:
+    tickets = [running.submit(budgets_ms={"e2e": LONG_MS}) for _ in range(5)]
+    stopping = asyncio.run_coroutine_threadsafe(running.engine.stop(), running.loop)
+    running.until(lambda: running.engine._is_stopping)
+    with pytest.raises(WorkerError, match="not running"):
+        running.submit()
+    assert all(running.result(ticket).answer.budget_met for ticket in tickets)
+    stopping.result(60)
+    assert not running.engine.ready
+    assert "estimator_fingerprint" in (served_run / "bundle-drift.json").read_text()
+
+
+def test_what_cannot_be_served_is_said_at_the_start(served_run: Path, picture: bytes, tmp_path: Path) -> None:
+    for config in (
+        ServeConfig(run_dir=tmp_path),
+        ServeConfig(run_dir=served_run / "bundle", policy="lookup_table", drift_path=tmp_path / "drift.json"),
+    ):
+        if config.policy == "lookup_table":
+            (served_run / "lookup_table.json").rename(tmp_path / "away")
+        server = Running(config, picture)
+        with pytest.raises(CheckpointError):
+            server.do(server.engine.start())
+        server.do(server.engine.stop())
+        server.close()
