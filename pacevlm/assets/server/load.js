@@ -52,7 +52,7 @@ async function runStep(server, samples, step, { fullMs, signal, onChange }) {
   const sendNext = () => {
     while (waiting.length && running.size < NUM_CONNECTIONS && !signal.aborted) {
       const { sample, budgetMs, dueMs } = waiting.shift();
-      const leftMs = budgetMs - (performance.now() - dueMs);
+      const leftMs = budgetMs - Math.max(performance.now() - dueMs, 0); // timers may be early
       const one = askOne(server, sample, Math.max(leftMs, 0.1), step, signal).finally(() => {
         running.delete(one);
         onChange();
