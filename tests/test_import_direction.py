@@ -80,7 +80,7 @@ OPTIONAL: dict[str, frozenset[str]] = {
     "trl": frozenset(),
     "lmms_eval": frozenset({"pacevlm.lmms_eval", "pacevlm.lmms_eval.model"}),
     "loguru": frozenset({"pacevlm.lmms_eval.model"}),
-    **dict.fromkeys(("fastapi", "uvicorn", "starlette", "prometheus_client", "pydantic", "httpcore2"), SERVER),
+    **dict.fromkeys(("fastapi", "uvicorn", "starlette", "prometheus_client", "pydantic"), SERVER),
 }
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
@@ -143,6 +144,10 @@ def create_app(engine: Engine, config: ServeConfig, api_key: str | None = None) 
 
         return JSONResponse(samples())
 
+    for route in [route for route in app.routes if isinstance(route, APIRoute)]:
+        # The page's folder, which stands behind them, would say that there is no such path.
+        others = sorted({"GET", "POST", "PUT", "PATCH", "DELETE"} - set(route.methods or ()))
+        app.add_api_route(route.path, _refuse_method, methods=others, include_in_schema=False)
     app.mount("/", _Page(directory=PAGE_FOLDER, html=True))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -158,6 +163,10 @@ class _Page(StaticFiles):
         response.headers["x-content-type-options"] = "nosniff"
         response.headers["cache-control"] = "no-cache"  # the next version's files belong together
         return response
+
+
+async def _refuse_method(request: Request) -> Response:
+    raise HTTPException(405, f"{request.method} cannot be used here")
 
 
 async def _as_envelope(request: Request, error: Exception) -> Response:

@@ -117,7 +117,7 @@ async def _read_picture(url: str, fetcher: PictureFetcher) -> bytes:
             "invalid_image",
         )
     try:
-        return _BASE64.validate_json(f'"{payload}"')
+        return _BASE64.validate_strings(payload)
     except ValidationError:
         raise FieldError(
             "image_url does not hold valid base64; encode the whole file with base64.b64encode",

@@ -92,7 +92,7 @@ class ChatEndpoint:
     def answered(self, request: Request, served: Served) -> PacingReport:
         """Count an answer; returns how it was paced."""
         found = report(served)
-        self._metrics.answered(served, found, usage(served))
+        self._metrics.answered(served, usage(served))
         request.state.logged.update(
             knobs=str(served.answer.knobs),
             budget_ms=found.budget_ms,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from pacevlm.errors import PacevlmError
 from pacevlm.server.job import Served
-from pacevlm.server.protocol import PacingReport, Usage
+from pacevlm.server.protocol import Usage
 from pacevlm.server.refusals import describe
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Metrics:
         self._prompt = self._counter("prompt_tokens", "Tokens of pictures and questions.")
         self._generated = self._counter("generation_tokens", "Tokens of answers.")
 
-    def answered(self, served: Served, found: PacingReport, tokens: Usage) -> None:
+    def answered(self, served: Served, tokens: Usage) -> None:
         """Count an answer."""
         answer, times = served.answer, served.answer.times
         queue_s = served.queue_ms / 1e3
@@ -53,8 +54,8 @@ class Metrics:
         self._e2e.observe(queue_s + times.e2e_ms / 1e3)
         self._queue.observe(queue_s)
         self._inference.observe(times.e2e_ms / 1e3)
-        if found.budget_ms is not None:
-            self._used.observe(answer.measured_ms / found.budget_ms)
+        if math.isfinite(answer.budget_ms):
+            self._used.observe(answer.measured_ms / answer.budget_ms)
         outcome = "met" if answer.budget_met else "late" if answer.feasible else "infeasible"
         self._budgets.labels(answer.kind, outcome).inc()
         self._success.labels(served.finish_reason).inc()
