@@ -22,6 +22,7 @@ class StandInEngine:
     """Answers every job after `seconds`, unless `error` says otherwise; `jobs` are those it was given."""
 
     knob_space = KnobSpace()
+    full_p50_ms, default_budget_ms, default_price, is_embedded = 20.0, 80.0, 0.0, True
     limits: ClassVar = {"max_new_tokens": 8, "max_positions": 256, "max_image_pixels": 10**8}
 
     def __init__(self) -> None:

@@ -39,8 +39,24 @@ _REFUSALS = {
     429: "the budget cannot be met behind what was accepted before",
     503: "the worker is being restarted",
 }
-# Nothing that the page needs is anywhere else.
-_PAGE_POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'"
+# Nothing that the page needs is anywhere else, and no text becomes markup but lit-html's templates.
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types lit-html"
+)
+
+
+class ModelPacing(BaseModel):
+    """What a client must know of a model to choose budgets, prices and knobs, whose full ones are the last of each."""
+
+    full_p50_ms: float
+    default_budget_ms: float
+    default_price: float
+    tiers: tuple[str, ...]
+    top_ks: tuple[int, ...]
+    num_blocks: tuple[int, ...]
+    is_embedded: bool
 
 
 class Model(BaseModel):
@@ -50,6 +66,7 @@ class Model(BaseModel):
     object: str = "model"
     created: int
     owned_by: str = "pacevlm"
+    pacevlm: ModelPacing
 
 
 class Models(BaseModel):
@@ -96,7 +113,17 @@ def create_app(engine: Engine, config: ServeConfig, api_key: str | None = None) 
     @app.get("/v1/models", response_model=Models, responses={401: refusals[401]})
     async def models() -> Models:
         """The model that is served."""
-        return Models(data=[Model(id=config.model_name, created=started)])
+        space = engine.knob_space
+        pacing = ModelPacing(
+            full_p50_ms=engine.full_p50_ms,
+            default_budget_ms=engine.default_budget_ms,
+            default_price=engine.default_price,
+            tiers=space.tiers,
+            top_ks=space.top_ks,
+            num_blocks=space.num_blocks,
+            is_embedded=engine.is_embedded,
+        )
+        return Models(data=[Model(id=config.model_name, created=started, pacevlm=pacing)])
 
     @app.get("/health", responses={503: refusals[503]})
     async def health() -> Response:
@@ -134,6 +161,7 @@ class _Page(StaticFiles):
         response = super().file_response(*args, **kwargs)
         response.headers["content-security-policy"] = _PAGE_POLICY
         response.headers["x-content-type-options"] = "nosniff"
+        response.headers["cache-control"] = "no-cache"  # the next version's files belong together
         return response
 
 

@@ -165,6 +165,21 @@ class Engine:
         return self.outlook.full_p50_ms
 
     @property
+    def default_budget_ms(self) -> float:
+        """Budget of a request that names none."""
+        return self.outlook.default_budget_ms
+
+    @property
+    def default_price(self) -> float:
+        """Price of a request that names none."""
+        return self.outlook.default_price
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether it is the embedded model that is served."""
+        return self.outlook.is_embedded
+
+    @property
     def kinds(self) -> tuple[BudgetKind, ...]:
         """Kinds of budget that can be asked for."""
         return self.outlook.kinds

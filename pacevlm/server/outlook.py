@@ -11,18 +11,21 @@ import torch
 from numpy.typing import NDArray
 
 from pacevlm.errors import BudgetError, ConfigError
+from pacevlm.evaluation.prices import PriceTable
 from pacevlm.images import open_picture
 from pacevlm.knobs import Knobs, KnobSpace, check_budget_ms, check_price
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Guardrail
 from pacevlm.latency.output_length import OutputLengthModel
 from pacevlm.models.elastic import ElasticModel, choose_knobs, read_elastic_settings
+from pacevlm.models.embedded import EMBEDDED_DIR
 from pacevlm.models.folder import find_model_folder
 from pacevlm.models.registry import load_adapter
 from pacevlm.pacer import (
     ESTIMATOR_NAME,
     GUARDRAIL_NAME,
     OUTPUT_LENGTH_NAME,
+    PRICES_NAME,
     bundle_folder,
     find_bundle_model,
     read_bundle,
@@ -71,6 +74,8 @@ class Outlook:
         model: on the device `meta`.
         full_p50_ms: median milliseconds of the full configuration on the profiled device.
         kind: what the bundle's budgets cover.
+        default_price: of time, where a request names none.
+        is_embedded: whether it is the model that the package brings.
 
     Raises as `Pacer.from_pretrained`.
     """
@@ -110,6 +115,9 @@ class Outlook:
         self.lengths = (
             OutputLengthModel.load(self.folder / OUTPUT_LENGTH_NAME) if OUTPUT_LENGTH_NAME in values["files"] else None
         )
+        prices = PriceTable.load(self.folder / PRICES_NAME) if PRICES_NAME in values["files"] else None
+        self.default_price = 0.0 if prices is None else prices.default_price
+        self.is_embedded = source == EMBEDDED_DIR
         self.full_p50_ms: float = values["full_p50_ms"]
         self.kind: BudgetKind = values["budget_kind"]
         self._scores: Array | None = None

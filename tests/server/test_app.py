@@ -344,7 +344,7 @@ def test_the_page_and_its_samples_come_from_here(address: str) -> None:
     with client_of(address) as client:
         page = client.get("/")
         assert page.headers["content-type"].startswith("text/html")
-        assert "default-src 'self'" in page.headers["content-security-policy"]
+        assert "default-src 'none'" in page.headers["content-security-policy"]
         samples = client.get("/samples").json()
         assert {"detail", "thought", "overview", "knowledge"} == {sample["task"] for sample in samples}
         sample = samples[0]
