@@ -54,6 +54,13 @@ def test_no_file_names_another_server() -> None:
         assert addresses <= {"http://www.w3.org/2000/svg"}, path
 
 
+def test_every_file_that_is_named_is_there() -> None:
+    named = {name for path in OWN for name in re.findall(r'(?:(?:href|src)=|from )"([\w./-]+\.\w+)"', path.read_text())}
+    missing = {name for name in named if not (PAGE_FOLDER / name).is_file()}
+    assert missing == {"openapi.json"}  # which the application answers
+    assert len(named) > len(OWN)
+
+
 def test_text_cannot_become_markup() -> None:
     sinks = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|unsafe|\beval\b|Function\("
     inline = r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)"

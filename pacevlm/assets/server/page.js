@@ -8,6 +8,7 @@ import { isRight, RefusedError, Server } from "./server.js";
 const BUDGET_TICKS = [0.35, 0.5, 0.7, 1, 2, 4]; // of the full median
 const SNAP = 0.035; // so near to a tick, in powers of two, the budget is on it
 const PRICE_SNAP = 0.6;
+const PATIENCE = 20; // with full knobs, in full medians: to be measured, on a slow machine as well
 const SAMPLES_PER_TASK = 6;
 
 const server = new Server();
@@ -94,11 +95,11 @@ async function askOnce() {
 async function askFull(picture, question) {
   const key = `${question}\n${picture?.url}`;
   if (state.full?.key === key && state.full.pacing) return;
-  const { tiers, top_ks, num_blocks } = state.model.pacevlm;
+  const { tiers, top_ks, num_blocks, full_p50_ms: fullMs } = state.model.pacevlm;
   const knobs = [tiers, top_ks, num_blocks].map((values) => values.at(-1)).join("/");
   state.full = { key };
   try {
-    state.full = { key, ...(await server.ask(picture?.url, question, { knobs })) };
+    state.full = { key, ...(await server.ask(picture?.url, question, { knobs, latency_budget_ms: PATIENCE * fullMs })) };
   } catch (error) {
     state.full = { key, problem: error };
   }
