@@ -523,6 +523,29 @@ def serve(arguments: Sequence[str]) -> None:
     print("stopped; what was accepted is finished")
 
 
+def capacity(arguments: Sequence[str]) -> None:
+    """Say how many devices answer so many requests a second in time, by a simulation of the server's queue.
+
+    Requests are like the run's test questions, and take what they are predicted to on the profiled device, off by what
+    its profile was off by. Each device has a queue of its own. Nothing is run but what is not known yet of the test
+    questions.
+
+    Examples:
+      pacevlm capacity --requests-per-s 100 --budgets-ms 150
+      pacevlm capacity --run-dir runs/mine --requests-per-s 40 --budgets-ms 50 100 200 --kept 0.95
+      pacevlm capacity --requests-per-s 100 --budgets-ms 150 --policy full
+    """
+    from pacevlm.server.capacity import CapacityConfig
+
+    options = parse_options(capacity, CapacityConfig, arguments)
+    from pacevlm.server.capacity import format_capacity, plan_capacity
+    from pacevlm.server.simulation import Traffic
+
+    with RichReporter() as reporter:
+        traffic = Traffic.of_run(options.run_dir, reporter)
+    print("\n" + format_capacity(plan_capacity(traffic, options), options), end="")
+
+
 # Each returns its exit code, or None for 0.
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "quickstart": quickstart,
@@ -539,6 +562,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "importance": importance,
     "inspect": inspect,
     "serve": serve,
+    "capacity": capacity,
 }
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -132,7 +132,7 @@ def create_app(engine: Engine, config: ServeConfig, api_key: str | None = None) 
             return JSONResponse({"status": "ready"})
         return error_response(RefusedError(503, "the worker is not ready", "not_ready", retry_after_s=RESTART_S))
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Response:
         """Counts and times for Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)

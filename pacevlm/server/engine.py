@@ -21,7 +21,7 @@ from pacevlm.knobs import KnobSpace
 from pacevlm.server.config import ServeConfig
 from pacevlm.server.job import Job, Served
 from pacevlm.server.outlook import Look, Outlook
-from pacevlm.server.schedule import Entry, Schedule, Turn
+from pacevlm.server.schedule import NEWEST, Entry, Schedule, Turn
 from pacevlm.server.wire import HEAD, NO_IMAGE, answer_from_dict, pack
 from pacevlm.types import BudgetKind
 
@@ -34,8 +34,8 @@ HANG_S = 60.0
 STOP_S = 20.0
 """So long a worker may take to end once it is told to."""
 MAX_RESTART_PAUSE_S = 30.0
-# Weight of the newest request in what is known of the time that requests take, and of the gap between two.
-NEWEST = 0.02
+SLOW_RETRY_S = 1.0
+"""When to come again for a budget that only a machine as slow as lately cannot keep."""
 FIRST_GAP_MS = 1.0
 # Largest message of a worker but the first, and most that is buffered of a stream.
 STREAM_LIMIT = 2**20
@@ -291,8 +291,15 @@ class Engine:
         if now_s >= entry.deadline_s:
             raise DeadlineError(f"the budget was over {(now_s - entry.deadline_s) * 1e3:.0f} ms before the queue")
         if budget_ms < least_ms:
-            if budget_ms >= entry.bound_ms + self.schedule.gap_ms and self._running is None:
-                self._probe()
+            if budget_ms >= entry.bound_ms + self.schedule.gap_ms:
+                if self._running is None:
+                    self._probe()
+                raise OverloadError(
+                    f"the machine is {self.schedule.factor:.1f} times slower than profiled, and this request may take "
+                    f"{least_ms:.1f} ms with its cheapest knobs; try again in {SLOW_RETRY_S:g} s, or with that budget",
+                    SLOW_RETRY_S,
+                    least_ms,
+                )
             raise BudgetError(
                 f"a budget of {budget_ms:g} ms is too small: with its cheapest knobs this request may take "
                 f"{least_ms:.1f} ms here; give a larger one"
@@ -339,7 +346,7 @@ class Engine:
         try:
             assert self._worker is not None
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + HANG_S + _bound_s(turn)):
-                self._worker.send(_message(ticket, turn.until_s), ticket.job.image or NO_IMAGE)
+                self._worker.send(_message(ticket, turn), ticket.job.image or NO_IMAGE)
                 await self._follow(ticket)
         except (ConnectionError, asyncio.IncompleteReadError, TimeoutError):
             await self._replace_worker(turn, ticket)
@@ -379,7 +386,7 @@ class Engine:
         schedule, answer = self.schedule, served.answer
         schedule.factor = drift_factor
         predicted_ms = float(ticket.look.predicted_ms[self.knob_space.place(answer.knobs)])
-        schedule.pace += NEWEST * (answer.times.e2e_ms / predicted_ms - schedule.pace)
+        schedule.learn(predicted_ms, answer.times.e2e_ms)
         schedule.gap_ms += NEWEST * (max(passed_ms - answer.times.e2e_ms, 0.0) - schedule.gap_ms)
 
     async def _run_probe(self) -> None:
@@ -512,7 +519,7 @@ def _entry(job: Job, look: Look) -> Entry:
     )
 
 
-def _message(ticket: Ticket, until_s: float) -> dict[str, Any]:
+def _message(ticket: Ticket, turn: Turn) -> dict[str, Any]:
     job = ticket.job
     return {
         "type": "run",
@@ -523,7 +530,8 @@ def _message(ticket: Ticket, until_s: float) -> dict[str, Any]:
         "knobs": None if job.knobs is None else str(job.knobs),
         "max_new_tokens": job.max_new_tokens,
         "arrived_s": job.arrived_s,
-        "until_s": until_s,
+        "until_s": turn.until_s,
+        "least_price": turn.price,
         "stream": job.stream,
     }
 

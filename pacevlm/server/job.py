@@ -19,7 +19,7 @@ class Job:
         image: the picture's file as sent; None for a question alone.
         question: the user's text.
         budgets_ms: by what they cover; where both kinds are given both must hold. Empty: the server's default budget.
-        price: what time is worth below the budget; the bundle's default if None.
+        price: what time is worth below the budget, at least; the bundle's default if None. Under load it is worth more.
         knobs: what must run, whatever the policy would choose.
         max_new_tokens: most tokens of the answer; the model's own limit if None, or if that is lower.
         arrived_s: `time.perf_counter()` when its first byte was seen; budgets count from here.

@@ -10,6 +10,11 @@ import bisect
 import math
 from dataclasses import dataclass, field, replace
 
+from pacevlm.knobs import MAX_PRICE
+
+# Weight of the newest request in averages.
+NEWEST = 0.02
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -56,10 +61,12 @@ class Turn:
     Attributes:
         entry: which one.
         until_s: when it must be over, for itself and for all that wait behind it.
+        price: what time is worth to others, in points of accuracy for one whole full latency.
     """
 
     entry: Entry
     until_s: float
+    price: float
 
 
 class Schedule:
@@ -69,6 +76,10 @@ class Schedule:
     cheapest knobs behind what is left of the running one. For every request its own bound counts, for those in front of
     it what they are predicted to take: their errors even out. The one whose turn comes may take as long as all behind
     it leave it, so answers get cheaper before any is late.
+
+    Under load time has a price, so that nobody spends for little what others are refused for: of the requests that
+    could be answered with their cheapest knobs in one full latency, the share that was refused lately would be there,
+    each worth up to a right answer. That is the shadow price of time; without it the first in a queue spends all slack.
 
     Nobody starves: a deadline comes closer, and only requests with earlier ones go first, which are accepted only as
     long as it is kept.
@@ -85,13 +96,14 @@ class Schedule:
         factor: how many times slower than profiled the machine is, for bounds.
         pace: how many times their predictions requests took lately, on average.
         gap_ms: what passes on the worker between two requests.
+        refused: share of the latest requests that were refused because of others.
     """
 
     def __init__(self, max_waiting: int = 256) -> None:
         self.max_waiting = max_waiting
         self.waiting: list[Entry] = []
         self.free_s = -math.inf
-        self.factor, self.pace, self.gap_ms = 1.0, 1.0, 0.0
+        self.factor, self.pace, self.gap_ms, self.refused = 1.0, 1.0, 0.0, 0.0
 
     def admit(self, entry: Entry, now_s: float) -> Refusal | None:
         """Accept a request into the queue, or say why not.
@@ -100,7 +112,10 @@ class Schedule:
         others with earlier deadlines is promised an earlier one itself.
         """
         soonest_s = self.soonest_s(entry, now_s)
-        if entry.due_s < soonest_s or len(self.waiting) >= self.max_waiting:
+        is_refused = entry.due_s < soonest_s or len(self.waiting) >= self.max_waiting
+        if now_s + self._bound_s(entry) <= entry.deadline_s:  # else nobody but itself is to blame
+            self.refused += NEWEST * (is_refused - self.refused)
+        if is_refused:
             return Refusal(self.retry_s(entry, now_s), soonest_s)
         place = bisect.bisect_right(self.waiting, entry.due_s, key=_due_s)
         if not self._fits(entry, place, now_s):
@@ -125,7 +140,8 @@ class Schedule:
             between_s += self._take_s(other)
         until_s = max(until_s - self.gap_ms / 1e3, now_s)
         self.free_s = min(max(until_s, now_s + self._bound_s(entry)), now_s + self._most_s(entry))
-        return Turn(entry, until_s)
+        price = 100 * self.refused * entry.dearest_ms / entry.bound_ms
+        return Turn(entry, until_s, min(price, MAX_PRICE))
 
     def expect(self, end_s: float) -> None:
         """The running request, whose knobs are chosen, will be over by then at the latest."""
@@ -134,6 +150,15 @@ class Schedule:
     def end(self) -> None:
         """The running request is over."""
         self.free_s = -math.inf
+
+    def learn(self, predicted_ms: float, took_ms: float) -> None:
+        """Follow what requests take on average.
+
+        Args:
+            predicted_ms: what the knobs that ran were predicted to take before the request began.
+            took_ms: what it took.
+        """
+        self.pace += NEWEST * (took_ms / predicted_ms - self.pace)
 
     def cancel(self, key: str) -> bool:
         """Give up a waiting request's place; False if it does not wait."""

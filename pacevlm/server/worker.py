@@ -32,6 +32,7 @@ from pacevlm.latency.measuring import use_num_threads
 from pacevlm.pacer import Pacer, bundle_folder
 from pacevlm.pipeline.artefacts import LOOKUP_NAME
 from pacevlm.request.run import run_forced, run_request
+from pacevlm.server.logs import log_as_json
 from pacevlm.server.wire import NO_IMAGE, answer_to_dict, receive, send
 from pacevlm.types import Objective
 
@@ -39,8 +40,10 @@ log = logging.getLogger("pacevlm.server.worker")
 
 # Rounds of warm-up requests with the cheapest, the full and middle knobs.
 WARM_UP_ROUNDS = 5
-# So long without a request is a pause, in which garbage may be collected; drift is saved in one, this often at most.
+# So long without a request is a pause, in which garbage is collected; drift is saved in one, this often at most.
 PAUSE_S, SAVE_EVERY_S = 0.5, 60.0
+# Requests between two collections where there is no pause.
+COLLECT_EVERY = 500
 # Tokens whose embeddings are read at once.
 CHUNK = 8192
 
@@ -76,7 +79,7 @@ class Worker:
         self.policy = self._load_policy(Path(settings["run_dir"]), settings["policy"])
         folder = bundle_folder(settings["run_dir"])
         self.drift_path = Path(settings["drift_path"] or folder.with_name(f"{folder.name}-drift.json"))
-        self.saved_s, self.is_saved = time.monotonic(), True
+        self.saved_s, self.is_untidy, self.num_served = time.monotonic(), False, 0
         self.sample = Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8))
         self.loose = Objective(1e9, self.pacer.kind)
 
@@ -107,9 +110,12 @@ class Worker:
 
     def _next(self) -> tuple[dict[str, Any], bytes] | None:
         """The next message; a pause before it is used to put things in order."""
-        if not select.select([self.connection], [], [], PAUSE_S)[0]:
+        if self.num_served % COLLECT_EVERY == COLLECT_EVERY - 1:
             gc.collect()
-            if not self.is_saved and time.monotonic() - self.saved_s > SAVE_EVERY_S:
+        if self.is_untidy and not select.select([self.connection], [], [], PAUSE_S)[0]:
+            gc.collect()
+            self.is_untidy = False
+            if time.monotonic() - self.saved_s > SAVE_EVERY_S:
                 self._save_drift()
         return receive(self.connection)
 
@@ -124,7 +130,7 @@ class Worker:
         objective = Objective(
             job["budgets_ms"][kind],
             kind,
-            pacer.default_price if job["price"] is None else job["price"],
+            max(pacer.default_price if job["price"] is None else job["price"], job["least_price"]),
             *(job["budgets_ms"][other] for other in others),
         )
 
@@ -160,7 +166,8 @@ class Worker:
             send(connection, {"type": "failed", "error": "WorkerError", "message": message})
             return
         finished_s = time.perf_counter()
-        self.is_saved = False
+        self.is_untidy = True
+        self.num_served += 1
         is_cut = answer.token_ids[-1] not in pacer.model.adapter.end_token_ids
         send(
             connection,
@@ -213,7 +220,7 @@ class Worker:
             self.pacer.track_drift(self.drift_path)
 
     def _save_drift(self) -> None:
-        self.saved_s, self.is_saved = time.monotonic(), True
+        self.saved_s = time.monotonic()
         try:
             self.pacer.save_drift()
         except PacevlmError as error:
@@ -240,7 +247,7 @@ class Worker:
 
 def main(descriptor: int) -> None:
     """Serve the socket of this number."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log_as_json("info")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=descriptor)

@@ -14,7 +14,7 @@ import pytest
 from pacevlm.server.schedule import Entry, Schedule
 
 EPSILON_S = 1e-9
-SEEDS = range(6)
+SEEDS = range(3)
 
 
 def draw(rng: np.random.Generator, key: str, now_s: float, budgets: tuple[float, ...] = (1, 1.5, 2, 4, 40)) -> Entry:
@@ -63,7 +63,7 @@ class World:
         self.now_s = max(self.now_s, until_s)
 
 
-def arrivals(seed: int, load: float, number: int = 300, gap_ms: float = 0.0) -> Iterator[tuple[World, Entry]]:
+def arrivals(seed: int, load: float, number: int = 200, gap_ms: float = 0.0) -> Iterator[tuple[World, Entry]]:
     """A world and each request that reaches it, not submitted yet; load is in capacities at full knobs."""
     rng = np.random.default_rng(seed)
     world = World(np.random.default_rng([seed, 1]), gap_ms=gap_ms)
@@ -91,7 +91,7 @@ def test_what_is_accepted_is_kept(seed: int, load: float) -> None:
     assert world.done.keys() == accepted.keys()
     for key, entry in accepted.items():
         assert world.done[key] <= entry.deadline_s + EPSILON_S
-    assert num_refused < 60 if load < 1 else num_refused > 20
+    assert num_refused < 40 if load < 1 else num_refused > 10
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -135,14 +135,14 @@ def test_a_refusal_tells_the_truth(seed: int, load: float) -> None:
             assert (trial.admit(again, world.now_s) is None) == is_taken
         # Later it is accepted with the same budget, if nothing else arrives, however the rest goes.
         if budget_s >= entry.bound_ms / 1e3:
-            for later_s, fate in itertools.product((1e-6, 0.003, 0.05), range(3)):
+            for later_s, fate in itertools.product((1e-6, 0.003, 0.05), range(2)):
                 later = copy.deepcopy(world)
                 later.rng = np.random.default_rng([seed, number, fate])
                 retry_s = refusal.retry_s + later_s
                 later.advance(retry_s)
                 again = replace(entry, deadline_s=retry_s + budget_s, due_s=retry_s + budget_s)
                 assert later.schedule.admit(again, retry_s) is None
-    assert num_refused > 10
+    assert num_refused > 5
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -209,6 +209,32 @@ def test_more_waiting_make_the_first_one_cheaper() -> None:
         given_ms.append(turn.until_s * 1e3)
     assert given_ms[0] == pytest.approx(100.0)
     assert np.diff(given_ms) == pytest.approx([-12.0, *[-10.0] * 6])
+
+
+def test_time_has_a_price_while_others_are_refused() -> None:
+    schedule, entry = Schedule(), Entry("a", 0.1, 10.0, 12.0, 48.0)
+
+    def price() -> float:
+        trial = copy.deepcopy(schedule)
+        turn = trial.start(0.0)
+        assert turn is not None
+        return turn.price
+
+    assert schedule.admit(entry, 0.0) is None
+    assert price() == 0.0
+    for _ in range(100):  # nobody could keep these
+        assert schedule.admit(Entry("b", 0.01, 10.0, 12.0, 48.0), 0.0) is not None
+    assert price() == 0.0
+    prices = []
+    for _ in range(1000):  # these could be kept, if the others were not there
+        assert schedule.admit(Entry("c", 0.0121, 10.0, 12.0, 48.0), 0.0) is not None or len(schedule.waiting) == 2
+        prices.append(price())
+    assert prices == sorted(prices)
+    assert prices[-1] == pytest.approx(400.0, rel=1e-3)  # all of the four that there would be time for
+    for number in range(300):
+        schedule.waiting.clear()
+        assert schedule.admit(replace(entry, key=str(number)), 0.0) is None
+    assert price() < 2.0
 
 
 def test_a_slower_machine_takes_fewer() -> None:
