@@ -142,7 +142,11 @@ def create_app(engine: Engine, config: ServeConfig, api_key: str | None = None) 
         """Questions that the embedded model can answer, with pictures and references."""
         from pacevlm.server.samples import samples
 
-        return JSONResponse(samples())
+        try:
+            return JSONResponse(samples())
+        except ModuleNotFoundError as error:
+            missing = f"{error.name} is not installed; pip install 'pacevlm[digits]' brings it"
+            return error_response(RefusedError(404, missing, "not_installed"))
 
     for route in [route for route in app.routes if isinstance(route, APIRoute)]:
         # The page's folder, which stands behind them, would say that there is no such path.

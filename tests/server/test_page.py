@@ -18,6 +18,7 @@ from serving import client_of, serving
 from stand_in_engine import StandInEngine
 
 from pacevlm.errors import OverloadError
+from pacevlm.server import samples
 from pacevlm.server.app import PAGE_FOLDER
 from pacevlm.server.config import ServeConfig
 from pacevlm.server.engine import Engine
@@ -54,6 +55,13 @@ def test_no_file_names_another_server() -> None:
         assert addresses <= {"http://www.w3.org/2000/svg"}, path
 
 
+def test_every_file_that_is_named_is_there() -> None:
+    named = {name for path in OWN for name in re.findall(r'(?:(?:href|src)=|from )"([\w./-]+\.\w+)"', path.read_text())}
+    missing = {name for name in named if not (PAGE_FOLDER / name).is_file()}
+    assert missing == {"openapi.json"}  # which the application answers
+    assert len(named) > len(OWN)
+
+
 def test_text_cannot_become_markup() -> None:
     sinks = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|unsafe|\beval\b|Function\("
     inline = r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)"
@@ -77,6 +85,26 @@ def test_the_page_is_told_what_it_chooses_from() -> None:
         list(values) for values in (space.tiers, space.top_ks, space.num_blocks)
     )
     assert (told["full_p50_ms"], told["default_budget_ms"], told["default_price"]) == (20.0, 80.0, 0.0)
+
+
+def no_digits(*_: Any) -> None:
+    raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+
+
+@pytest.fixture
+def without_digits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    samples.samples.cache_clear()
+    monkeypatch.setattr(samples, "load_digits", no_digits)
+    yield
+    samples.samples.cache_clear()
+
+
+@pytest.mark.usefixtures("without_digits")
+def test_samples_that_cannot_be_made_say_what_to_install() -> None:
+    with serving(StandInEngine()) as address, client_of(address) as client:
+        response = client.get("/samples")
+    assert response.status_code == 404
+    assert "pacevlm[digits]" in response.json()["error"]["message"]
 
 
 # In a browser --------------------------------------------------------------------------------------------------------
@@ -121,7 +149,7 @@ class Visit:
         page.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.goto(address)
-        page.locator(".sample img").first.wait_for()
+        page.locator(".sample img, .wide, #key:visible").first.wait_for()
 
     def _note(self, request: Request) -> None:
         self.urls.append(request.url)
@@ -282,6 +310,39 @@ def test_a_load_shows_what_is_refused(browser: Browser) -> None:
         assert values == ["–", "100 %", "–", "–"]
         visit.page.locator("#load").click()
         visit.page.get_by_role("button", name="Start the load").wait_for()
+
+
+@pytest.mark.usefixtures("without_digits")
+def test_without_samples_a_picture_of_ones_own_is_asked_about(browser: Browser, picture: bytes) -> None:
+    with serving(StandInEngine()) as address, visiting(browser, address) as visit:
+        visit.page.get_by_text("There are no samples: sklearn is not installed").wait_for()
+        visit.page.locator("#file").set_input_files({"name": "mine.jpg", "mimeType": "image/jpeg", "buffer": picture})
+        visit.page.get_by_alt_text("mine.jpg").wait_for()
+        visit.page.locator("#question").fill("How many?")
+        visit.ask()
+        assert visit.text(".said") == "fourty two"
+        assert visit.page.locator("#load").is_disabled()
+
+
+def test_a_key_is_asked_for_where_the_server_wants_one(browser: Browser) -> None:
+    with serving(StandInEngine(), api_key="right") as address, visiting(browser, address) as visit:
+        key = visit.page.get_by_label("API key")
+        key.fill("wrong")
+        key.press("Enter")
+        visit.page.locator("#status", has_text="missing or wrong").wait_for()
+        key.fill("right")
+        key.press("Enter")
+        visit.page.locator("#status.ready").wait_for()
+        visit.page.locator(".sample").first.click()
+        visit.ask()
+        assert visit.text(".said") == "fourty two"
+
+
+def test_a_server_that_is_gone_is_said(browser: Browser) -> None:
+    with serving(StandInEngine()) as address, visiting(browser, address) as visit:
+        visit.page.context.set_offline(True)
+        visit.page.get_by_role("button", name="Ask", exact=True).click()
+        visit.page.get_by_text("Nobody answers").wait_for()
 
 
 def test_all_can_be_done_from_the_keyboard(browser: Browser, address: str) -> None:

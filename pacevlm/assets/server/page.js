@@ -8,6 +8,7 @@ import { isRight, RefusedError, Server } from "./server.js";
 const BUDGET_TICKS = [0.35, 0.5, 0.7, 1, 2, 4]; // of the full median
 const SNAP = 0.035; // so near to a tick, in powers of two, the budget is on it
 const PRICE_SNAP = 0.6;
+const PATIENCE = 20; // with full knobs, in full medians: to be measured, on a slow machine as well
 const SAMPLES_PER_TASK = 6;
 
 const server = new Server();
@@ -16,6 +17,7 @@ const at = (id) => document.getElementById(id);
 const state = {
   model: null, // what /v1/models says
   samples: [],
+  samplesProblem: null, // why there are none
   picture: null, // `url`, a data: URL; `name`; `sample` if it is one
   multiple: 1, // the budget, of the full median
   price: null, // the server's own
@@ -38,14 +40,22 @@ async function connect() {
     at("key-field").hidden = true;
     say("status", `${state.model.id} is ready; its full latency is ${ms(state.model.pacevlm.full_p50_ms)}`);
     at("status").classList.add("ready");
-    state.samples = await server.samples();
-    if (!state.picture) choose(state.samples[0]);
+    await getSamples();
   } catch (error) {
     say("status", sentence(error));
     at("status").classList.remove("ready");
     at("key-field").hidden = error.status !== 401;
   }
   draw();
+}
+
+async function getSamples() {
+  try {
+    state.samples = await server.samples();
+    if (!state.picture) choose(state.samples[0]);
+  } catch (error) {
+    state.samplesProblem = error;
+  }
 }
 
 // Asking --------------------------------------------------------------------------------------------------------------
@@ -55,12 +65,15 @@ async function ask() {
   state.isStale = true;
   if (state.isAsking || !state.model) return;
   state.isAsking = true;
-  while (state.isStale) {
-    state.isStale = false;
-    await askOnce();
+  try {
+    while (state.isStale) {
+      state.isStale = false;
+      await askOnce();
+    }
+  } finally {
+    state.isAsking = false;
+    draw();
   }
-  state.isAsking = false;
-  draw();
 }
 
 async function askOnce() {
@@ -84,7 +97,6 @@ async function askOnce() {
     await askFull(picture, question);
   } catch (error) {
     state.problem = error;
-    speak(sentence(error));
     if (error.status === 401) at("key-field").hidden = false;
   }
   draw();
@@ -94,11 +106,11 @@ async function askOnce() {
 async function askFull(picture, question) {
   const key = `${question}\n${picture?.url}`;
   if (state.full?.key === key && state.full.pacing) return;
-  const { tiers, top_ks, num_blocks } = state.model.pacevlm;
+  const { tiers, top_ks, num_blocks, full_p50_ms: fullMs } = state.model.pacevlm;
   const knobs = [tiers, top_ks, num_blocks].map((values) => values.at(-1)).join("/");
   state.full = { key };
   try {
-    state.full = { key, ...(await server.ask(picture?.url, question, { knobs })) };
+    state.full = { key, ...(await server.ask(picture?.url, question, { knobs, latency_budget_ms: PATIENCE * fullMs })) };
   } catch (error) {
     state.full = { key, problem: error };
   }
@@ -186,6 +198,7 @@ function drawRequest() {
 }
 
 function samplesView(samples) {
+  if (state.samplesProblem) return html`<p class="note wide">There are no samples: ${sentence(state.samplesProblem)}</p>`;
   const tasks = [...new Set(samples.map((sample) => sample.task))];
   return tasks.map((task) => html`<div class="task">${task ?? nothing}</div><div class="row">${samples
     .filter((sample) => sample.task === task)
@@ -275,7 +288,7 @@ function drawLoad() {
   at("load").textContent = stop ? "Stop the load" : "Start the load";
   const fullMs = state.model?.pacevlm.full_p50_ms ?? 1;
   render(loadCharts(steps, steps.length ? state.load.most : wanted, fullMs), at("charts"));
-  const capacity = `Capacity is what full knobs can answer: ${(1e3 / fullMs).toFixed(1)} requests per second.`;
+  const capacity = `Capacity is what full knobs answer on the machine as profiled: ${(1e3 / fullMs).toFixed(1)} requests per second.`;
   const last = steps.at(-1);
   const now = last ? `At ${Number(last.load.toFixed(2))} ×: ${last.offered} offered, ${last.accepted} answered, ${last.met} in time, ` +
     `${last.refused} refused${last.failed ? `, ${last.failed} failed` : ""}.` : "";

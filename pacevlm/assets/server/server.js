@@ -1,5 +1,7 @@
 // What the page asks of the server. What the server refuses is thrown with the sentence that it sent.
 
+const BROKEN_OFF = "the answer broke off; the server may have been stopped";
+
 /** A refusal: `status` of HTTP (0 where nobody answered), `retryAfterS` and `soonestMs` where the server knows them. */
 export class RefusedError extends Error {
   constructor(status, error, retryAfterS = null) {
@@ -34,9 +36,14 @@ export class Server {
     const body = JSON.stringify({ messages: [{ role: "user", content }], ...fields, stream: Boolean(onText) });
     const headers = { "content-type": "application/json" };
     const response = await this.#fetch("v1/chat/completions", { method: "POST", headers, body, signal });
-    if (onText) return readStream(response, onText);
-    const completion = await response.json();
-    return { text: completion.choices[0].message.content, pacing: completion.pacevlm };
+    try {
+      if (onText) return await readStream(response, onText);
+      const completion = await response.json();
+      return { text: completion.choices[0].message.content, pacing: completion.pacevlm };
+    } catch (error) {
+      if (error instanceof RefusedError || error.name === "AbortError") throw error;
+      throw new RefusedError(0, { message: BROKEN_OFF });
+    }
   }
 
   async #fetch(path, options = {}) {
@@ -70,7 +77,7 @@ async function readStream(response, onText) {
       pacing = event.pacevlm ?? pacing;
     }
   }
-  if (!pacing) throw new RefusedError(0, { message: "the answer broke off; the server may have been stopped" });
+  if (!pacing) throw new RefusedError(0, { message: BROKEN_OFF });
   return { text, pacing };
 }
 
