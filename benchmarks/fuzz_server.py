@@ -9,6 +9,7 @@ JSON with a sentence; it must lose no worker over it, and answer a plain questio
 from __future__ import annotations
 
 import base64
+import copy
 import http.client
 import io
 import json
@@ -163,11 +164,11 @@ class Requests:
                 keys = list(place) if isinstance(place, dict) else list(range(len(place)))
                 key = rng.choice(keys)
                 if not isinstance(place[key], (dict, list)) or not place[key] or rng.random() < 0.3:
-                    place[key] = rng.choice(VALUES)
+                    place[key] = copy.deepcopy(rng.choice(VALUES))
                     break
                 place = place[key]
             else:
-                asked[rng.choice(self.fields)] = rng.choice(VALUES)
+                asked[rng.choice(self.fields)] = copy.deepcopy(rng.choice(VALUES))
         return self.sent(asked)
 
     def mangled(self, rng: random.Random) -> Sent:

@@ -32,6 +32,7 @@ from pacevlm.latency.measuring import use_num_threads
 from pacevlm.pacer import Pacer, bundle_folder
 from pacevlm.pipeline.artefacts import LOOKUP_NAME
 from pacevlm.request.run import run_forced, run_request
+from pacevlm.server.logs import log_as_json
 from pacevlm.server.wire import NO_IMAGE, answer_to_dict, receive, send
 from pacevlm.types import Objective
 
@@ -246,7 +247,7 @@ class Worker:
 
 def main(descriptor: int) -> None:
     """Serve the socket of this number."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log_as_json("info")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=descriptor)
