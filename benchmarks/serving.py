@@ -260,8 +260,7 @@ def share(slices: Sequence[dict[str, Any]], above: str, below: str) -> dict[str,
     counts = np.array([[record[above], record[below]] for record in slices], dtype=float)
     rng = np.random.default_rng(0)
     sums = counts[rng.integers(len(counts), size=(NUM_RESAMPLES, len(counts)))].sum(axis=1)
-    with np.errstate(invalid="ignore"):
-        ratios = np.nan_to_num(sums[:, 0] / sums[:, 1])
+    ratios = sums[:, 0] / np.maximum(sums[:, 1], 1.0)  # a resample without any counts as one
     mean = float(counts[:, 0].sum() / max(counts[:, 1].sum(), 1e-9))
     return percentile_interval(mean, ratios).to_dict()
 

@@ -291,12 +291,12 @@ class Engine:
         if now_s >= entry.deadline_s:
             raise DeadlineError(f"the budget was over {(now_s - entry.deadline_s) * 1e3:.0f} ms before the queue")
         if budget_ms < least_ms:
-            if budget_ms >= entry.bound_ms + self.schedule.gap_ms:
+            if budget_ms >= entry.bound_ms + FIRST_GAP_MS:
                 if self._running is None:
                     self._probe()
                 raise OverloadError(
-                    f"the machine is {self.schedule.factor:.1f} times slower than profiled, and this request may take "
-                    f"{least_ms:.1f} ms with its cheapest knobs; try again in {SLOW_RETRY_S:g} s, or with that budget",
+                    "the machine is slower than profiled just now, and with its cheapest knobs this request may take "
+                    f"{least_ms:.1f} ms; try again in {SLOW_RETRY_S:g} s, or with that budget",
                     SLOW_RETRY_S,
                     least_ms,
                 )

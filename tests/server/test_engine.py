@@ -240,9 +240,10 @@ def test_the_earliest_deadline_is_answered_first_and_a_client_may_leave(running:
 
 def test_a_deadline_that_passes_in_the_queue_is_refused_not_run(running: Running) -> None:
     running.signal(signal.SIGSTOP)
-    first = running.submit(budgets_ms={"e2e": LONG_MS})
+    cheapest = running.engine.knob_space.cheapest
+    first = running.submit(budgets_ms={"e2e": LONG_MS}, knobs=cheapest)
     running.until(lambda: running.engine.stats().running == 1)
-    short = running.submit(budgets_ms={"e2e": 2500.0})
+    short = running.submit(budgets_ms={"e2e": 3500.0})
     with pytest.raises(DeadlineError, match="before the request could begin"):
         running.wait(short)  # at its deadline, though the worker is still held
     running.signal(signal.SIGCONT)
