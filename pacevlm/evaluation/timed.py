@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def time_requests(
                     {
                         "factor": float(factors[b, i]),
                         "drift": None if drift is None else drift.to_dict(),
-                        "runs": {name: config_to_dict(answer) for name, answer in answers.items()},
+                        "runs": {name: _finite(answer) for name, answer in answers.items()},
                     }
                 )
         report(len(runs), len(rounds) * len(policies))
@@ -136,6 +137,11 @@ def describe_requests(
         "objectives": [config_to_dict(objective) for objective in objectives],
         "settings": config_to_dict(config),
     }
+
+
+def _finite(answer: Answer) -> dict[str, Any]:
+    """An answer ready for JSON, which has no infinite numbers: what is infinite is so by default, and left out."""
+    return {name: value for name, value in config_to_dict(answer).items() if value != math.inf}
 
 
 def _restore(record: dict[str, Any], pacing: Pacing) -> tuple[float, DriftCorrection | None, dict[str, Answer]]:

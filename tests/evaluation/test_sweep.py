@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 
 from pacevlm.baselines.fixed import FixedPolicy
+from pacevlm.baselines.full import FullPolicy
 from pacevlm.baselines.lookup_table import LookupTable
 from pacevlm.config import EvaluateConfig
 from pacevlm.controller.policy import Controller, ControllerConfig, ControllerPolicy
@@ -41,7 +44,7 @@ from pacevlm.models.elastic import ElasticModel
 from pacevlm.request.pacing import Pacing
 from pacevlm.request.run import run_forced, run_request
 from pacevlm.rollout.engine import RolloutEngine
-from pacevlm.types import Example, Objective
+from pacevlm.types import Answer, Example, Objective
 
 COEFFICIENTS = {
     "prepare_ms": {"constant": 1.0},
@@ -453,3 +456,19 @@ def test_a_mixture_is_summarised_by_benchmark(evaluation: Evaluation, test: list
             rows = [r for r in evaluation.records if (r.policy, r.fraction) == (policy, fraction)]
             own = [row.accuracy for row in rows if names[row.example_id] == "second"]
             assert numbers["second accuracy"] == pytest.approx(np.mean(own))
+
+
+def test_a_request_beyond_the_profile_is_kept_and_goes_on(
+    tmp_path: Path, engine: RolloutEngine, test: list[Example], objectives: list[Objective], pacing: Pacing
+) -> None:
+    estimator = dataclasses.replace(pacing.guardrail.estimator, max_text_tokens=1)  # nothing is promised to anything
+    guardrail = dataclasses.replace(pacing.guardrail, estimator=estimator)
+    narrow = dataclasses.replace(pacing, guardrail=guardrail)
+    path, policies = tmp_path / "partial.jsonl", [FullPolicy(engine.model.knob_space)]
+
+    def run() -> dict[tuple[str, int, int], Answer]:
+        return timed.time_requests(engine.model, policies, test, objectives, narrow, CONFIG, partial_path=path).runs
+
+    first = run()
+    assert all(answer.upper_bound_ms == math.inf and not answer.feasible for answer in first.values())
+    assert run() == first  # what was kept, with nothing run again
