@@ -44,11 +44,12 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        arrived_s = time.perf_counter()
         headers = Headers(scope=scope)
         given_id = headers.get("x-request-id", "")
         request_id = given_id if _REQUEST_ID.fullmatch(given_id) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
+        # The listener saw its first byte; other servers tell no time.
+        arrived_s = state.get("arrived_s", time.perf_counter())
         logged: dict[str, object] = {"method": scope["method"], "path": scope["path"]}
         state.update(arrived_s=arrived_s, request_id=request_id, logged=logged)
         status: int | None = None

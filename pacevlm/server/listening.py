@@ -7,6 +7,7 @@ import contextlib
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,7 +91,7 @@ class Listener(uvicorn.Server):
 
 
 class _PatientProtocol(H11Protocol):
-    """HTTP/1.1 that closes a connection whose headers do not arrive in time."""
+    """HTTP/1.1 that knows when a request's first byte came, and closes a connection whose headers do not arrive."""
 
     _header_timer: asyncio.TimerHandle | None = None
 
@@ -100,8 +101,12 @@ class _PatientProtocol(H11Protocol):
         self._watch_headers()
 
     def data_received(self, data: bytes) -> None:
-        """Wait on until they are whole."""
+        """Stamp the first byte of a request with its time, and wait on until its headers are whole."""
+        if self._is_between() and "arrived_s" not in self.app_state:
+            self.app_state = {"arrived_s": time.perf_counter()}  # what `state` of the request begins with
         super().data_received(data)
+        if not self._is_between():
+            self.app_state = {}  # one that came in one piece with this has no time of its own yet
         self._watch_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -111,8 +116,7 @@ class _PatientProtocol(H11Protocol):
 
     def _watch_headers(self) -> None:
         # Between requests uvicorn's own timer runs, until the next one's first byte.
-        waits = self.cycle is None or (self.cycle.response_complete and self.timeout_keep_alive_task is None)
-        if not waits:
+        if not self._is_between() or self.timeout_keep_alive_task is not None:
             self._stop_timer()
         elif self._header_timer is None:
             self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._give_up)
@@ -125,8 +129,11 @@ class _PatientProtocol(H11Protocol):
     def _give_up(self) -> None:
         self._header_timer = None
         # Not while a request runs that came in one piece with the end of the one before.
-        if self.cycle is None or self.cycle.response_complete:
+        if self._is_between():
             self.transport.close()
+
+    def _is_between(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
 
 
 def _bound_socket(host: str, port: int) -> socket.socket:

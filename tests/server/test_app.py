@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import io
 import json
 import math
@@ -351,3 +352,21 @@ def test_the_page_and_its_samples_come_from_here(address: str) -> None:
         answer = client.post(PATH, json=chat(sample["question"], sample["image"]))
     assert sample["references"]
     assert answer.status_code == 200
+
+
+def test_time_counts_from_the_first_byte(engine: StandInEngine, address: str) -> None:
+    """Slow headers and a slow body are time of the budget, on a connection's first request and on the next."""
+    body = json.dumps(chat()).encode()
+    with connect(address) as connection:
+        for number in range(2):
+            began_s = time.perf_counter()
+            connection.sendall(head(len(body))[:20])
+            time.sleep(0.1)
+            connection.sendall(head(len(body))[20:] + body[:10])
+            time.sleep(0.1)
+            sent_s = time.perf_counter()
+            connection.sendall(body[10:])
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            assert json.loads(answer.read())["pacevlm"]["queue_ms"] > 190
+            assert began_s <= engine.jobs[number].arrived_s <= sent_s - 0.19
