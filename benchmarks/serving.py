@@ -125,19 +125,28 @@ async def measure_capacity(server: Server, asks: Sequence[Ask], seconds: float) 
     return number / took_s
 
 
-def summarise_slice(sent: Sequence[Sent], seconds: float) -> dict[str, Any]:
+async def counted_load(
+    server: Server, asks: Sequence[Ask], budgets_ms: Sequence[float], rate: float, seconds: float, seed: Any
+) -> tuple[list[Sent], int]:
+    """An open-loop load, and how many of its requests the server accepted."""
+    before = await server.count("requests_accepted")
+    sent = await open_loop(server.client, asks, budgets_ms, rate, seconds, seed)
+    return sent, int(await server.count("requests_accepted") - before)
+
+
+def summarise_slice(sent: Sequence[Sent], accepted: int, seconds: float) -> dict[str, Any]:
     """What a slice counts, ready for JSON."""
     answered = [one for one in sent if one.status == 200]
     # Accepted and not answered: the deadline passed in the queue, or no worker was there.
-    dropped = [one for one in sent if one.status in (0, 500, 503)]
+    dropped = accepted - len(answered)
     return {
         "seconds": seconds,
         "offered": len(sent),
-        "accepted": len(answered) + len(dropped),
-        "dropped": len(dropped),
+        "accepted": accepted,
+        "dropped": dropped,
         "lost": sum(one.status == 0 for one in sent),
-        "late": sum(not one.is_met for one in answered) + len(dropped),
-        "late_at_client": sum(one.client_ms > one.budget_ms for one in answered) + len(dropped),
+        "late": sum(not one.is_met for one in answered) + dropped,
+        "late_at_client": sum(one.client_ms > one.budget_ms for one in answered) + dropped,
         "right": sum(one.right for one in answered),
         "good": sum(one.right for one in answered if one.is_met),
         "overhead_ms": [round(one.client_ms - one.report["queue_ms"] - one.report["answer_ms"], 3) for one in answered],
@@ -165,10 +174,10 @@ async def measure_slices(
             if (number, load, name) in done:
                 continue
             seed = [options.seed, number, round(100 * load)]
-            client = servers[SERVERS[name]].client
-            sent = await open_loop(client, asks, budgets_ms, load * capacity, options.slice_s, seed)
+            server = servers[SERVERS[name]]
+            loaded = await counted_load(server, asks, budgets_ms, load * capacity, options.slice_s, seed)
             record = {"what": "slice", "round": number, "load": load, "server": name}
-            record |= summarise_slice(sent, options.slice_s)
+            record |= summarise_slice(*loaded, options.slice_s)
             kept.append(record)
             records.append(record)
         CONSOLE.print(f"round {number + 1} of {num_rounds} is done")
@@ -232,14 +241,14 @@ async def measure_flood(
     server: Server, asks: Sequence[Ask], budgets_ms: Sequence[float], capacity: float, seconds: float
 ) -> dict[str, Any]:
     """Ten times the capacity, and how soon afterwards a request is answered in time again."""
-    sent = await open_loop(server.client, asks, budgets_ms, 10 * capacity, seconds, [11])
+    sent, accepted = await counted_load(server, asks, budgets_ms, 10 * capacity, seconds, [11])
     over_s = time.perf_counter()
     recovered_s = None
     while recovered_s is None and time.perf_counter() - over_s < 30:
         one = await server.client.ask(asks[0], budgets_ms[-1], 0.0)
         if one.status == 200 and one.is_met:
             recovered_s = time.perf_counter() - over_s
-    found = summarise_slice(sent, seconds)
+    found = summarise_slice(sent, accepted, seconds)
     overhead = found.pop("overhead_ms")
     lag_ms = [one.client_ms for one in sent if one.status == 429]
     return {

@@ -35,7 +35,7 @@ STOP_S = 20.0
 """So long a worker may take to end once it is told to."""
 MAX_RESTART_PAUSE_S = 30.0
 SLOW_RETRY_S = 1.0
-"""When to come again for a budget that only a machine as slow as lately cannot keep."""
+"""When to come again while the machine is slow, or no worker there for longer than was expected."""
 FIRST_GAP_MS = 1.0
 # Largest message of a worker but the first, and most that is buffered of a stream.
 STREAM_LIMIT = 2**20
@@ -253,6 +253,8 @@ class Engine:
         look = self.outlook.look(job)
         now_s = time.perf_counter()
         entry = _entry(job, look)
+        if not self.ready:  # a new worker may take longer than the last one did
+            self.schedule.free_s = max(self.schedule.free_s, now_s + SLOW_RETRY_S)
         try:
             self._check_time(job, entry, now_s)
             refusal = self.schedule.admit(entry, now_s)
