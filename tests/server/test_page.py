@@ -235,6 +235,22 @@ def test_ones_own_picture_is_asked_about(browser: Browser, address: str, picture
         assert content[1]["image_url"]["url"].startswith("data:image/jpeg;base64,")
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        "new DragEvent('drop', { dataTransfer: data, bubbles: true })",
+        "new ClipboardEvent('paste', { clipboardData: data, bubbles: true })",
+    ],
+)
+def test_a_picture_is_dropped_or_pasted(browser: Browser, address: str, event: str) -> None:
+    with visiting(browser, address) as visit:
+        put = f"""const data = new DataTransfer();
+            data.items.add(new File(["a picture"], "put.png", {{ type: "image/png" }}));
+            document.getElementById("question").dispatchEvent({event});"""
+        visit.page.evaluate(f"() => {{ {put} }}")
+        visit.page.get_by_alt_text("put.png").wait_for()
+
+
 def test_a_refusal_is_said_in_the_servers_words(browser: Browser, address: str) -> None:
     with visiting(browser, address) as visit:
         visit.page.locator("#budget").focus()

@@ -97,7 +97,7 @@ export function loadCharts(steps, most, fullMs) {
       <figcaption><span class="chart-title">${title}</span><span class="chart-value">${shown}</span><span class="chart-whole">${whole}</span></figcaption>
       <svg width="100%" height="132" role="img" aria-label=${`${title}, ${whole}: ${said || "nothing yet"}`}>
         ${[0, 0.5, 1].map((share) => svg`<line class="grid" x1="0" x2="100%" y1=${y(share)} y2=${y(share)}></line>
-          <text class="small" x="0" y=${y(share) - 4}>${100 * share}${share === 1 ? " %" : nothing}</text>`)}
+          <text class="small" x="0" y=${y(share) - 4}>${100 * share}</text>`)}
         ${[0, 1, 2, 3, 4].filter((load) => load <= most).map((load) => svg`
           <text class="small" x=${`${x(load)}%`} y="126" text-anchor="middle">${load ? `${load}×` : "0"}</text>`)}
         ${points.slice(1).map(([load, number, of], before) => svg`<line class="curve"
