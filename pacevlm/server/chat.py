@@ -37,7 +37,8 @@ from pacevlm.server.refusals import RefusedError, describe, error_response
 from pacevlm.server.remote import PictureFetcher
 
 if TYPE_CHECKING:
-    from pacevlm.server.engine import Engine, Ticket
+    from pacevlm.server.engine import Engine
+    from pacevlm.server.ticket import Ticket
 
 
 class ChatEndpoint:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
-import socket
-import sys
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +18,9 @@ from pacevlm.server.config import ServeConfig
 from pacevlm.server.job import Job, Served
 from pacevlm.server.outlook import Look, Outlook
 from pacevlm.server.schedule import NEWEST, Entry, Schedule, Turn
-from pacevlm.server.wire import HEAD, NO_IMAGE, answer_from_dict, pack
+from pacevlm.server.ticket import Ticket
+from pacevlm.server.wire import NO_IMAGE, answer_from_dict
+from pacevlm.server.worker_process import WorkerProcess
 from pacevlm.types import BudgetKind
 
 log = logging.getLogger("pacevlm.server")
@@ -31,64 +29,10 @@ MAX_ATTEMPTS = 2
 """Workers that a request may begin on; one that kills so many is not tried again."""
 HANG_S = 60.0
 """A worker that says nothing for so long beyond a request's bound is killed."""
-STOP_S = 20.0
-"""So long a worker may take to end once it is told to."""
 MAX_RESTART_PAUSE_S = 30.0
 SLOW_RETRY_S = 1.0
 """When to come again while the machine is slow, or no worker there for longer than was expected."""
 FIRST_GAP_MS = 1.0
-# Largest message of a worker but the first, and most that is buffered of a stream.
-STREAM_LIMIT = 2**20
-
-
-class Ticket:
-    """An accepted request: iterate over it for the pieces of its answer and, at last, what was served.
-
-    Raises while iterated:
-        DeadlineError: its budget was over before it could begin.
-        WorkerError: it could not be run.
-        ImageError, QuestionError: only running it showed that it cannot be used.
-    """
-
-    def __init__(self, engine: Engine, job: Job, look: Look) -> None:
-        self.job, self.look = job, look
-        self.attempts = 0
-        self.is_over = False
-        self._engine = engine
-        self._events: asyncio.Queue[str | Served | PacevlmError] = asyncio.Queue()
-        self._token_ids: list[int] = []
-        self._told = ""
-
-    async def __aiter__(self) -> AsyncIterator[str | Served]:
-        while True:
-            event = await self._events.get()
-            if isinstance(event, PacevlmError):
-                raise event
-            yield event
-            if isinstance(event, Served):
-                return
-
-    def cancel(self) -> None:
-        """Nobody wants the answer any more: a waiting request leaves the queue, a running one is finished in vain."""
-        self._engine.cancel(self)
-
-    def add_token(self, token_id: int) -> None:
-        """Tell the text that a new token adds, once it is whole."""
-        self._token_ids.append(token_id)
-        text = self._engine.outlook.model.adapter.decode(self._token_ids)
-        # A character of several tokens shows as a replacement character until its last one.
-        if text.startswith(self._told) and not text.endswith("\ufffd") and text != self._told:
-            self._events.put_nowait(text[len(self._told) :])
-            self._told = text
-
-    def finish(self, event: Served | PacevlmError) -> None:
-        """End it, once; what comes later is dropped."""
-        if self.is_over:
-            return
-        self.is_over = True
-        if self.job.stream and isinstance(event, Served) and (rest := event.answer.answer[len(self._told) :]):
-            self._events.put_nowait(rest)
-        self._events.put_nowait(event)
 
 
 @dataclass
@@ -145,7 +89,7 @@ class Engine:
         self._stats = Stats()
         self._tickets: dict[str, Ticket] = {}
         self._running: Ticket | None = None
-        self._worker: _Worker | None = None
+        self._worker: WorkerProcess | None = None
         self._load_s = 10.0
         self._wake = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
@@ -217,7 +161,7 @@ class Engine:
 
         torch.set_num_threads(1)  # the front must not slow the worker down
         loading = asyncio.get_running_loop().run_in_executor(None, Outlook, self.config)
-        worker = await _Worker.start(self.config)  # loads at the same time
+        worker = await WorkerProcess.start(self.config)  # loads at the same time
         try:
             self.outlook = await loading
         except BaseException:
@@ -420,7 +364,7 @@ class Engine:
         while True:
             self._stats.restarts += 1
             try:
-                await self._take(await _Worker.start(self.config))
+                await self._take(await WorkerProcess.start(self.config))
                 break
             except PacevlmError as error:
                 log.error("no worker could be started: %s", error)
@@ -431,7 +375,7 @@ class Engine:
                 pause_s = min(2 * pause_s, MAX_RESTART_PAUSE_S)
         self.schedule.end()
 
-    async def _take(self, worker: _Worker) -> None:
+    async def _take(self, worker: WorkerProcess) -> None:
         """Wait until a worker is warm; raises what it could not do."""
         started_s = time.perf_counter()
         self._worker = worker
@@ -447,68 +391,6 @@ class Engine:
         self.schedule.factor = message["drift_factor"]
         self.ready = True
         log.info("a worker is ready after %.1f s", self._load_s)
-
-
-class _Worker:
-    """A worker process, and the socket to it."""
-
-    def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        self.process, self.reader, self.writer = process, reader, writer
-        self.body = b""  # of the last message
-
-    @classmethod
-    async def start(cls, config: ServeConfig) -> _Worker:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "pacevlm.server.worker",
-                str(theirs.fileno()),
-                pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
-                start_new_session=True,  # a terminal's Ctrl-C is the front's
-            )
-        reader, writer = await asyncio.open_connection(sock=ours, limit=STREAM_LIMIT)
-        worker = cls(process, reader, writer)
-        worker.send(
-            {
-                "run_dir": str(config.run_dir),
-                "model_path": config.model_path,
-                "device": config.device,
-                "policy": config.policy,
-                "drift_path": None if config.drift_path is None else str(config.drift_path),
-            }
-        )
-        return worker
-
-    def send(self, message: dict[str, Any], body: bytes = NO_IMAGE) -> None:
-        self.writer.write(pack(message, body))
-
-    async def receive(self) -> dict[str, Any]:
-        """The next message; raises ConnectionError or IncompleteReadError if there is none."""
-        num_text, num_body = HEAD.unpack(await self.reader.readexactly(HEAD.size))
-        message: dict[str, Any] = json.loads(await self.reader.readexactly(num_text))
-        self.body = await self.reader.readexactly(num_body)
-        return message
-
-    async def stop(self) -> None:
-        """Let it end in order, or kill it."""
-        try:
-            self.send({"type": "stop"})
-            async with asyncio.timeout(STOP_S):
-                await self.process.wait()
-        except (ConnectionError, TimeoutError):
-            log.warning("the worker did not end in %.0f s and is killed", STOP_S)
-        await self.kill()
-
-    async def kill(self) -> None:
-        if self.process.returncode is None:
-            self.process.kill()
-        await self.process.wait()
-        self.writer.close()
 
 
 def _entry(job: Job, look: Look) -> Entry:

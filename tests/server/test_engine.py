@@ -31,8 +31,9 @@ from pacevlm.knobs import Knobs
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.request.run import run_forced
 from pacevlm.server.config import ServeConfig
-from pacevlm.server.engine import Engine, Ticket
+from pacevlm.server.engine import Engine
 from pacevlm.server.job import Job, Served
+from pacevlm.server.ticket import Ticket
 
 QUESTION = "How many red digits are there?"
 LONG_MS = 600_000.0
