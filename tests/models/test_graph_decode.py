@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from decoding import generate_with_logits
 from torch import Tensor
 
@@ -124,8 +125,8 @@ def test_gathered_experts_are_the_active_ones() -> None:
         weights = torch.rand(1, num_active, generator=generator)
         experts = torch.randperm(9, generator=generator)[None, :num_active]
         torch.testing.assert_close(
-            _run_one_token_gathered(x, weights, experts, gate_up, down),
-            _run_one_token(x, weights, experts, gate_up, down),
+            _run_one_token_gathered(x, weights, experts, gate_up, down, F.silu),
+            _run_one_token(x, weights, experts, gate_up, down, F.silu),
         )
 
 

@@ -70,7 +70,9 @@ def test_one_token(dtype: torch.dtype, num_experts: int, width: int, inner: int,
     gate_up = draw(num_experts, 2 * inner, width, dtype=dtype, scale=width**-0.5)
     down = draw(num_experts, width, inner, dtype=dtype, scale=inner**-0.5)
     weights, chosen = experts.route(logits, top_k, dtype)
-    exact = experts._run_one_token_gathered(x.double(), weights.double(), chosen, gate_up.double(), down.double())
+    exact = experts._run_one_token_gathered(
+        x.double(), weights.double(), chosen, gate_up.double(), down.double(), torch.nn.functional.silu
+    )
     assert error(gpu_kernels.run_one_token(x, weights, chosen, gate_up, down), exact) < ROUNDING[dtype]
 
 
