@@ -207,7 +207,7 @@ class Engine:
                 soonest_ms = self._budget_of(look, (refusal.soonest_s - job.arrived_s) * 1e3)
                 raise OverloadError(
                     "this request could not be answered within its budget behind those accepted before it; "
-                    f"try again in {retry_s:.2f} s, or with a budget of {soonest_ms:.0f} ms",
+                    f"try again in {max(retry_s, 0.01):.2f} s, or with a budget of {math.ceil(soonest_ms)} ms",
                     retry_s,
                     soonest_ms,
                 )
