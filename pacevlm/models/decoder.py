@@ -258,7 +258,7 @@ class Generation:
         self.alive = list(range(len(prefixes)))
         self.caches: dict[int, _BlockCache] = {}
         self.num_steps = 0
-        self.latest_mask: tuple[tuple[int | None, tuple[int, ...]], Tensor | None] | None = None
+        self.latest_mask: tuple[tuple[int, tuple[int, ...]], Tensor | None] | None = None
         self.last = self.lengths  # ids fed at the next step; set by `_accept`
 
     def finish(self) -> list[list[int]]:
@@ -343,9 +343,10 @@ class Generation:
 
     def _prompt_mask(self, block: int, rows: Sequence[int]) -> Tensor | None:
         """What the prompts of some rows see in a block; the latest mask is kept, because blocks ask in turn."""
-        key = (self.adapter.windows.get(block), tuple(rows))
-        if key[0] is None:
+        window = self.adapter.windows.get(block)
+        if window is None:
             return None
+        key = window, tuple(rows)
         if self.latest_mask is None or self.latest_mask[0] != key:
             prompts = [self.prefixes[row].prompt for row in rows]
             self.latest_mask = key, self.decoder.window_mask(block, prompts, self.padded_length)

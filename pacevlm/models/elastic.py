@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -14,7 +15,7 @@ from pacevlm.artefact import Range, Text, typed
 from pacevlm.checks import shown, whole_number
 from pacevlm.config import BLOCK_ORDERS
 from pacevlm.devices import keep_memory, resolve_device
-from pacevlm.errors import CheckpointError, ConfigError, KnobError, QuestionError
+from pacevlm.errors import CheckpointError, ConfigError, ImageError, KnobError, QuestionError
 from pacevlm.files import read_json, sha256_file, write_json_atomic
 from pacevlm.identity import Identity
 from pacevlm.images import ImageSource, Picture, PictureConfig, open_picture
@@ -48,7 +49,7 @@ class ElasticModel:
 
     Raises:
         KnobError: the model cannot run a value of the knob space, or a tier has no vision budget.
-        ConfigError: a vision budget or max_new_tokens is not a whole number of at least 1.
+        ConfigError: a vision budget is none that the family takes, or max_new_tokens is no whole number from 1.
     """
 
     def __init__(
@@ -76,6 +77,9 @@ class ElasticModel:
         limits = [whole_number(f"vision budget of tier {tier!r}", vision_budgets[tier]) for tier in knob_space.tiers]
         if limits != sorted(limits):
             raise KnobError(f"vision budgets {dict(vision_budgets)} must not fall from a cheaper tier to a dearer one")
+        for limit in limits:
+            with suppress(ImageError):  # of this picture; a family that takes some budgets alone raises ConfigError
+                adapter.vision_sizes(336, 336, limit)
         order.check_space(knob_space.num_blocks, stage2_after, adapter.fixed_blocks)
         for num_blocks in knob_space.num_blocks:
             order.kept(num_blocks)

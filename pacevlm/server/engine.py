@@ -190,7 +190,7 @@ class Engine:
             ImageError, QuestionError, KnobError, ConfigError: see `Outlook.look`.
             WorkerError: the server is stopping.
         """
-        if self._is_stopping or self._loop_task is None:
+        if self._is_stopping or self._loop_task is None or self._loop_task.done():
             raise WorkerError("the server is not running; try another one")
         if job.request_id in self._tickets:
             raise errors.ConfigError(f"a request {job.request_id!r} is being served already; give each its own id")
@@ -200,7 +200,7 @@ class Engine:
         if not self.ready:  # a new worker may take longer than the last one did
             self.schedule.free_s = max(self.schedule.free_s, now_s + SLOW_RETRY_S)
         try:
-            self._check_time(job, entry, now_s)
+            self._check_time(look, entry, now_s)
             refusal = self.schedule.admit(entry, now_s)
             if refusal is not None:
                 retry_s = refusal.retry_s - now_s
@@ -217,7 +217,7 @@ class Engine:
         self._stats.accepted += 1
         ticket = Ticket(self, job, look)
         self._tickets[job.request_id] = ticket
-        asyncio.get_running_loop().call_later(max(entry.deadline_s - now_s, 0.0) + 1e-3, self._expire)
+        ticket.timer = asyncio.get_running_loop().call_later(entry.deadline_s - now_s + 1e-3, self._expire)
         self._wake.set()
         return ticket
 
@@ -230,14 +230,14 @@ class Engine:
             del self._tickets[ticket.job.request_id]
         ticket.finish(DeadlineError("the request was cancelled"))
 
-    def _check_time(self, job: Job, entry: Entry, now_s: float) -> None:
+    def _check_time(self, look: Look, entry: Entry, now_s: float) -> None:
         """Refuse what could not be answered in time even if nothing else were asked for."""
-        least_ms = entry.bound_ms * self.schedule.factor + self.schedule.gap_ms
-        budget_ms = (entry.deadline_s - job.arrived_s) * 1e3
+        whole_ms = entry.bound_ms * self.schedule.factor + self.schedule.gap_ms
+        budget_ms, least_ms = look.budgets_ms[look.binding], self._budget_of(look, whole_ms)
         if now_s >= entry.deadline_s:
             raise DeadlineError(f"the budget was over {(now_s - entry.deadline_s) * 1e3:.0f} ms before the queue")
         if budget_ms < least_ms:
-            if budget_ms >= entry.bound_ms + FIRST_GAP_MS:
+            if look.whole_budget_ms >= entry.bound_ms + FIRST_GAP_MS:
                 if self._running is None:
                     self._probe()
                 raise OverloadError(
@@ -259,7 +259,7 @@ class Engine:
     @staticmethod
     def _budget_of(look: Look, whole_ms: float) -> float:
         """The tightest budget that was asked for, as it would have to be for the whole answer to take so long."""
-        return whole_ms + min(look.budgets_ms.values()) - look.whole_budget_ms
+        return whole_ms - look.behind_ms(look.binding)
 
     def _expire(self) -> None:
         for entry in self.schedule.expire(time.perf_counter()):
@@ -270,7 +270,18 @@ class Engine:
     # The worker ------------------------------------------------------------------------------------------------------
 
     async def _loop(self) -> None:
-        """Serve the queue until the engine stops and nothing is left of it."""
+        """Serve the queue until the engine stops; whatever else ends it, nobody waits for an answer in vain."""
+        try:
+            await self._serve_queue()
+        except Exception:
+            log.exception("a fault of the server itself; nothing is answered any more")
+        finally:
+            self.ready = False
+            for ticket in self._tickets.values():
+                ticket.finish(WorkerError("the server failed; try another one"))
+
+    async def _serve_queue(self) -> None:
+        """Until the engine stops and nothing is left of the queue."""
         while True:
             self._expire()
             turn = self.schedule.start(time.perf_counter())
@@ -366,7 +377,7 @@ class Engine:
             try:
                 await self._take(await WorkerProcess.start(self.config))
                 break
-            except PacevlmError as error:
+            except (PacevlmError, OSError) as error:
                 log.error("no worker could be started: %s", error)
                 self.schedule.expect(time.perf_counter() + pause_s + self._load_s)
                 if self._is_stopping and not self.schedule.waiting:

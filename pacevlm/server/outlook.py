@@ -57,11 +57,19 @@ class Look:
     most: tuple[int, int, int]
     max_new_tokens: int
 
+    def behind_ms(self, kind: BudgetKind) -> float:
+        """What of the whole answer with the cheapest knobs lies behind what a kind of budget covers."""
+        return float(self.bounds_ms["e2e"][self.least] - self.bounds_ms[kind][self.least])
+
+    @property
+    def binding(self) -> BudgetKind:
+        """The kind of the tightest budget."""
+        return min(self.budgets_ms, key=lambda kind: self.budgets_ms[kind] + self.behind_ms(kind))
+
     @property
     def whole_budget_ms(self) -> float:
         """Budget of the whole answer: so late it may be there if its cheapest knobs keep all of its budgets."""
-        least_ms = {kind: float(bounds_ms[self.least]) for kind, bounds_ms in self.bounds_ms.items()}
-        return min(budget_ms + least_ms["e2e"] - least_ms[kind] for kind, budget_ms in self.budgets_ms.items())
+        return self.budgets_ms[self.binding] + self.behind_ms(self.binding)
 
 
 class Outlook:

@@ -27,6 +27,7 @@ class Ticket:
         self.job, self.look = job, look
         self.attempts = 0
         self.is_over = False
+        self.timer: asyncio.TimerHandle | None = None  # of its deadline in the queue
         self._engine = engine
         self._events: asyncio.Queue[str | Served | PacevlmError] = asyncio.Queue()
         self._token_ids: list[int] = []
@@ -59,6 +60,8 @@ class Ticket:
         if self.is_over:
             return
         self.is_over = True
+        if self.timer is not None:
+            self.timer.cancel()  # else as many would be kept as were accepted within the longest budget
         if self.job.stream and isinstance(event, Served) and (rest := event.answer.answer[len(self._told) :]):
             self._events.put_nowait(rest)
         self._events.put_nowait(event)

@@ -34,6 +34,7 @@ from pacevlm.pipeline.artefacts import LOOKUP_NAME
 from pacevlm.request.run import run_forced, run_request
 from pacevlm.server.logs import log_as_json
 from pacevlm.server.wire import NO_IMAGE, answer_to_dict, receive, send
+from pacevlm.signals import STOP_SIGNALS
 from pacevlm.types import Objective
 
 log = logging.getLogger("pacevlm.server.worker")
@@ -247,13 +248,13 @@ class Worker:
 
 def main(descriptor: int) -> None:
     """Serve the socket of this number."""
-    log_as_json("info")
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=descriptor)
     first = receive(connection)
     if first is None:
         return
+    log_as_json(first[0]["log_level"])
     try:
         worker = Worker(connection, first[0])
     except Exception as error:

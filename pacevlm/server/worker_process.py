@@ -56,6 +56,7 @@ class WorkerProcess:
                 "device": config.device,
                 "policy": config.policy,
                 "drift_path": None if config.drift_path is None else str(config.drift_path),
+                "log_level": config.log_level,
             }
         )
         return worker

@@ -34,6 +34,8 @@ from pacevlm.server.config import ServeConfig
 from pacevlm.server.engine import Engine
 from pacevlm.server.job import Job, Served
 from pacevlm.server.ticket import Ticket
+from pacevlm.server.worker_process import WorkerProcess
+from pacevlm.types import BudgetKind
 
 QUESTION = "How many red digits are there?"
 LONG_MS = 600_000.0
@@ -192,6 +194,12 @@ def test_what_cannot_be_answered_is_refused_at_once(
     assert running.call(running.engine.stats).waiting == 0
 
 
+@pytest.mark.parametrize("budgets_ms", [{"e2e": 100.0}, {"ttft": 100.0}, {"e2e": 50_000.0, "ttft": 100.0}])
+def test_a_refusal_names_the_budget_that_was_asked_for(running: Running, budgets_ms: dict[BudgetKind, float]) -> None:
+    with pytest.raises(BudgetError, match="a budget of 100 ms is too small"):
+        running.submit(budgets_ms=budgets_ms)
+
+
 def test_a_poisonous_picture_hurts_nobody_else(running: Running, picture: bytes) -> None:
     """Its header is right and its pixels are not, which only the worker finds out."""
     cut = picture[: len(picture) // 2]
@@ -319,3 +327,43 @@ def test_what_cannot_be_served_is_said_at_the_start(served_run: Path, picture: b
             server.do(server.engine.start())
         server.do(server.engine.stop())
         server.close()
+
+
+def test_neither_a_failed_start_nor_a_fault_leaves_anybody_waiting(
+    served_run: Path, picture: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Running(ServeConfig(run_dir=served_run, drift_path=tmp_path / "drift.json"), picture)
+    server.do(server.engine.start())
+    start, failures = WorkerProcess.start, [OSError("no more processes"), WorkerError("no memory")]
+
+    async def start_at_last(config: ServeConfig) -> WorkerProcess:
+        if failures:
+            raise failures.pop()
+        return await start(config)
+
+    monkeypatch.setattr(WorkerProcess, "start", start_at_last)
+    server.signal(signal.SIGSTOP)
+    tickets = [server.submit(budgets_ms={"e2e": LONG_MS}) for _ in range(2)]
+    server.until(lambda: server.engine.stats().running == 1)
+    server.signal(signal.SIGKILL)
+    assert [server.result(ticket).attempts for ticket in tickets] == [2, 1]
+    assert not failures
+    # No timer of a deadline outlives its request, however long the budget was.
+    assert all(ticket.timer is not None and ticket.timer.cancelled() for ticket in tickets)
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(server.engine, "_learn", fail)
+    server.signal(signal.SIGSTOP)
+    first, *others = [server.submit(budgets_ms={"e2e": LONG_MS}) for _ in range(3)]
+    server.signal(signal.SIGCONT)
+    assert server.result(first).answer.budget_met
+    for ticket in others:
+        with pytest.raises(WorkerError, match="failed"):
+            server.wait(ticket)
+    assert not server.engine.ready
+    with pytest.raises(WorkerError, match="not running"):
+        server.submit()
+    server.do(server.engine.stop())
+    server.close()

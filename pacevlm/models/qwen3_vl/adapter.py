@@ -54,7 +54,7 @@ class Qwen3VLRequest:
 
 
 class Qwen3VLAdapter(Adapter[SplitPrompt, Qwen3VLRequest]):
-    """Adapter of a Qwen3-VL-MoE model; see `pacevlm.models.adapter.Adapter` for the methods.
+    """Adapter of a dense Qwen3-VL model; see `pacevlm.models.adapter.Adapter` for the methods.
 
     A tier's vision budget is the most pixels that a picture is resized to. A token's positions are its time, row and
     column.

@@ -49,9 +49,8 @@ def test_budgets_are_those_of_the_image_processor(folder: Path, model: ElasticMo
     assert list(model.adapter.default_vision_budgets.values()) == [70, 140, 280, 560, 1120]
     for budget in model.adapter.default_vision_budgets.values():
         assert model.adapter.vision_sizes(300, 300, budget).num_image_tokens <= budget
-    other = ElasticModel.from_pretrained(folder, vision_budgets=(70, 100, 280))
     with pytest.raises(ConfigError, match=r"one of \[70, 140, 280, 560, 1120\]"):
-        run_forced(other, picture(24, 24), "?", other.knob_space.full)
+        ElasticModel.from_pretrained(folder, vision_budgets=(70, 100, 280))
     (copy := Path(shutil.copytree(folder, tmp_path / "copy")) / "elastic.json").unlink()
     suited = ElasticModel.from_pretrained(copy.parent, block_order="early_exit").knob_space
     assert (suited.tiers, suited.top_ks) == (("lowest", "low", "medium", "high", "highest"), (2, 3))

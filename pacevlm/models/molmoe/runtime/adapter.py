@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -18,23 +17,15 @@ from pacevlm.models.molmoe.modeling_molmoe import MolmoEForConditionalGeneration
 from pacevlm.models.molmoe.processing import MolmoEProcessor, PreparedRequest, assemble_request
 from pacevlm.models.molmoe.runtime.frozen_block import FrozenBlock
 from pacevlm.models.molmoe.runtime.frozen_tower import FrozenTower
+from pacevlm.models.questions import SplitPrompt
 from pacevlm.types import VisionSizes
 
 # A tier's vision budget is the most high-resolution crops.
 DEFAULT_MAX_CROPS = {"low": 2, "medium": 6, "high": 12}
 
 
-@dataclass(frozen=True, slots=True)
-class MolmoEPrompt:
+class MolmoEPrompt(SplitPrompt):
     """Token ids before and behind the image, BOS not included."""
-
-    ids_before: list[int]
-    ids_behind: list[int]
-
-    @property
-    def text_ids(self) -> list[int]:
-        """Tokens of the question and of the words around it."""
-        return self.ids_before + self.ids_behind
 
     @property
     def num_text_tokens(self) -> int:
