@@ -93,7 +93,8 @@ def against_the_limit(model: ElasticModel, progress: Progress) -> dict[str, Any]
 
 def rollouts_against_alone(model: ElasticModel, examples: list[Example], group: int, rounds: int) -> dict[str, Any]:
     """Rollouts a second in a batch of fresh examples, and one by one with processor and `generate`."""
-    timed_run(RolloutEngine(model), sample_jobs(model, examples, 2, seed=99))
+    # As many as are timed: what kernels and memory of these shapes need is set up by their first batch alone.
+    timed_run(RolloutEngine(model), sample_jobs(model, examples, group, seed=99))
     timed_alone(model, sample_jobs(model, examples[:1], 1, seed=99), "alone")
     ratios, speeds = [], []
     for number in range(rounds):
