@@ -157,9 +157,13 @@ class OutcomeStore:
         if found != "ok" or len(identities) != 1:
             raise DataError(f"{self.path} is damaged ({found}, {len(identities)} models); remove it")
         Identity(str(identities[0][0])).check(f"the outcome store {self.path}", Identity(self.model_identity))
-        # Reads every text as well, for what is no UTF-8.
-        for knobs in {row[0] for row in database.execute("SELECT knobs, content, answer FROM outcomes")}:
+        # Every text is read, for what is no UTF-8; and what is out of order would not be found.
+        last = ("", "")
+        for content, knobs, _ in database.execute("SELECT content, knobs, answer FROM outcomes"):
             _parse_knobs(knobs)
+            if (content, knobs) <= last:
+                raise DataError(f"{self.path} is damaged ({content[:40]!r} is out of order); remove it")
+            last = content, knobs
 
 
 def copy_store(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from pacevlm.latency.profile import Profile, Sample
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.pacer import Pacer
 from pacevlm.pipeline import STEPS, RunConfig, load_elastic_model, run_pipeline
+from pacevlm.pipeline.artefacts import remove_artefacts
 from pacevlm.pipeline.run import with_model_folder
 from pacevlm.pipeline.run_config import load_run_config
 from pacevlm.pipeline.step_log import StepLog
@@ -236,10 +238,21 @@ def test_an_interrupted_sweep_keeps_its_outcomes(copied: RunConfig) -> None:
 
 def test_starting_over_removes_what_the_run_left_and_nothing_else(copied: RunConfig) -> None:
     (copied.run_dir / "notes.txt").write_text("mine")
+    (copied.run_dir / "outcomes.sqlite-journal").write_text("a killed writer's")
     changed = dataclasses.replace(copied, profile=dataclasses.replace(copied.profile, seed=1))
     with pytest.raises(KeyboardInterrupt):
         run_pipeline(changed, fresh=True, reporter=Recorder(interrupt=("timed requests", 1)))
     assert files_of(copied.run_dir) == {"notes.txt", "config.json", "profile.json.partial.jsonl", ".pacevlm-run.lock"}
+
+
+def test_starting_over_leaves_a_store_that_others_share(copied: RunConfig) -> None:
+    own = copied.run_dir / "outcomes.sqlite"
+    shared = own.rename(copied.run_dir.parent / "shared.sqlite")
+    before = shared.read_bytes()
+    own.symlink_to("../shared.sqlite")
+    remove_artefacts(copied)
+    assert not os.path.lexists(own)
+    assert shared.read_bytes() == before
 
 
 def test_a_directory_that_is_no_run_is_left_alone(config: RunConfig, tmp_path: Path) -> None:

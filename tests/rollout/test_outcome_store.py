@@ -1,4 +1,4 @@
-"""The outcome store: what was stored first stays, whoever writes or is stopped; damaged and foreign files are refused."""
+"""The outcome store: what was stored first stays, whoever writes or is stopped; no damaged or foreign file is read."""
 
 from __future__ import annotations
 
