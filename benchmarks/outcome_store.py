@@ -10,13 +10,14 @@ there, with both. Prints two tables and, last, one JSON line; the same goes to R
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import multiprocessing
 import random
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,15 +51,20 @@ def content_ids(num_outcomes: int) -> list[str]:
     return [hashlib.sha256(str(number).encode()).hexdigest()[:32] for number in range(num_outcomes // len(SPACE))]
 
 
+def answer_all(contents: Sequence[str], rng: random.Random) -> Answers:
+    """Short answers with all configurations, each a text of its own as if it had been read."""
+    return [
+        (content, knobs, StoredAnswer(str(rng.randrange(10 ** rng.randint(1, 8))), rng.randint(100, 1500), 2))
+        for content in contents
+        for knobs in SPACE
+    ]
+
+
 def batches(num_outcomes: int) -> Iterator[Answers]:
-    """Short answers, all configurations of some contents at a time."""
+    """Answers about some contents at a time."""
     rng, contents = random.Random(0), content_ids(num_outcomes)
     for start in range(0, len(contents), CONTENTS_OF_BATCH):
-        yield [
-            (content, knobs, StoredAnswer("x" * rng.randint(1, 8), rng.randint(100, 1500), rng.randint(1, 8)))
-            for content in contents[start : start + CONTENTS_OF_BATCH]
-            for knobs in SPACE
-        ]
+        yield answer_all(contents[start : start + CONTENTS_OF_BATCH], rng)
 
 
 def timed_add(path: Path, num_outcomes: int) -> dict[str, float]:
@@ -159,8 +165,7 @@ def remembered_sweeps(folder: Path, num_examples: int, rounds: int) -> list[dict
     model = ElasticModel.from_pretrained("embedded", knob_space=KnobSpace(), block_order="early_exit")
     examples = list(DigitVQA("train", num_examples))
     jobs = [(example, knobs) for example in examples for knobs in SPACE]
-    contents = list(dict.fromkeys(example.content_id for example in examples))
-    answers = [(content, knobs, StoredAnswer("seven", 300, 2)) for content in contents for knobs in SPACE]
+    answers = answer_all(list(dict.fromkeys(example.content_id for example in examples)), random.Random(0))
     path = folder / "sweep.sqlite"
     OutcomeStore.open(path, model.identity).add(answers)
     kept = OutcomeStore.open(path, model.identity)
@@ -176,6 +181,7 @@ def remembered_sweeps(folder: Path, num_examples: int, rounds: int) -> list[dict
         for way, make in ways.items():
             engine = RolloutEngine(model, store=make())
             outcome_store.MAX_KEPT = 1000 if way == "beyond what is kept" else most
+            gc.collect()
             started = time.perf_counter()
             engine.run(jobs)
             if number:  # the first round reads what `kept` keeps
@@ -198,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_050, 100_050, 1_000_050], help="outcomes")
     parser.add_argument("--num-examples", type=int, default=2000, help="examples of the remembered sweep")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where the stores go; a temporary folder if left out")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()

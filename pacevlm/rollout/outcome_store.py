@@ -186,7 +186,7 @@ def _connect(path: Path | None) -> sqlite3.Connection:
             )
         if path.exists():
             check_regular(path, "outcome store", DataError)
-        name = os.path.abspath(path)
+        name = os.fspath(path.absolute())
         os.makedirs(os.path.dirname(name), exist_ok=True)
     database = sqlite3.connect(name, timeout=BUSY_SECONDS, isolation_level="IMMEDIATE", check_same_thread=False)
     database.execute("PRAGMA trusted_schema = OFF")
