@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from mutations import mutate_bytes, mutate_json, mutate_safetensors, mutate_text, with_fresh_digest
+from mutations import mutate_bytes, mutate_json, mutate_safetensors, mutate_sqlite, mutate_text, with_fresh_digest
 from PIL import Image
 from result_file import provenance, write_result
 from rich.console import Console
@@ -60,7 +60,7 @@ from pacevlm.pipeline.outputs import read_shown
 from pacevlm.pipeline.run_config import load_run_config
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.request.pacing import Pacing
-from pacevlm.rollout.outcome_store import OutcomeStore
+from pacevlm.rollout.outcome_store import OutcomeStore, StoredAnswer
 from pacevlm.training.checkpoint import load_checkpoint
 from pacevlm.training.constraint import ConstraintConfig, PIDLagrangian
 from pacevlm.training.metrics_log import read_metrics
@@ -72,7 +72,7 @@ QUESTION = "How many red digits are there?"
 SECONDS = 10.0
 LEAST, MOST = 0.5, 20.0
 # Files that people may edit, or of which each line stands alone: no digest covers them.
-OPEN = ("config.json", "elastic.json", "records.jsonl", "outcomes.jsonl", "train/metrics.jsonl", "data.jsonl")
+OPEN = ("config.json", "elastic.json", "records.jsonl", "outcomes.sqlite", "train/metrics.jsonl", "data.jsonl")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Doors:
             "results.json": self._results,
             "shown.json": lambda path: read_shown(path) and None,
             "records.jsonl": lambda path: read_records(path) and None,
-            "outcomes.jsonl": lambda path: OutcomeStore.open(path, self.model.identity) and None,
+            "outcomes.sqlite": self._outcomes,
             "config.json": lambda path: load_run_config(path.parent) and None,
             "elastic.json": lambda path: read_elastic_settings(path.parent) and None,
             "train/run.json": lambda path: read_run_record(path) and None,
@@ -223,6 +223,12 @@ class Doors:
         format_summary(results)
         if np.random.default_rng(path.stat().st_size).random() < 0.005:
             write_report(results, path.parent / "fuzzed.html")
+
+    def _outcomes(self, path: Path) -> None:
+        """What opens has to be read to its end, and to be written to."""
+        store = OutcomeStore.open(path, self.model.identity)
+        assert all(store.get(*key) is not None for key in store), "an outcome is not found"
+        store.add([("fuzzed", self.space.full, StoredAnswer("", 1, 1))])
 
     def _checkpoint(self, path: Path) -> None:
         checkpoint = load_checkpoint(path)
@@ -292,6 +298,8 @@ def mutate(name: str, data: bytes, rng: np.random.Generator) -> tuple[bytes, boo
     fresh = bool(rng.random() < 0.5) and not name.startswith("train/checkpoint")
     if name.endswith(".safetensors"):
         return mutate_safetensors(data, rng), fresh
+    if name.endswith(".sqlite"):
+        return mutate_sqlite(data, rng), False
     if name.endswith(".jsonl"):
         lines = data.decode().splitlines()
         place = int(rng.integers(len(lines)))

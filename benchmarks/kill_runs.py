@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,7 +143,7 @@ def count_done(run_dir: Path) -> dict[str, int]:
     finished = steps_of(run_dir)
     outcomes, checkpoint = run_dir / OUTCOMES_NAME, run_dir / "train" / "checkpoint.safetensors"
     done = {
-        "outcomes": len(read_jsonl(outcomes, "outcomes", PacevlmError)) if outcomes.exists() else 0,
+        "outcomes": count_outcomes(outcomes) if outcomes.exists() else 0,
         "training steps": load_checkpoint(checkpoint).step if checkpoint.exists() else 0,
     }
     for step, names in PARTIAL_NAMES.items():
@@ -152,6 +154,17 @@ def count_done(run_dir: Path) -> dict[str, int]:
         if step in finished:
             done[f"{step}: timed"] = FINISHED
     return done
+
+
+def count_outcomes(path: Path) -> int:
+    """Answers of a store; raises sqlite3.DatabaseError if it is damaged."""
+    with closing(sqlite3.connect(path)) as database:
+        (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
+        # A writer may be killed before it made the tables.
+        tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        return int(database.execute("SELECT count(*) FROM outcomes").fetchone()[0]) if tables else 0
 
 
 def torn_files(run_dir: Path, *, was_killed: bool) -> list[str]:
@@ -166,11 +179,13 @@ def torn_files(run_dir: Path, *, was_killed: bool) -> list[str]:
                     faults.append(f"the digest of {path.name} differs")
             elif path.suffix == ".jsonl":
                 read_jsonl(path, "records", PacevlmError)
+            elif path.suffix == ".sqlite":
+                count_outcomes(path)
             elif path.suffix == ".safetensors":
                 load_safetensors(path)
             elif path.suffix == ".tmp" and not was_killed:
                 faults.append(f"{path.name} was left behind")
-        except (ValueError, PacevlmError) as error:
+        except (ValueError, PacevlmError, sqlite3.Error) as error:
             faults.append(f"{path.name} is not whole: {error}")
     return faults
 

@@ -1,9 +1,11 @@
-"""Damage done to files, seeded: of bytes as they come, of JSON values, and of safetensors headers and numbers."""
+"""Damage done to files, seeded: of bytes as they come, JSON values, safetensors headers and numbers, and databases."""
 
 from __future__ import annotations
 
 import json
+import sqlite3
 import struct
+from contextlib import closing, suppress
 from typing import Any
 
 import numpy as np
@@ -110,6 +112,40 @@ def mutate_safetensors(data: bytes, rng: np.random.Generator) -> bytes:
         numbers = (np.nan, np.inf, -np.inf, 3e38, -3e38)
         body[place : place + 4] = struct.pack("<f", numbers[rng.integers(len(numbers))])
     return data[: 8 + length] + body
+
+
+def mutate_sqlite(data: bytes, rng: np.random.Generator) -> bytes:
+    """A database in which one value is another, or which holds more or less than it should."""
+    value = ("NULL", "''", "x'ff'", "CAST(x'ff' AS TEXT)", "0", "-1", "1e300", "'low/4/12'", "'x' || char(10)")[
+        rng.integers(9)
+    ]
+    with closing(sqlite3.connect(":memory:")) as database, suppress(sqlite3.Error):
+        database.deserialize(data)
+        database.execute("PRAGMA ignore_check_constraints = ON")
+        tables = database.execute("SELECT name FROM sqlite_master").fetchall()
+        (table,) = tables[rng.integers(len(tables))]
+        columns = [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
+        column = columns[rng.integers(len(columns))]
+        statement = (
+            f"UPDATE OR REPLACE {table} SET {column} = {value}",
+            f"UPDATE OR REPLACE {table} SET {column} = {value} WHERE random() % 50 = 0",
+            f"ALTER TABLE {table} RENAME COLUMN {column} TO other",
+            f"ALTER TABLE {table} ADD COLUMN other",
+            f"DROP TABLE {table}",
+            f"DELETE FROM {table}",
+            f"CREATE INDEX other ON {table} ({column})",
+            f"CREATE VIEW other AS SELECT {value}",
+            f"CREATE TRIGGER other BEFORE INSERT ON {table} BEGIN DELETE FROM {table}; END",
+            f"CREATE TABLE other ({column})",
+            "PRAGMA writable_schema = ON",
+        )[rng.integers(11)]
+        database.execute(statement)
+        if "writable" in statement:  # what says where a table is and what it holds, made another
+            place = ("sql", "name", "type", "tbl_name", "rootpage")[rng.integers(5)]
+            database.execute(f"UPDATE sqlite_master SET {place} = {value}")
+        database.commit()
+        return database.serialize()
+    return mutate_bytes(data, rng)
 
 
 def mutate_text(text: str, rng: np.random.Generator) -> Any:

@@ -64,7 +64,7 @@ def write_new(path: str | os.PathLike[str], content: bytes, *, overwrite: bool =
         StorageError: there is another file or a folder of this name, or the file could not be written.
     """
     if os.path.lexists(path):
-        _check_regular(path, "file", StorageError)
+        check_regular(path, "file", StorageError)
         if os.path.getsize(path) == len(content) and read_bytes(path, "file", StorageError) == content:
             return
         if not overwrite:
@@ -256,7 +256,7 @@ def load_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 def sha256_file(path: str | os.PathLike[str], error: type[PacevlmError] = CheckpointError) -> str:
     """SHA-256 of a file's content, 64 lower-case hexadecimal digits; raises `error` if it cannot be read."""
-    _check_regular(path, "file", error)
+    check_regular(path, "file", error)
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -294,7 +294,7 @@ def find_portable(name: str, absolute: str | None, origin: str | os.PathLike[str
 def _reading_safetensors(path: str | os.PathLike[str]) -> Iterator[None]:
     from safetensors import SafetensorError
 
-    _check_regular(path, "checkpoint file", CheckpointError)
+    check_regular(path, "checkpoint file", CheckpointError)
     try:
         yield
     # A header of a known form but with unknown contents fails in the library's own tables.
@@ -313,7 +313,7 @@ def read_bytes(
     Args:
         max_bytes: larger files are refused as well, before they fill the memory.
     """
-    _check_regular(path, what, error)
+    check_regular(path, what, error)
     try:
         with open(path, "rb") as file:
             content = file.read(-1 if max_bytes is None else max_bytes + 1)
@@ -324,7 +324,7 @@ def read_bytes(
     return content
 
 
-def _check_regular(path: str | os.PathLike[str], what: str, error: type[PacevlmError]) -> None:
+def check_regular(path: str | os.PathLike[str], what: str, error: type[PacevlmError]) -> None:
     """Refuse folders, pipes and devices; opening a pipe would wait until somebody writes."""
     try:
         mode = os.stat(path).st_mode

@@ -624,10 +624,10 @@ def test_headroom_is_measured_stored_and_shown_by_the_next_report(
     assert [budget["fraction"] for budget in results["budgets"]] == [0.8, 1.2]
     assert set(results["models"]) == {"stage1", "both_stages"}
     # Outcomes are kept, of moved pictures too, and nothing depends on what was known.
-    known = (copy / "outcomes.jsonl").read_bytes()
+    known = (copy / "outcomes.sqlite").read_bytes()
     assert run(*words) == 0
     assert read_headroom(copy / "headroom.json") == results
-    assert (copy / "outcomes.jsonl").read_bytes() == known
+    assert (copy / "outcomes.sqlite").read_bytes() == known
     assert run("report", "--run-dir", copy) == 0
     assert sentence[:40] in (copy / "report.html").read_text()
 

@@ -16,7 +16,7 @@ from pacevlm.pipeline.run_config import CONFIG_NAME, RunConfig, is_run_config
 from pacevlm.pipeline.step_log import STEP_LOG_NAME
 from pacevlm.training.trainer import CHECKPOINT_NAME, METRICS_NAME, RUN_NAME, TENSORBOARD_NAME
 
-OUTCOMES_NAME = "outcomes.jsonl"
+OUTCOMES_NAME = "outcomes.sqlite"
 PROFILE_NAME, ESTIMATOR_NAME, OUTPUT_LENGTH_NAME = "profile.json", "estimator.json", "output_length.json"
 # The guardrail as profiled, which training uses, and as calibrated again on what the controller picks.
 PROFILE_GUARDRAIL_NAME, GUARDRAIL_NAME = "guardrail_profile.json", "guardrail.json"
@@ -156,6 +156,7 @@ def _file_names(config: RunConfig) -> tuple[str, ...]:
     ]
     return (
         *(STEP_LOG_NAME, *itertools.chain(*PARTIAL_NAMES.values()), HEADROOM_NAME, *steps),
+        f"{OUTCOMES_NAME}-journal",  # of a killed writer; behind the store, which would be damaged without it
         *(f"{train}/{name}" for name in _TRAIN_FILES),
         CONFIG_NAME,
     )

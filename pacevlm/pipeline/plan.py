@@ -27,7 +27,7 @@ from pacevlm.pipeline.run_config import RunConfig
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.pipeline.steps import HEEDING, NUM_MEASURED, length_jobs, profiler_settings, swept_examples
 from pacevlm.request.profiling import with_pictures
-from pacevlm.rollout.outcome_store import StoredAnswer, stored_line
+from pacevlm.rollout.outcome_store import BYTES_PER_OUTCOME
 from pacevlm.training.rollouts import draw_examples
 from pacevlm.training.train_config import TrainConfig
 from pacevlm.types import Example, StageTimes
@@ -237,7 +237,7 @@ class _Counter:
             num_timed=Figure(num_timed),
             num_rollouts=Figure(num_rollouts),
             num_run=Figure(num_run),
-            num_bytes=num_timed * _sample_bytes() + num_run * _outcome_bytes(),
+            num_bytes=num_timed * _sample_bytes() + num_run * BYTES_PER_OUTCOME,
             seconds=clock.seconds(timed_ms, Figure(num_run)),
         )
 
@@ -307,7 +307,7 @@ class _Counter:
             num_rollouts=Figure(num_rollouts),
             num_run=num_run,
             num_prompts=prompts,
-            num_bytes=num_run.value * _outcome_bytes(),
+            num_bytes=num_run.value * BYTES_PER_OUTCOME,
             seconds=clock.seconds(0.0, num_run, prompts),
         )
 
@@ -339,10 +339,6 @@ def _sum(seconds: Iterable[Figure | None]) -> Figure | None:
 _KNOBS, _ID = Knobs("medium", 8, 16), "0" * 32
 _MS = 12.345678901234
 _TIMES = StageTimes(_MS, _MS, _MS, _MS, _MS, _MS, (_MS,) * NUM_DECODE_TIMES, _MS)
-
-
-def _outcome_bytes() -> int:
-    return len(json.dumps(stored_line(_ID, _KNOBS, StoredAnswer("x" * ANSWER_CHARS, 1000, 10)))) + 1
 
 
 def _sample_bytes() -> int:

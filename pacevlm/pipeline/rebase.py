@@ -13,13 +13,14 @@ from pathlib import Path
 from pacevlm.controller.checkpoint import WEIGHTS_NAME
 from pacevlm.controller.policy import Controller
 from pacevlm.errors import ConfigError
-from pacevlm.files import sha256_file, write_atomic
+from pacevlm.files import sha256_file
 from pacevlm.pipeline.artefacts import CONTROLLER_NAME, OUTCOMES_NAME, PROFILE_NAME
 from pacevlm.pipeline.context import Reporter, RunContext
 from pacevlm.pipeline.lock import one_writer
 from pacevlm.pipeline.run import REBASED, run_pipeline, step_settings
 from pacevlm.pipeline.run_config import RunConfig, load_run_config
 from pacevlm.pipeline.step_log import StepLog
+from pacevlm.rollout.outcome_store import copy_store
 from pacevlm.training.trainer import CHECKPOINT_NAME, METRICS_NAME, RUN_NAME
 
 _WEIGHTS = f"{CONTROLLER_NAME}/{WEIGHTS_NAME}"
@@ -68,9 +69,7 @@ def rebase_run(
     is_new = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
     if is_new and (source / OUTCOMES_NAME).exists():
         # What the model answered is the same on every device.
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with write_atomic(run_dir / OUTCOMES_NAME) as temporary:
-            shutil.copyfile(source / OUTCOMES_NAME, temporary)
+        copy_store(source / OUTCOMES_NAME, run_dir / OUTCOMES_NAME)
     run = run_pipeline(config, "profile", reporter=reporter)
     with one_writer(run_dir):
         _keep_controller(run, source)

@@ -1,6 +1,6 @@
 """A study: controllers of several seeds under several profiles, judged with every other policy on the same questions.
 
-    STUDY/crossed/outcomes.jsonl                what the model answered, shared by all runs (hard links)
+    STUDY/crossed/outcomes.sqlite               what the model answered, shared by all runs (symbolic links)
     STUDY/crossed/profiles/*.json               profiles: given ones, by name, and measured0, measured1 ... behind them
     STUDY/crossed/PROFILE/seed0/                an ordinary run directory, trained and not calibrated
     STUDY/crossed/PROFILE/records.safetensors   what every policy did, under the profile's replayed clock
@@ -52,6 +52,7 @@ from pacevlm.pipeline.headroom import gather
 from pacevlm.pipeline.run import run_pipeline
 from pacevlm.pipeline.run_config import RunConfig, load_run_config, train_defaults
 from pacevlm.request.pacing import Pacing
+from pacevlm.rollout.outcome_store import copy_store
 from pacevlm.training.run_record import source_commit
 from pacevlm.training.train_config import TrainConfig
 from pacevlm.types import Example, Objective
@@ -187,16 +188,18 @@ def _changed(train: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
 
 
 def _share(store: Path, place: Path) -> None:
-    """Let a run append to the outcomes of its traffic; on a file system without hard links it gets a copy."""
+    """Let a run add to the outcomes of its traffic; on a file system without links it gets a copy.
+
+    The link is symbolic: a database has to be opened under one name, which its journal is found by.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
-    if place.exists():
+    if os.path.lexists(place):
         return
     store.touch()
     try:
-        os.link(store, place)
+        place.symlink_to(os.path.relpath(store.resolve(), place.parent.resolve()))
     except OSError:
-        with write_atomic(place) as temporary:
-            shutil.copyfile(store, temporary)
+        copy_store(store, place)
 
 
 def _judge(

@@ -27,6 +27,7 @@ from pacevlm.request.run import run_forced
 from pacevlm.training.grpo import GRPOConfig
 from pacevlm.training.train_config import TrainConfig
 from pacevlm.types import Example, pixel_digest
+from tests.stored_answers import read_answers
 
 
 class Recorder:
@@ -115,9 +116,9 @@ def test_the_parts_share_no_picture_and_the_answers_hold_no_score(finished: RunC
     parts = [{pixel_digest(e.image) for e in part} for part in (splits.train, splits.val, splits.test)]
     assert [len(part) for part in (splits.train, splits.val, splits.test)] == [24, 6, 6]
     assert sum(map(len, parts)) == len(set().union(*parts))
-    stored = read_jsonl(finished.run_dir / "outcomes.jsonl", "outcome store", DataError)[1:]
-    assert {line["content"] for line in stored} <= {e.content_id for e in (*splits.train, *splits.val, *splits.test)}
-    assert all("accuracy" not in line for line in stored)
+    stored = read_answers(finished.run_dir / "outcomes.sqlite")
+    assert {row.content for row in stored} <= {e.content_id for e in (*splits.train, *splits.val, *splits.test)}
+    # No row has room for a score: `Row` names all that there is.
 
 
 def test_another_order_of_lines_or_another_folder_changes_nothing(copied: RunConfig) -> None:
@@ -185,11 +186,11 @@ def test_answers_about_an_overwritten_picture_are_not_served(copied: RunConfig) 
 
 
 def test_another_metric_is_another_setting_and_answers_stay(copied: RunConfig) -> None:
-    before = (copied.run_dir / "outcomes.jsonl").read_bytes()
+    before = (copied.run_dir / "outcomes.sqlite").read_bytes()
     changed = dataclasses.replace(copied, data=dataclasses.replace(copied.data, metric="anls"))
     with pytest.raises(ConfigError, match=r"data\.metric was 'exact_match', now 'anls'"):
         run_pipeline(changed)
-    assert (copied.run_dir / "outcomes.jsonl").read_bytes() == before
+    assert (copied.run_dir / "outcomes.sqlite").read_bytes() == before
     # The same metric under its name is no change.
     again = Recorder()
     named = dataclasses.replace(copied, data=dataclasses.replace(copied.data, metric="exact_match"))

@@ -21,6 +21,7 @@ from pacevlm.pipeline.plan import PlannedStep, RunPlan, plan_run
 from pacevlm.training.metrics_log import read_metrics
 from tests.pipeline.test_checks import changed
 from tests.pipeline.test_run import files_of, make_config
+from tests.stored_answers import read_answers
 
 
 class Counting(SilentReporter):
@@ -28,14 +29,14 @@ class Counting(SilentReporter):
 
     def __init__(self, run_dir: Path) -> None:
         self.path, self.num_run, self.facts = (
-            run_dir / "outcomes.jsonl",
+            run_dir / "outcomes.sqlite",
             dict[str, int](),
             dict[str, Mapping[str, Any]](),
         )
         self.before = 0
 
     def finished(self, step: str, seconds: float, facts: Mapping[str, Any]) -> None:
-        num_stored = len(self.path.read_bytes().splitlines()) - 1
+        num_stored = len(read_answers(self.path))
         self.num_run[step], self.before, self.facts[step] = num_stored - self.before, num_stored, facts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,10 +21,9 @@ from pacevlm.config import (
     ProfileConfig,
 )
 from pacevlm.data.splits import load_splits
-from pacevlm.errors import ConfigError, DataError, IdentityError
+from pacevlm.errors import ConfigError, IdentityError
 from pacevlm.evaluation.records import read_records
 from pacevlm.evaluation.summary import POLICY_ORDER, read_results
-from pacevlm.files import read_jsonl
 from pacevlm.knobs import Knobs
 from pacevlm.latency.estimator import LatencyEstimator
 from pacevlm.latency.guardrail import Calibration, Guardrail
@@ -31,6 +31,7 @@ from pacevlm.latency.profile import Profile, Sample
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.pacer import Pacer
 from pacevlm.pipeline import STEPS, RunConfig, load_elastic_model, run_pipeline
+from pacevlm.pipeline.artefacts import remove_artefacts
 from pacevlm.pipeline.run import with_model_folder
 from pacevlm.pipeline.run_config import load_run_config
 from pacevlm.pipeline.step_log import StepLog
@@ -38,10 +39,11 @@ from pacevlm.pipeline.steps import recalibrate
 from pacevlm.request.run import run_forced
 from pacevlm.training.train_config import GRPOConfig, TrainConfig
 from pacevlm.types import StageTimes
+from tests.stored_answers import read_answers
 
 ARTEFACTS = {
     *("config.json", "steps.json", "profile.json", "estimator.json", "guardrail_profile.json", "guardrail.json"),
-    *("output_length.json", "outcomes.jsonl", "lookup_table.json", "fixed.json", "results.json", "records.jsonl"),
+    *("output_length.json", "outcomes.sqlite", "lookup_table.json", "fixed.json", "results.json", "records.jsonl"),
     *("shown.json", "report.html", "pareto.png", "pareto.svg", "knobs.png", "knobs.svg", "bundle/bundle.json"),
     *("controller/controller.json", "controller/controller.safetensors", "train/checkpoint.safetensors"),
     *("train/metrics.jsonl", "train/run.json"),
@@ -149,12 +151,12 @@ def test_results_and_records_say_the_same(config: RunConfig, first: Recorder) ->
 
 
 def test_training_met_remembered_outcomes(config: RunConfig, first: Recorder) -> None:
-    stored = read_jsonl(config.run_dir / "outcomes.jsonl", "outcome store", DataError)[1:]
+    stored = read_answers(config.run_dir / "outcomes.sqlite")
     space, splits = load_elastic_model(config.model).knob_space, load_splits(config.data)
     for example in splits.train[: config.lookup.num_examples]:
-        own = {line["knobs"] for line in stored if line["content"] == example.content_id}
+        own = {row.knobs for row in stored if row.content == example.content_id}
         assert own == {str(knobs) for knobs in space}
-    contents = {line["content"] for line in stored}
+    contents = {row.content for row in stored}
     assert contents <= {example.content_id for example in (*splits.train, *splits.val, *splits.test)}
     assert contents >= {example.content_id for example in splits.test}
 
@@ -228,18 +230,29 @@ def test_an_interrupted_run_goes_on_to_the_same_end(config: RunConfig, first: Re
 
 def test_an_interrupted_sweep_keeps_its_outcomes(copied: RunConfig) -> None:
     changed = dataclasses.replace(copied, lookup=LookupConfig(num_examples=8))
-    before = len(read_jsonl(copied.run_dir / "outcomes.jsonl", "outcome store", DataError))
+    before = len(read_answers(copied.run_dir / "outcomes.sqlite"))
     with pytest.raises(KeyboardInterrupt):
         run_pipeline(changed, "lookup", reporter=Recorder(interrupt=("answers", 1)))
-    assert len(read_jsonl(copied.run_dir / "outcomes.jsonl", "outcome store", DataError)) > before
+    assert len(read_answers(copied.run_dir / "outcomes.sqlite")) > before
 
 
 def test_starting_over_removes_what_the_run_left_and_nothing_else(copied: RunConfig) -> None:
     (copied.run_dir / "notes.txt").write_text("mine")
+    (copied.run_dir / "outcomes.sqlite-journal").write_text("a killed writer's")
     changed = dataclasses.replace(copied, profile=dataclasses.replace(copied.profile, seed=1))
     with pytest.raises(KeyboardInterrupt):
         run_pipeline(changed, fresh=True, reporter=Recorder(interrupt=("timed requests", 1)))
     assert files_of(copied.run_dir) == {"notes.txt", "config.json", "profile.json.partial.jsonl", ".pacevlm-run.lock"}
+
+
+def test_starting_over_leaves_a_store_that_others_share(copied: RunConfig) -> None:
+    own = copied.run_dir / "outcomes.sqlite"
+    shared = own.rename(copied.run_dir.parent / "shared.sqlite")
+    before = shared.read_bytes()
+    own.symlink_to("../shared.sqlite")
+    remove_artefacts(copied)
+    assert not os.path.lexists(own)
+    assert shared.read_bytes() == before
 
 
 def test_a_directory_that_is_no_run_is_left_alone(config: RunConfig, tmp_path: Path) -> None:

@@ -29,11 +29,10 @@ from pacevlm.config import (
 )
 from pacevlm.controller.policy_interface import Policy
 from pacevlm.data.splits import load_splits
-from pacevlm.errors import ConfigError, DataError, PacevlmError, StorageError
+from pacevlm.errors import ConfigError, PacevlmError, StorageError
 from pacevlm.evaluation.summary import POLICY_ORDER
 from pacevlm.evaluation.sweep import choose_knobs
 from pacevlm.evaluation.timed import TimedRequests, time_requests
-from pacevlm.files import read_jsonl
 from pacevlm.knobs import Knobs
 from pacevlm.pacer import Pacer
 from pacevlm.pipeline import STEPS, RunConfig, run_pipeline
@@ -45,6 +44,7 @@ from pacevlm.pipeline.step_log import StepLog
 from pacevlm.training.grpo import GRPOConfig
 from pacevlm.training.train_config import TrainConfig
 from pacevlm.types import Objective
+from tests.stored_answers import read_answers
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "controller/controller.safetensors"
@@ -261,7 +261,7 @@ def test_what_is_missing_is_called_missing(name: str, moved: Path, capsys: pytes
 
 
 def outcomes(run_dir: Path) -> int:
-    return len(read_jsonl(run_dir / "outcomes.jsonl", "outcomes", DataError))
+    return len(read_answers(run_dir / "outcomes.sqlite"))
 
 
 @pytest.mark.parametrize(("step", "done"), [("profile", 9), ("calibrate", 20), ("evaluate", 14)])
@@ -448,7 +448,7 @@ def test_every_file_of_a_step_is_made_again_when_it_is_gone(moved: Path) -> None
     assert again.gone == made
     for name in made:
         # Times, places and the order of outcomes may differ.
-        if name not in ("train/run.json", "bundle/bundle.json", "outcomes.jsonl", "report.html") and not name.endswith(
+        if name not in ("train/run.json", "bundle/bundle.json", "outcomes.sqlite", "report.html") and not name.endswith(
             (".svg", ".png")
         ):
             assert (config.run_dir / name).read_bytes() == before[name], name

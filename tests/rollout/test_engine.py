@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 import threading
 from pathlib import Path
@@ -30,6 +29,7 @@ from pacevlm.request.run import run_forced
 from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.rollout.outcome_store import OutcomeStore, StoredAnswer
 from pacevlm.types import Example, Outcome
+from tests.stored_answers import change, read_answers
 
 Job = tuple[Example, Knobs]
 TIGHT = [{"max_rows": 1}, {"max_rows": 3}, {"max_tokens": 1}, {"max_tokens": 150}, {"max_prefix_bytes": 1}]
@@ -278,29 +278,27 @@ def test_stored_answers_are_given_back_and_not_run(
     tiny_elastic: ElasticModel, law_examples: list[Example], tmp_path: Path
 ) -> None:
     jobs = jobs_of(tiny_elastic, law_examples)
-    path = tmp_path / "outcomes.jsonl"
+    path = tmp_path / "outcomes.sqlite"
     RolloutEngine(tiny_elastic, LENGTHS, OutcomeStore(tiny_elastic.identity, path)).run(jobs[:10])
-    lines = path.read_text().splitlines()
-    mark = json.loads(lines[1])
-    lines[1] = json.dumps(mark | {"answer": "stored"})
-    path.write_text("\n".join(lines) + "\n")
+    mark = read_answers(path)[0]
+    change(path, "UPDATE outcomes SET answer = 'stored' WHERE (content, knobs) = (?, ?)", mark.content, mark.knobs)
     engine = RolloutEngine(tiny_elastic, LENGTHS, OutcomeStore.open(path, tiny_elastic.identity))
     outcomes = engine.run(jobs)
     fresh = RolloutEngine(tiny_elastic, LENGTHS).run(jobs)
-    marked = [(e.content_id, str(k)) == (mark["content"], mark["knobs"]) for e, k in jobs]
+    marked = [(e.content_id, str(k)) == (mark.content, mark.knobs) for e, k in jobs]
     assert any(marked)
     assert all((outcome.answer == "stored") == is_marked for outcome, is_marked in zip(outcomes, marked, strict=True))
     assert [o for o, m in zip(outcomes, marked, strict=True) if not m] == [
         o for o, m in zip(fresh, marked, strict=True) if not m
     ]
     assert engine.num_run == len({(e.example_id, k) for e, k in jobs} - {(e.example_id, k) for e, k in jobs[:10]})
-    assert len(path.read_text().splitlines()) == 1 + len({(e.example_id, k) for e, k in jobs})
+    assert len(read_answers(path)) == len({(e.example_id, k) for e, k in jobs})
 
 
 def test_an_interrupted_run_keeps_every_batch_that_was_done(
     tiny_elastic: ElasticModel, law_examples: list[Example], tmp_path: Path
 ) -> None:
-    jobs, path = jobs_of(tiny_elastic, law_examples), tmp_path / "outcomes.jsonl"
+    jobs, path = jobs_of(tiny_elastic, law_examples), tmp_path / "outcomes.sqlite"
 
     def stop(done: int, total: int) -> None:
         if done >= 6:
