@@ -67,15 +67,15 @@ def _load(pointers, start, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
 
 @triton.jit
 def _multiply_tile(
-    x_ptr, order_ptr, matrix_ptr, out_ptr, expert, start, end, first_col,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
+    x_ptr, order_ptr, matrix_ptr, out_ptr, top_k, expert, start, end, first_col,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     places, inside = start + tl.arange(0, ROWS), tl.arange(0, DEPTH)
     real = places < end
     pairs = tl.load(order_ptr + places, real, 0)
     # The first product reads tokens' rows and writes sorted ones, the second writes them back in the order of pairs.
-    sources = pairs // TOP_K if GATED else tl.where(real, places, start)
+    sources = pairs // top_k if GATED else tl.where(real, places, start)
     x = x_ptr + sources.to(tl.int64)[:, None] * WIDTH + inside[None, :]
     cols = first_col + tl.arange(0, COLS)
     first_row = expert * (2 * HEIGHT if GATED else HEIGHT)
@@ -100,10 +100,10 @@ def _multiply_tile(
     tl.store(out, total.to(out_ptr.dtype.element_ty), real[:, None] & (cols < HEIGHT)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k"])
 def _multiply_experts(
-    x_ptr, order_ptr, ends_ptr, matrix_ptr, out_ptr,
-    EXPERTS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
+    x_ptr, order_ptr, ends_ptr, matrix_ptr, out_ptr, top_k,
+    EXPERTS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, TAIL: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -122,13 +122,13 @@ def _multiply_experts(
     start += (tile - tl.sum(tl.where(experts < expert, tiles, 0))) * ROWS
     if TAIL < ROWS and end - start <= TAIL:
         _multiply_tile(
-            x_ptr, order_ptr, matrix_ptr, out_ptr, expert, start, end, first_col,
-            HEIGHT, WIDTH, TOP_K, GATED, TAIL, COLS, DEPTH, DESCRIBED,
+            x_ptr, order_ptr, matrix_ptr, out_ptr, top_k, expert, start, end, first_col,
+            HEIGHT, WIDTH, GATED, TAIL, COLS, DEPTH, DESCRIBED,
         )  # fmt: skip
     else:
         _multiply_tile(
-            x_ptr, order_ptr, matrix_ptr, out_ptr, expert, start, end, first_col,
-            HEIGHT, WIDTH, TOP_K, GATED, ROWS, COLS, DEPTH, DESCRIBED,
+            x_ptr, order_ptr, matrix_ptr, out_ptr, top_k, expert, start, end, first_col,
+            HEIGHT, WIDTH, GATED, ROWS, COLS, DEPTH, DESCRIBED,
         )  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def _multiply(
 
         matrix = TensorDescriptor.from_tensor(weight.view(-1, width), [tile.cols, tile.depth])
     _multiply_experts[(num_tiles * triton.cdiv(height, tile.cols),)](
-        x, order, ends, matrix, out, num_experts, height, width, top_k, is_gated,
+        x, order, ends, matrix, out, top_k, num_experts, height, width, is_gated,
         tile.rows, tile.tail, tile.cols, tile.depth, is_described, triton.next_power_of_2(num_experts),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

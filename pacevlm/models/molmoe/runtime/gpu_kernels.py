@@ -46,7 +46,8 @@ def _scale_of(x_ptr, eps, WIDTH: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _normed(x_ptr, norm_ptr, scale, start, WIDTH: tl.constexpr, COLS: tl.constexpr):
-    cols, dtype = start + tl.arange(0, COLS), x_ptr.dtype.element_ty
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    cols = start + tl.arange(0, COLS)
     x = tl.load(x_ptr + cols, cols < WIDTH, 0.0).to(tl.float32)
     # Rounded where `_rms_norm` rounds.
     x = (x * scale).to(dtype).to(tl.float32) * tl.load(norm_ptr + cols, cols < WIDTH, 0.0).to(tl.float32)
@@ -58,7 +59,8 @@ def _multiply_row(
     x_ptr, norm_ptr, matrix_ptr, residual_ptr, out_ptr, eps, NORMED: tl.constexpr, ADDED: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    rows, dtype = tl.program_id(0) * ROWS + tl.arange(0, ROWS), out_ptr.dtype.element_ty
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     scale = _scale_of(x_ptr, eps, WIDTH, COLS) if NORMED else 1.0
     total = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, WIDTH, COLS):
@@ -144,7 +146,8 @@ def _down(
     inner_ptr, experts_ptr, matrix_ptr, residual_ptr, out_ptr,
     TOP_K: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    rows, dtype = tl.program_id(0) * ROWS + tl.arange(0, ROWS), out_ptr.dtype.element_ty
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS, COLS), tl.float32)
     for place in range(TOP_K):
         matrix = matrix_ptr + tl.load(experts_ptr + place) * (WIDTH * INNER) + rows[:, None] * INNER

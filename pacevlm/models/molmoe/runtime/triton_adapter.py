@@ -86,7 +86,9 @@ class TritonMolmoEAdapter(MolmoEAdapter):
         self.blocks: list[TritonBlock] = [TritonBlock.from_module(cast(MolmoEBlock, block)) for block in modules]
         self.max_graph_tokens = MAX_GRAPH_TOKENS if self.dtype.itemsize == 2 else 0
 
-    def project_into(self, block: int, x: Tensor, rope: Rope, keys: Tensor, values: Tensor, places: Tensor) -> Tensor:
+    def project_into(
+        self, block: int, x: Tensor, rope: tuple[Tensor, ...], keys: Tensor, values: Tensor, places: Tensor
+    ) -> Tensor:
         """See `Adapter`."""
         return self.blocks[block].project_into(x, rope, keys, values, places)
 
