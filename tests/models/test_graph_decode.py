@@ -88,7 +88,7 @@ def test_capacities_grow_with_the_logarithm(tiny_elastic: ElasticModel, max_posi
 
 def test_a_cpu_captures_nothing(tiny_elastic: ElasticModel) -> None:
     assert tiny_elastic.decoder.graph is None
-    tiny_elastic.capture_decode()
+    tiny_elastic.capture_graphs()
     graph = GraphDecode(tiny_elastic.adapter, tiny_elastic.order, 1)
     graph.capture_all([(8, 6)], 100)
     assert graph.num_graphs == 0
@@ -135,5 +135,5 @@ def test_graphs_give_the_loops_tokens(dtype: torch.dtype) -> None:
     # In half precision a near tie of two experts may go the other way, and the step with it.
     assert max(errors) < 1e-5 if dtype == torch.float32 else np.median(errors) < 0.02
     before = graph.num_graphs
-    model.capture_decode()
+    model.capture_graphs()
     assert graph.num_graphs >= max(before, model.knob_space.num_stage2)

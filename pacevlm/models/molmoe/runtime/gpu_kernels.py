@@ -214,8 +214,7 @@ def _normalise_and_rotate(
     other = ((other * scale).to(dtype).to(tl.float32) * other_weight.to(tl.float32)).to(dtype).to(tl.float32)
     angle = batch * rope_stride + token * HEAD + inside
     rotated = x * tl.load(cos_ptr + angle) + other * tl.load(sin_ptr + angle)
-    place = ((batch * (QUERY // HEAD) + cols // HEAD) * num_tokens + token) * HEAD + inside
-    tl.store(q_ptr + place, rotated, of_query)
+    tl.store(q_ptr + row * QUERY + cols, rotated, of_query)
     tl.store(k_ptr + cached, rotated, of_key)
 
 
@@ -243,7 +242,8 @@ def normalise_and_rotate(
     batch, num_tokens, row_stride = projected.shape
     cos, sin = (table.contiguous() for table in rope)
     query, key = q_norm.shape[0], k_norm.shape[0]
-    q = projected.new_empty(batch, query // head_dim, num_tokens, head_dim)
+    # Token by token in memory: attention's output is laid out likewise, as the next product reads it.
+    q = projected.new_empty(batch, num_tokens, query // head_dim, head_dim).transpose(1, 2)
     if into is None:
         k = projected.new_empty(batch, key // head_dim, num_tokens, head_dim)
         into, parts = (k, k, q), 2
