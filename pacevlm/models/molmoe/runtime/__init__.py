@@ -1,8 +1,8 @@
 """MolmoE as requests run it: the adapter, and what runs its blocks fast.
 
 One block has these implementations: the model's own in `pacevlm.models.molmoe.blocks`, four here, and the last three
-in `pacevlm.models`. What was measured is of the embedded model on a CPU (docs/log.md, 2026-11-25), and of MolmoE-1B's size
-with random weights on an H200 (docs/results.md, "A GPU").
+in `pacevlm.models`. What was measured is of the embedded model on a CPU (docs/log.md, 2026-11-25), and of MolmoE-1B's
+size with random weights on an H200 (docs/results.md, "A GPU").
 
 ================  ===========================  =======================================  ================================
 what              when it runs                 why it exists                            held equal by
