@@ -118,7 +118,7 @@ def time_capture(model: ElasticModel) -> dict[str, Any]:
     if graph is None:
         return {}
     started, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
-    model.capture_decode()
+    model.capture_graphs()
     return {
         "num_graphs": graph.num_graphs,
         "capture_s": time.perf_counter() - started,

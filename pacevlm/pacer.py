@@ -198,7 +198,7 @@ class Pacer:
                 f"the bundle {folder} was made for model {settings['identity']}, but {source} is {model.identity}: its "
                 "weights or its elastic.json changed; give the right one as model_path, or train for this one"
             )
-        model.capture_decode()
+        model.capture_graphs()
         num_threads = values["num_threads"]
         if any_device and num_threads is not None:
             num_threads = min(num_threads, available_threads())

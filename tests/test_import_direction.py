@@ -76,7 +76,9 @@ OPTIONAL: dict[str, frozenset[str]] = {
         f"pacevlm.models.molmoe.runtime.{module}"
         for module in ("cpu_loops", "cpu_kernels", "compiled_block", "compiled_adapter")
     ),
-    "triton": frozenset(f"pacevlm.models.molmoe.runtime.{module}" for module in ("gpu_kernels", "triton_adapter")),
+    "triton": frozenset(
+        f"pacevlm.models.molmoe.runtime.{module}" for module in ("gpu_kernels", "gpu_experts", "triton_adapter")
+    ),
     "sklearn": frozenset(),
     "datasets": frozenset(),
     "trl": frozenset(),

@@ -85,7 +85,7 @@ def time_requests(
     partial = PartialFile(
         partial_path, describe_requests(model, policies, examples, objectives, pacing, config), "interrupted evaluation"
     )
-    model.capture_decode()
+    model.capture_graphs()
     requests = itertools.cycle(itertools.product(rounds, policies))
     num_warmup = config.num_warmup if len(partial.records) < len(rounds) else 0
     for (b, i), policy in itertools.islice(requests, num_warmup):

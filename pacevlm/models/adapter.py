@@ -112,6 +112,7 @@ class Adapter(ABC, Generic[PromptT, PreparedT]):
         position_axes: axes of the rotary positions that prompts are given; 0 where positions count 0, 1, 2 and so on.
         compiler: what compiles what runs between matrix products, `numba` or `triton`; latencies with and without do
             not compare.
+        max_graph_tokens: longest prompt whose blocks a CUDA graph may hold; 0 where they ask the device for something.
     """
 
     num_blocks: int
@@ -128,6 +129,7 @@ class Adapter(ABC, Generic[PromptT, PreparedT]):
     windows: Mapping[int, int] = MappingProxyType({})
     position_axes: int = 0
     compiler: str | None = None
+    max_graph_tokens: int = 0
 
     # Text and pictures ------------------------------------------------------------------------------------------------
 
@@ -204,6 +206,28 @@ class Adapter(ABC, Generic[PromptT, PreparedT]):
     @abstractmethod
     def mix_experts(self, block: int, x: Tensor, top_k: int | Tensor) -> Tensor:
         """Experts' output for the residual stream, `(rows, tokens, d_model)`; `top_k` is one number or one per row."""
+
+    def project_into(self, block: int, x: Tensor, rope: Rope, keys: Tensor, values: Tensor, places: Tensor) -> Tensor:
+        """`project` into a cache: queries, while keys and values are written to it.
+
+        Args:
+            keys, values: `(rows, heads, capacity, head_dim)`.
+            places: where the tokens stand in them, one behind the other, `(tokens,)`.
+        """
+        q, k, v = self.project(block, x, rope)
+        keys.index_copy_(2, places, k)
+        values.index_copy_(2, places, v)
+        return q
+
+    def add_attention(
+        self, block: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """The residual stream with `attend` added to it."""
+        return x + self.attend(block, q, k, v, mask, is_causal)
+
+    def add_experts(self, block: int, x: Tensor, top_k: int | Tensor) -> Tensor:
+        """The residual stream with `mix_experts` added to it."""
+        return x + self.mix_experts(block, x, top_k)
 
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:

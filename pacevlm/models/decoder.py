@@ -95,8 +95,8 @@ class ElasticDecoder:
             q, k, v = self.adapter.project(block, x, rope)
             kept.append((k, v))
             mask = self.window_mask(block, prompts, x.shape[1])
-            x = x + self.adapter.attend(block, q, k, v, mask, is_causal=mask is None)
-            x = x + self.adapter.mix_experts(block, x, self.adapter.trained_top_k)
+            x = self.adapter.add_attention(block, x, q, k, v, mask, is_causal=mask is None)
+            x = self.adapter.add_experts(block, x, self.adapter.trained_top_k)
             x = _add(x, block, prompts)
         return [
             Prefix(
@@ -169,8 +169,8 @@ class ElasticDecoder:
                 own = torch.full((1, most), max(lengths), device=x.device)  # behind all prompts, so inside any window
                 places_of_keys = torch.cat([torch.arange(max(lengths), device=x.device)[None], own], dim=1)
                 seen = _both(mask, window_start(places.expand(-1, most), places_of_keys, window))
-            x = x + self.adapter.attend(block, q, keys, values, seen, is_causal=False)
-            x = x + self.adapter.mix_experts(block, x, self.adapter.trained_top_k)
+            x = self.adapter.add_attention(block, x, q, keys, values, seen, is_causal=False)
+            x = self.adapter.add_experts(block, x, self.adapter.trained_top_k)
         return torch.cat([x[i, :n] for i, n in enumerate(counts)])
 
     def row_decode(self, num_tokens: int) -> RowDecode | None:
@@ -300,6 +300,8 @@ class Generation:
         return first if bool((top_k == first).all()) else top_k
 
     def _prefill(self) -> Tensor:
+        if self.graph is not None and not self.adds and self.graph.prefill.takes(self.padded_length):
+            return self._prefill_graph(self.graph, self.prefixes[0])
         starts = [(id(prefix), top_k) for prefix, top_k in zip(self.prefixes, self.top_k.tolist(), strict=True)]
         tree = PrefixTree(starts, self.kept_blocks)
         prefixes = [self.prefixes[row] for row in tree.some_row()]
@@ -334,8 +336,8 @@ class Generation:
                 if (window := self.adapter.windows.get(block, k.shape[2])) < k.shape[2]:
                     mask = _both(mask, window_start(own[:, None] - 1, columns, window))
                 x, is_cut = _ends(x, lengths), True
-            part = part + self.adapter.attend(block, q, k, v, mask, is_causal=block < last and mask is None)
-            part = part + self.adapter.mix_experts(block, part, self._row_top_k(tree.some_row(members)))
+            part = self.adapter.add_attention(block, part, q, k, v, mask, is_causal=block < last and mask is None)
+            part = self.adapter.add_experts(block, part, self._row_top_k(tree.some_row(members)))
             x = part if index is None else x.index_copy(0, index, part)
             x = self._add(tree, x, block, is_cut)
         x = x[:, 0] if is_cut else _ends(x, self.lengths[tree.some_row()])[:, 0]
@@ -371,6 +373,13 @@ class Generation:
         if room[3]:
             keys, values = F.pad(keys, room), F.pad(values, room)
         return _BlockCache(rows, keys, values)
+
+    def _prefill_graph(self, graph: GraphDecode, prefix: Prefix) -> Tensor:
+        first = range(self.decoder.stage2_after)
+        for block in first:
+            graph.load(block, prefix.keys[block][None], prefix.values[block][None])
+        assert self.only_top_k is not None
+        return graph.prefill.run(prefix.hidden, sorted(self.kept_blocks[0].difference(first)), self.only_top_k)
 
     def _decode_graph(self, graph: GraphDecode) -> Tensor:
         if self.num_steps == 1:
@@ -415,9 +424,9 @@ class Generation:
             cache.values.narrow(2, end - 1, 1).copy_(v)
             part_mask = mask if mask is None or rows is None else mask[rows]
             keys, values = cache.keys.narrow(2, 0, end), cache.values.narrow(2, 0, end)
-            part = part + self.adapter.attend(block, q, keys, values, part_mask, is_causal=False)
+            part = self.adapter.add_attention(block, part, q, keys, values, part_mask, is_causal=False)
             top_k = self.adapter.trained_top_k if block < self.decoder.stage2_after else self._row_top_k(rows)
-            part = part + self.adapter.mix_experts(block, part, top_k)
+            part = self.adapter.add_experts(block, part, top_k)
             x = part if rows is None else x.index_copy(0, rows, part)
         return self.adapter.logits(x[:, 0])
 

@@ -231,7 +231,7 @@ class ElasticModel:
         """Image tokens of the largest pictures at the dearest tier."""
         return max(map(self.adapter.max_image_tokens, self.vision_budgets.values()))
 
-    def capture_decode(self) -> None:
+    def capture_graphs(self) -> None:
         """Capture the CUDA graphs of all knobs and lengths, so that no request waits for one; nothing on a CPU."""
         graph = self.decoder.graph
         if graph is not None:

@@ -17,12 +17,12 @@ from pacevlm.errors import ConfigError
 from pacevlm.knobs import Compute
 from pacevlm.models.adapter import Adapter, Rope
 from pacevlm.models.block_order import BlockOrder
+from pacevlm.models.graph_pool import GraphPool
+from pacevlm.models.graph_prefill import GraphPrefill
 
 # The smallest capacity; the others are its doublings and what lies half way between. So a model of 32,768 positions has
 # thirteen, all of which can be captured before the first request, and a third of a cache at most is read for nothing.
 CAPACITY_STEP = 512
-# Runs before a graph is captured: libraries set themselves up on their first call, which no graph may hold.
-NUM_WARMUP = 3
 
 
 class GraphDecode:
@@ -40,6 +40,7 @@ class GraphDecode:
 
     Attributes:
         capacities: all buffer lengths, shortest first.
+        prefill: blocks of a prompt, whose keys and values go straight into the buffers.
     """
 
     def __init__(
@@ -52,15 +53,16 @@ class GraphDecode:
         self.capacities = (*(length for length in lengths if length < self.max_positions), self.max_positions)
         self._caches: dict[int, tuple[Tensor, Tensor]] = {}
         self._graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool: Any = None
+        self._pool = GraphPool(adapter.device)
         self._token = torch.zeros(1, dtype=torch.long, device=adapter.device)
         self._place = torch.zeros(1, dtype=torch.long, device=adapter.device)
         self._position = torch.zeros(1, max(1, adapter.position_axes), dtype=torch.long, device=adapter.device)
+        self.prefill = GraphPrefill(adapter, self.cache, self.max_positions, self._pool)
 
     @property
     def num_graphs(self) -> int:
         """Graphs captured so far."""
-        return len(self._graphs)
+        return len(self._graphs) + self.prefill.num_graphs
 
     def capacity(self, num_tokens: int) -> int:
         """Buffer length for so many tokens of prompt and answer; raises ConfigError if there are more than fit."""
@@ -68,15 +70,21 @@ class GraphDecode:
             raise ConfigError(f"{num_tokens} tokens of prompt and answer exceed the {self.max_positions} that fit")
         return next(length for length in self.capacities if length >= num_tokens)
 
+    def cache(self, block: int) -> tuple[Tensor, Tensor]:
+        """Buffers of a block's keys and values, each `(1, heads, max_positions, head_dim)`."""
+        if block not in self._caches:
+            x = self.adapter.embed_tokens(self._token)[:, None]
+            _, keys, values = self.adapter.project(block, x, self._rope())
+            shapes = [(1, new.shape[1], self.max_positions, new.shape[3]) for new in (keys, values)]
+            self._caches[block] = (keys.new_zeros(shapes[0]), values.new_zeros(shapes[1]))
+        return self._caches[block]
+
     # Not inference mode, even inside it: buffers are written to for as long as the model lives, in any mode.
     @torch.inference_mode(False)
     @torch.no_grad()
     def load(self, block: int, keys: Tensor, values: Tensor) -> None:
         """Take over the prompt's keys and values of a block, each `(1, heads, tokens, head_dim)`."""
-        if block not in self._caches:
-            shapes = [(1, new.shape[1], self.max_positions, new.shape[3]) for new in (keys, values)]
-            self._caches[block] = (keys.new_zeros(shapes[0]), values.new_zeros(shapes[1]))
-        for cache, new in zip(self._caches[block], (keys, values), strict=True):
+        for cache, new in zip(self.cache(block), (keys, values), strict=True):
             cache[:, :, : new.shape[2]] = new
 
     @torch.inference_mode(False)
@@ -109,15 +117,13 @@ class GraphDecode:
         """
         if self.adapter.device.type != "cuda":
             return
-        x = self.adapter.embed_tokens(self._token)[:, None]
-        rope = self._rope()
-        for block in range(self.adapter.num_blocks):
-            _, keys, values = self.adapter.project(block, x, rope)
-            self.load(block, keys, values)
         longest = self.capacity(num_tokens)
         for capacity in (length for length in self.capacities if length <= longest):
             for top_k, num_blocks in computes:
                 self._graph(top_k, num_blocks, capacity)
+        blocks = {block for _, num_blocks in computes for block in self.order.kept(num_blocks)}
+        blocks -= set(range(self.stage2_after))
+        self.prefill.capture_all(sorted(blocks), sorted({top_k for top_k, _ in computes}))
 
     def _graph(self, top_k: int, num_blocks: int, capacity: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         key = (top_k, num_blocks, capacity)
@@ -141,26 +147,15 @@ class GraphDecode:
             outside = columns <= self._place - window
             masks[window] = mask if window >= capacity else mask.masked_fill(outside, float("-inf"))
         for block in sorted(self.order.kept(num_blocks)):
-            q, k, v = adapter.project(block, x, rope)
-            keys, values = self._caches[block]
-            keys.index_copy_(2, self._place, k)
-            values.index_copy_(2, self._place, v)
+            keys, values = self.cache(block)
+            q = adapter.project_into(block, x, rope, keys, values, self._place)
             mask = masks[adapter.windows.get(block)]
-            x = x + adapter.attend(block, q, keys[:, :, :capacity], values[:, :, :capacity], mask, is_causal=False)
+            keys, values = keys[:, :, :capacity], values[:, :, :capacity]
+            x = adapter.add_attention(block, x, q, keys, values, mask, is_causal=False)
             experts = adapter.trained_top_k if block < self.stage2_after else top_k
-            x = x + adapter.mix_experts(block, x, experts)
+            x = adapter.add_experts(block, x, experts)
         return adapter.logits(x[:, 0])
 
     def _capture(self, top_k: int, num_blocks: int, capacity: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # Every run writes the same keys to the same place, so that warming up changes nothing.
-        side = torch.cuda.Stream(self.adapter.device)
-        side.wait_stream(torch.cuda.current_stream(self.adapter.device))
-        with torch.cuda.stream(side):
-            for _ in range(NUM_WARMUP):
-                self._run(top_k, num_blocks, capacity)
-        torch.cuda.current_stream(self.adapter.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._run(top_k, num_blocks, capacity)
-        self._pool = graph.pool()
-        return graph, logits
+        return self._pool.capture(lambda: self._run(top_k, num_blocks, capacity))

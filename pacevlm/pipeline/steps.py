@@ -361,7 +361,7 @@ def calibrate_step(run: RunContext) -> dict[str, Any]:
         objective = Objective(float(budgets_ms[number]), train.budget_kind)
         return run_request(model, policy, example.source, example.question, objective, pacing)
 
-    model.capture_decode()
+    model.capture_graphs()
     with use_num_threads(profile_config.num_threads):
         for number in range(min(NUM_WARMUP, config.num_requests - len(runs))):
             run_one(number)

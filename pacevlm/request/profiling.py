@@ -108,7 +108,7 @@ def profiling_run(
     """
     if not requests:
         raise ProfileError("there are no requests to profile; give at least one image and question")
-    model.capture_decode()
+    model.capture_graphs()
     kinds = {open_picture(source, model.picture_config).kind for source, _ in requests}
     pacing = nominal_pacing(model, kinds)
     config = controller_config or ControllerConfig(reference_ms=NOMINAL_MS, embedding_scale=1.0)

@@ -5,44 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 
+import decoding
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from decoding import generate_with_logits
-from torch import Tensor
+from decoding import generate, prefixes_of, with_graph_steps
 
 from pacevlm.errors import ConfigError
 from pacevlm.knobs import Knobs
 from pacevlm.models import graph_decode
-from pacevlm.models.decoder import ElasticDecoder, Prefix
+from pacevlm.models.decoder import ElasticDecoder
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.models.experts import _run_one_token, _run_one_token_gathered
 from pacevlm.models.graph_decode import GraphDecode
 from pacevlm.types import Example
-
-STEPS = 6
-
-
-def prefixes_of(model: ElasticModel, examples: list[Example], tiers: tuple[str, ...]) -> list[Prefix]:
-    prefixes = []
-    for example, tier in itertools.product(examples, tiers):
-        prompt = model.adapter.encode_question(example.question)
-        prepared = model.adapter.prepare(example.image, prompt, model.vision_budgets[tier])
-        embeddings = model.adapter.embed(prepared, model.adapter.encode_vision([prepared])[0])
-        prefixes += model.decoder.prefix([embeddings])
-    return prefixes
-
-
-def generate(decoder: ElasticDecoder, prefix: Prefix, knobs: Knobs) -> tuple[list[int], Tensor]:
-    """Tokens, and logits of every step `(steps, vocabulary)`."""
-    generated, logits = generate_with_logits(decoder, [prefix], [knobs.top_k], [knobs.num_blocks], STEPS)
-    return generated[0], torch.cat(logits)
-
-
-def with_graph_steps(model: ElasticModel) -> ElasticDecoder:
-    order, after = model.decoder.order, model.stage2_after
-    return ElasticDecoder(model.adapter, order, after, GraphDecode(model.adapter, order, after))
 
 
 @torch.no_grad()
@@ -77,7 +54,7 @@ def test_steps_run_in_any_mode(tiny_elastic: ElasticModel, law_examples: list[Ex
 def test_several_rows_run_in_the_loop(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:
     decoder, full = with_graph_steps(tiny_elastic), tiny_elastic.knob_space.full
     prefixes = prefixes_of(tiny_elastic, law_examples[:2], ("high",))
-    arguments = (prefixes, [full.top_k] * 2, [full.num_blocks] * 2, STEPS)
+    arguments = (prefixes, [full.top_k] * 2, [full.num_blocks] * 2, decoding.STEPS)
     assert decoder.generate(*arguments) == tiny_elastic.decoder.generate(*arguments)
     assert decoder.graph is not None
     assert not decoder.graph._caches
@@ -111,7 +88,7 @@ def test_capacities_grow_with_the_logarithm(tiny_elastic: ElasticModel, max_posi
 
 def test_a_cpu_captures_nothing(tiny_elastic: ElasticModel) -> None:
     assert tiny_elastic.decoder.graph is None
-    tiny_elastic.capture_decode()
+    tiny_elastic.capture_graphs()
     graph = GraphDecode(tiny_elastic.adapter, tiny_elastic.order, 1)
     graph.capture_all([(8, 6)], 100)
     assert graph.num_graphs == 0
@@ -158,5 +135,5 @@ def test_graphs_give_the_loops_tokens(dtype: torch.dtype) -> None:
     # In half precision a near tie of two experts may go the other way, and the step with it.
     assert max(errors) < 1e-5 if dtype == torch.float32 else np.median(errors) < 0.02
     before = graph.num_graphs
-    model.capture_decode()
+    model.capture_graphs()
     assert graph.num_graphs >= max(before, model.knob_space.num_stage2)

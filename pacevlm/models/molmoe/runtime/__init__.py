@@ -1,8 +1,8 @@
 """MolmoE as requests run it: the adapter, and what runs its blocks fast.
 
-One block has these implementations: the model's own in `pacevlm.models.molmoe.blocks`, four here, and the last two in
-`pacevlm.models`. What was measured is of the embedded model on a CPU (docs/log.md, 2026-11-25), and of MolmoE-1B's size
-with random weights on an H200 (docs/results.md, "A GPU").
+One block has these implementations: the model's own in `pacevlm.models.molmoe.blocks`, four here, and the last three
+in `pacevlm.models`. What was measured is of the embedded model on a CPU (docs/log.md, 2026-11-25), and of MolmoE-1B's
+size with random weights on an H200 (docs/results.md, "A GPU").
 
 ================  ===========================  =======================================  ================================
 what              when it runs                 why it exists                            held equal by
@@ -20,11 +20,14 @@ what              when it runs                 why it exists                    
 `CompiledDecode`  the same, for decode steps   a step takes 2.6 to 3.1 times what       `test_compiled_block`,
                   and latency tokens of one    reading its weights takes, it was 13.5   steps of one row
                   row, if blocks are small     (with `CompiledBlock`)
-`TritonBlock`     on CUDA with Triton, where   a step of the graph took 3.1 ms, now     `test_gpu_kernels`, on a GPU
-                  no gradient is asked for     1.45, and a prefill 20.0 ms, now 16.1
+`TritonBlock`     on CUDA with Triton, where   a step of the graph took 3.1 ms, now     `test_gpu_kernels` and
+                  no gradient is asked for     1.45, and a prefill 20.0 ms, now 16.1    `test_gpu_experts`, on a GPU
 `GraphDecode`     on CUDA, for decode steps    a step is hundreds of kernels that wait  `test_graph_decode`,
                   of one row: one graph for    for Python                               without a graph on a CPU
                   each (top_k, num_blocks)
+`GraphPrefill`    on CUDA, for the prefill of  a short prompt's kernels take longer to  `test_graph_prefill`,
+                  one row: one graph for each  launch than to run                       without a graph on a CPU
+                  (block, top_k, length)
 `PrefixTree`      any of the others, for the   rows of one prompt and one top_k share   `test_prefix_tree` and
                   prefill of several rows      blocks up to the first that only some    `test_decoder`
                                                keep: a sweep makes 159 rollouts a

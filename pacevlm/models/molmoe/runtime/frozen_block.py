@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class FrozenBlock:
     head_dim: int
 
     @classmethod
-    def from_module(cls, block: MolmoEBlock) -> FrozenBlock:
+    def from_module(cls, block: MolmoEBlock) -> Self:
         """Take a block's weights."""
         attn, mlp = block.attn, block.mlp
         query, key, value = attn.splits

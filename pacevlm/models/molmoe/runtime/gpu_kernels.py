@@ -35,26 +35,66 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
+def _scale_of(x_ptr, eps, WIDTH: tl.constexpr, COLS: tl.constexpr):
+    squares = tl.zeros((COLS,), tl.float32)
+    for start in range(0, WIDTH, COLS):
+        cols = start + tl.arange(0, COLS)
+        x = tl.load(x_ptr + cols, cols < WIDTH, 0.0).to(tl.float32)
+        squares += x * x
+    return tl.rsqrt(tl.sum(squares) / WIDTH + eps)
+
+
+@triton.jit
+def _normed(x_ptr, norm_ptr, scale, start, WIDTH: tl.constexpr, COLS: tl.constexpr):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    cols = start + tl.arange(0, COLS)
+    x = tl.load(x_ptr + cols, cols < WIDTH, 0.0).to(tl.float32)
+    # Rounded where `_rms_norm` rounds.
+    x = (x * scale).to(dtype).to(tl.float32) * tl.load(norm_ptr + cols, cols < WIDTH, 0.0).to(tl.float32)
+    return x.to(dtype).to(tl.float32)[None, :]
+
+
+@triton.jit
 def _multiply_row(
-    x_ptr, matrix_ptr, out_ptr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+    x_ptr, norm_ptr, matrix_ptr, residual_ptr, out_ptr, eps, NORMED: tl.constexpr, ADDED: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    scale = _scale_of(x_ptr, eps, WIDTH, COLS) if NORMED else 1.0
     total = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, WIDTH, COLS):
         cols = start + tl.arange(0, COLS)
         mask = (rows < HEIGHT)[:, None] & (cols < WIDTH)[None, :]
-        x = tl.load(x_ptr + cols, cols < WIDTH, 0.0).to(tl.float32)[None, :]
+        if NORMED:
+            x = _normed(x_ptr, norm_ptr, scale, start, WIDTH, COLS)
+        else:
+            x = tl.load(x_ptr + cols, cols < WIDTH, 0.0).to(tl.float32)[None, :]
         total += tl.load(matrix_ptr + rows[:, None] * WIDTH + cols[None, :], mask, 0.0).to(tl.float32) * x
-    tl.store(out_ptr + rows, tl.sum(total, 1).to(out_ptr.dtype.element_ty), rows < HEIGHT)
+    out = tl.sum(total, 1).to(dtype)
+    if ADDED:
+        out = (out.to(tl.float32) + tl.load(residual_ptr + rows, rows < HEIGHT, 0.0).to(tl.float32)).to(dtype)
+    tl.store(out_ptr + rows, out, rows < HEIGHT)
 
 
-def multiply_row(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear` of a single row, `(..., width)` to `(..., height)`; the library's product is made for many."""
+def multiply_row(
+    x: Tensor, weight: Tensor, norm: tuple[Tensor, float] | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """`F.linear` of a single row, `(..., width)` to `(..., height)`; the library's product is made for many.
+
+    Args:
+        norm: weight and eps of an RMS norm in front of the product.
+        residual: `(..., height)`, added to what comes out.
+    """
     height, width = weight.shape
     out = x.new_empty(*x.shape[:-1], height)
     rows = 1 if height < FEW_ROWS else BLOCK_ROWS
     cols = min(MAX_BLOCK_COLS, triton.next_power_of_2(width))
-    _multiply_row[(triton.cdiv(height, rows),)](x.contiguous(), weight, out, height, width, rows, cols)
+    norm_weight, eps = norm or (x, 0.0)
+    _multiply_row[(triton.cdiv(height, rows),)](
+        x.contiguous(), norm_weight, weight, x if residual is None else residual.contiguous(), out, eps,
+        norm is not None, residual is not None, height, width, rows, cols,
+    )  # fmt: skip
     return out
 
 
@@ -83,16 +123,17 @@ def route(router_logits: Tensor, top_k: int, dtype: torch.dtype) -> tuple[Tensor
 
 @triton.jit
 def _gate_up(
-    x_ptr, weights_ptr, experts_ptr, matrix_ptr, out_ptr,
+    x_ptr, norm_ptr, weights_ptr, experts_ptr, matrix_ptr, out_ptr, eps,
     WIDTH: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     place, rows = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     matrix = matrix_ptr + tl.load(experts_ptr + place) * (2 * INNER * WIDTH) + rows[:, None] * WIDTH
     gate, up = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+    scale = _scale_of(x_ptr, eps, WIDTH, COLS)
     for start in range(0, WIDTH, COLS):
         cols = start + tl.arange(0, COLS)
         mask = (rows < INNER)[:, None] & (cols < WIDTH)[None, :]
-        x = tl.load(x_ptr + cols, cols < WIDTH, 0.0).to(tl.float32)[None, :]
+        x = _normed(x_ptr, norm_ptr, scale, start, WIDTH, COLS)
         gate += tl.load(matrix + cols[None, :], mask, 0.0).to(tl.float32) * x
         up += tl.load(matrix + INNER * WIDTH + cols[None, :], mask, 0.0).to(tl.float32) * x
     gates = tl.sum(gate, 1)
@@ -102,9 +143,10 @@ def _gate_up(
 
 @triton.jit
 def _down(
-    inner_ptr, experts_ptr, matrix_ptr, out_ptr,
+    inner_ptr, experts_ptr, matrix_ptr, residual_ptr, out_ptr,
     TOP_K: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS, COLS), tl.float32)
     for place in range(TOP_K):
@@ -114,30 +156,39 @@ def _down(
             mask = (rows < WIDTH)[:, None] & (cols < INNER)[None, :]
             inner = tl.load(inner_ptr + place * INNER + cols, cols < INNER, 0.0)[None, :]
             total += tl.load(matrix + cols[None, :], mask, 0.0).to(tl.float32) * inner
-    tl.store(out_ptr + rows, tl.sum(total, 1).to(out_ptr.dtype.element_ty), rows < WIDTH)
+    residual = tl.load(residual_ptr + rows, rows < WIDTH, 0.0).to(tl.float32)
+    tl.store(out_ptr + rows, residual + tl.sum(total, 1).to(dtype).to(tl.float32), rows < WIDTH)
 
 
-def run_one_token(x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """See `pacevlm.models.experts.run_experts`, for one token: reads the active experts' weights and nothing else."""
+def add_experts_of_one_token(
+    x: Tensor, norm: tuple[Tensor, float], weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+) -> Tensor:
+    """The stream of one token, `(1, width)`, with its normed experts added; reads the active ones' weights alone.
+
+    Args:
+        norm: weight and eps of the RMS norm in front of the experts.
+        weights, experts, gate_up_proj, down_proj: as `run_experts` of `pacevlm.models.experts` takes them.
+    """
     _, width, inner_width = down_proj.shape
-    top_k = experts.shape[1]
+    x, top_k = x.contiguous(), experts.shape[1]
     inner = torch.empty(top_k, inner_width, dtype=torch.float32, device=x.device)
     cols = min(MAX_BLOCK_COLS, triton.next_power_of_2(width))
     grid = (top_k, triton.cdiv(inner_width, BLOCK_ROWS))
-    _gate_up[grid](x.contiguous(), weights, experts, gate_up_proj, inner, width, inner_width, BLOCK_ROWS, cols)
+    _gate_up[grid](x, norm[0], weights, experts, gate_up_proj, inner, norm[1], width, inner_width, BLOCK_ROWS, cols)
     out = torch.empty_like(x)
     cols = min(MAX_BLOCK_COLS, triton.next_power_of_2(inner_width))
     _down[(triton.cdiv(width, BLOCK_ROWS),)](
-        inner, experts, down_proj, out, top_k, width, inner_width, BLOCK_ROWS, cols
+        inner, experts, down_proj, x, out, top_k, width, inner_width, BLOCK_ROWS, cols
     )
     return out
 
 
 # Not compiled anew for numbers of tokens that are 1 or even, as Triton would do in the middle of a request.
-@triton.jit(do_not_specialize=["num_tokens", "row_stride", "rope_stride"])
+@triton.jit(do_not_specialize=["num_tokens", "capacity", "row_stride", "rope_stride"])
 def _normalise_and_rotate(
-    projected_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, eps, num_tokens, row_stride, rope_stride,
-    QUERY: tl.constexpr, KEY: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+    projected_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, places_ptr, q_ptr, k_ptr, v_ptr,
+    eps, num_tokens, capacity, row_stride, rope_stride,
+    INTO: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, token = row // num_tokens, row % num_tokens
@@ -145,10 +196,15 @@ def _normalise_and_rotate(
     cols = tl.arange(0, BLOCK)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     inside = cols % HEAD
-    partner = cols - inside + (inside + HEAD // 2) % HEAD
-    of_query, of_key = (cols < width) & (part == 0), (cols < width) & (part == 1)
-    x_ptr = projected_ptr + row * row_stride + part * QUERY
+    x_ptr = projected_ptr + row * row_stride + tl.where(part == 2, QUERY + KEY, part * QUERY)
     x = tl.load(x_ptr + cols, cols < width, 0.0).to(tl.float32)
+    column = tl.load(places_ptr + token) if INTO else token
+    cached = ((batch * (KEY // HEAD) + cols // HEAD) * capacity + column) * HEAD + inside
+    if part == 2:
+        tl.store(v_ptr + cached, x, cols < KEY)
+        return
+    of_query, of_key = (cols < width) & (part == 0), (cols < width) & (part == 1)
+    partner = cols - inside + (inside + HEAD // 2) % HEAD
     scale = tl.rsqrt(tl.sum(x * x) / width + eps)
     other = tl.load(x_ptr + partner, cols < width, 0.0).to(tl.float32)
     weight = tl.load(q_weight_ptr + cols, of_query, 0.0) + tl.load(k_weight_ptr + cols, of_key, 0.0)
@@ -158,32 +214,46 @@ def _normalise_and_rotate(
     other = ((other * scale).to(dtype).to(tl.float32) * other_weight.to(tl.float32)).to(dtype).to(tl.float32)
     angle = batch * rope_stride + token * HEAD + inside
     rotated = x * tl.load(cos_ptr + angle) + other * tl.load(sin_ptr + angle)
-    place = ((batch * (width // HEAD) + cols // HEAD) * num_tokens + token) * HEAD + inside
-    tl.store(q_ptr + place, rotated, of_query)
-    tl.store(k_ptr + place, rotated, of_key)
+    tl.store(q_ptr + row * QUERY + cols, rotated, of_query)
+    tl.store(k_ptr + cached, rotated, of_key)
 
 
 def normalise_and_rotate(
-    projected: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, rope: tuple[Tensor, Tensor], head_dim: int
+    projected: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    eps: float,
+    rope: tuple[Tensor, ...],
+    head_dim: int,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys of a fused projection, normalised over all heads and rotated by half-split tables.
 
     Args:
         projected: `(batch, tokens, query + key + value)`.
         rope: cosines and sines, each `(batch or 1, 1, tokens, head_dim)` float32.
+        into: keys and values of a cache, `(batch, heads, capacity, head_dim)`, and the tokens' places in it,
+            `(tokens,)`, where keys and values are written.
 
     Returns:
-        queries and keys, each `(batch, heads, tokens, head_dim)`.
+        queries, `(batch, heads, tokens, head_dim)`, and keys of the same shape, or those of the cache.
     """
     projected = projected.contiguous()
     batch, num_tokens, row_stride = projected.shape
     cos, sin = (table.contiguous() for table in rope)
     query, key = q_norm.shape[0], k_norm.shape[0]
-    q = projected.new_empty(batch, query // head_dim, num_tokens, head_dim)
-    k = projected.new_empty(batch, key // head_dim, num_tokens, head_dim)
+    # Token by token in memory: attention's output is laid out likewise, as the next product reads it.
+    q = projected.new_empty(batch, num_tokens, query // head_dim, head_dim).transpose(1, 2)
+    if into is None:
+        k = projected.new_empty(batch, key // head_dim, num_tokens, head_dim)
+        into, parts = (k, k, q), 2
+    else:
+        parts = 3
+    keys, values, places = into
     rope_stride = cos.stride(0) if cos.shape[0] > 1 else 0
     block = triton.next_power_of_2(max(query, key))
-    _normalise_and_rotate[(batch * num_tokens, 2)](
-        projected, q_norm, k_norm, cos, sin, q, k, eps, num_tokens, row_stride, rope_stride, query, key, head_dim, block
-    )
-    return q, k
+    _normalise_and_rotate[(batch * num_tokens, parts)](
+        projected, q_norm, k_norm, cos, sin, places, q, keys, values,
+        eps, num_tokens, keys.shape[2], row_stride, rope_stride, parts == 3, query, key, head_dim, block,
+    )  # fmt: skip
+    return q, keys

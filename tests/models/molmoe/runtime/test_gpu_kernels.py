@@ -42,8 +42,13 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
 def test_multiply_row(dtype: torch.dtype, height: int, width: int) -> None:
     from pacevlm.models.molmoe.runtime import gpu_kernels
 
-    x, weight = draw(1, 1, width, dtype=dtype), draw(height, width, dtype=dtype)
+    x, weight = draw(1, 1, width, dtype=dtype), draw(height, width, dtype=dtype, scale=width**-0.5)
+    norm, residual = draw(width, dtype=dtype), draw(1, 1, height, dtype=dtype)
     assert error(gpu_kernels.multiply_row(x, weight), x.double() @ weight.double().T) < ROUNDING[dtype]
+    normed = blocks.rms_norm(x, norm, 1e-5).double() @ weight.double().T
+    assert error(gpu_kernels.multiply_row(x, weight, (norm, 1e-5)), normed) < ROUNDING[dtype]
+    added = gpu_kernels.multiply_row(x, weight, (norm, 1e-5), residual)
+    assert error(added, normed + residual.double()) < ROUNDING[dtype]
 
 
 @DTYPES
@@ -66,14 +71,20 @@ def test_route(dtype: torch.dtype, num_experts: int, top_k: int) -> None:
 def test_one_token(dtype: torch.dtype, num_experts: int, width: int, inner: int, top_k: int) -> None:
     from pacevlm.models.molmoe.runtime import gpu_kernels
 
-    x, logits = draw(1, width, dtype=dtype), draw(1, num_experts)
+    x, norm, logits = draw(1, width, dtype=dtype), draw(width, dtype=dtype), draw(1, num_experts)
     gate_up = draw(num_experts, 2 * inner, width, dtype=dtype, scale=width**-0.5)
     down = draw(num_experts, width, inner, dtype=dtype, scale=inner**-0.5)
     weights, chosen = experts.route(logits, top_k, dtype)
     exact = experts._run_one_token_gathered(
-        x.double(), weights.double(), chosen, gate_up.double(), down.double(), torch.nn.functional.silu
+        blocks.rms_norm(x, norm, 1e-5).double(),
+        weights.double(),
+        chosen,
+        gate_up.double(),
+        down.double(),
+        torch.nn.functional.silu,
     )
-    assert error(gpu_kernels.run_one_token(x, weights, chosen, gate_up, down), exact) < ROUNDING[dtype]
+    added = gpu_kernels.add_experts_of_one_token(x, (norm, 1e-5), weights, chosen, gate_up, down)
+    assert error(added, x.double() + exact) < ROUNDING[dtype]
 
 
 @DTYPES
@@ -96,3 +107,11 @@ def test_normalise_and_rotate(
     for out, (part, weight) in zip(outs, parts, strict=True):
         normed = blocks.rms_norm(part, weight, 1e-5).unflatten(-1, (-1, head_dim)).transpose(1, 2)
         assert error(out, blocks.rotate(normed, rope)) < ROUNDING[dtype]
+    cache = torch.zeros(2, batch, kv_heads, 64, head_dim, dtype=dtype, device="cuda")
+    columns = torch.randperm(64, device="cuda")[:tokens]
+    gpu_kernels.normalise_and_rotate(projected, q_norm, k_norm, 1e-5, rope, head_dim, (cache[0], cache[1], columns))
+    values = projected[..., query + key :].unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    assert torch.equal(cache[0][:, :, columns], outs[1])
+    assert torch.equal(cache[1][:, :, columns], values)
+    others = torch.ones(64, dtype=torch.bool, device="cuda").index_fill(0, columns, False)
+    assert not bool(cache[:, :, :, others].any())
