@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -154,6 +154,7 @@ class Ranks:
         self.ready: dict[Place, set[int]] = {}
         self.seconds_per_cost: list[float | None] = [None] * launch.num_ranks
         self._loaded: tuple[Mapping[str, Any] | None, list[Future[Any]]] = (None, [])
+        self._told = self.totals()
         for helper in self.helpers:
             self.wire.watch(helper.number, partial(self._lose, helper))
 
@@ -254,6 +255,15 @@ class Ranks:
         self.work[0].num_rollouts += num_rollouts
         self.work[0].busy_seconds += seconds
         self.work[0].peak_bytes = peak_bytes(device)
+
+    def new_metrics(self) -> dict[str, float]:
+        """What every rank did since this was last asked, under the metrics' names."""
+        before, self._told = self._told, self.totals()
+        return {
+            f"ranks/{rank}/{name}": float(value)
+            for rank, (now, earlier) in enumerate(zip(self._told, before, strict=True))
+            for name, value in asdict(now.since(earlier)).items()
+        }
 
     def totals(self) -> list[RankWork]:
         """What every rank has done so far, rank 0 first."""
