@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
@@ -15,14 +18,14 @@ from torch import Tensor
 
 from pacevlm.config import ModelConfig, PictureConfig, config_from_dict
 from pacevlm.dataset_list import parse_datasets
-from pacevlm.errors import IdentityError
+from pacevlm.errors import IdentityError, RankError
 from pacevlm.knobs import Knobs
 from pacevlm.launch import Launch
 from pacevlm.pipeline.loading import device_of_rank, load_elastic_model
 from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.rollout.limits import peak_bytes
 from pacevlm.rollout.outcome_store import StoredAnswer
-from pacevlm.rollout.ranks import RowKey, Way
+from pacevlm.rollout.ranks import GOES_ON, RowKey, Way
 from pacevlm.rollout.wire import Wire
 from pacevlm.signals import STOP_SIGNALS
 from pacevlm.types import Example
@@ -42,12 +45,20 @@ def help_rank_0(launch: Launch) -> None:
     wire = Wire(launch)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    wire.watch(0, lambda: os._exit(1))
-    helper = _Helper(launch)
+    leave = partial(_leave_without_rank_0, launch.rank, threading.Lock())
+    wire.watch(0, leave)
+    try:
+        _serve(wire, _Helper(launch))
+    except RankError:
+        leave()
+    wire.leave([0])
+
+
+def _serve(wire: Wire, helper: _Helper) -> None:
     while True:
         head, tensors, _ = wire.receive(0)
         if head["do"] == "end":
-            break
+            return
         started = time.monotonic()
         answer: dict[str, Any] = {"host": wire.host}
         answered: Sequence[Tensor] = ()
@@ -58,7 +69,14 @@ def help_rank_0(launch: Launch) -> None:
             answer |= {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
         seconds = 0.0 if head["do"] == "load" else time.monotonic() - started
         wire.send(0, {**answer, "seconds": seconds, "peak_bytes": helper.peak_bytes()}, answered)
-    wire.leave([0])
+
+
+def _leave_without_rank_0(rank: int, once: threading.Lock) -> NoReturn:
+    """End this process, whatever it is at; the first of those that are left says why."""
+    once.acquire()
+    if rank == 1:
+        print(f"pacevlm: error: rank 0 is gone; {GOES_ON}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 class _Helper:

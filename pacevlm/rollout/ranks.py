@@ -42,6 +42,7 @@ RowKey = tuple[str, Way]
 Place = tuple[str, str]
 """Content and tier: what shares a prefix."""
 
+GOES_ON = "everything that was answered is kept, and the same command goes on, with any number of processes"
 # Pictures that a helper rank keeps, so that none is sent twice in a row.
 MAX_PICTURE_BYTES = 256 << 20
 
@@ -162,10 +163,7 @@ class Ranks:
         return len(self.work)
 
     def _lose(self, helper: HelperRank) -> None:
-        self.lost = (
-            f"{helper._name} is gone; everything that was answered is kept, and the same command goes on, with any "
-            "number of processes"
-        )
+        self.lost = f"{helper._name} is gone; {GOES_ON}"
         os.kill(os.getpid(), signal.SIGTERM)
 
     # Models -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import math
 import os
 import socket
 import threading
+import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -19,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from pacevlm.errors import RankError
 from pacevlm.launch import Launch
@@ -43,7 +47,10 @@ class Wire:
     def __init__(self, launch: Launch) -> None:
         self.launch, self.host = launch, socket.gethostname()
         try:
-            dist.init_process_group("gloo", timeout=_MEETING)
+            store = _meet(launch)
+            dist.init_process_group(
+                "gloo", store=store, rank=launch.rank, world_size=launch.num_ranks, timeout=_MEETING
+            )
             self._group: Any = dist.new_group(backend="gloo", timeout=_FOREVER)
         except (RuntimeError, ValueError) as error:
             where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
@@ -106,6 +113,34 @@ class Wire:
             what(tensor, peer, group=self._group, tag=tag)
         except RuntimeError as error:
             raise RankError(f"rank {peer} is gone ({_first_line(error)})") from error
+
+
+def _meet(launch: Launch) -> Store:
+    """A part of the launcher's store that this start alone uses.
+
+    torchrun keeps one store through all restarts, where the addresses of killed ranks still stand, and its agents count
+    restarts apart. So rank 0 and every other rank answer each other's one-time words until they know of each other.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=_MEETING))
+    store, word = PrefixStore("pacevlm", store), uuid.uuid4().hex
+    if launch.rank > 0:
+        store.set(f"hello {launch.rank}", word)
+        found = store.get(word).decode()  # waits for it
+        store.set(f"{found} {launch.rank}", "")
+        return PrefixStore(found, store)
+    until = time.monotonic() + _MEETING.total_seconds()
+    missing, greeted = set(range(1, launch.num_ranks)), set[str]()
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"hello {rank}"]) and (theirs := store.get(f"hello {rank}").decode()) not in greeted:
+                greeted.add(theirs)
+                store.set(theirs, word)
+            if store.check([f"{word} {rank}"]):
+                missing.discard(rank)
+        if time.monotonic() > until:
+            raise RuntimeError(f"rank {', '.join(map(str, sorted(missing)))} did not come")
+        time.sleep(0.02)
+    return PrefixStore(word, store)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
