@@ -625,8 +625,10 @@ def _run_command(arguments: Sequence[str]) -> int:
             f"(several ranks help {', '.join(command for command in COMMANDS if command in ON_RANKS)})"
         )
     from pacevlm.rollout.ranks import leading
+    from pacevlm.rollout.wire import Wire
 
-    with stopping_on_signals(), leading(launch):
+    wire = Wire(launch)  # a signal while ranks wait for each other ends this one at once
+    with stopping_on_signals(), leading(wire):
         return COMMANDS[name](rest) or 0
 
 

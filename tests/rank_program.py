@@ -28,6 +28,7 @@ from pacevlm.pipeline.loading import load_elastic_model, load_on_ranks
 from pacevlm.pipeline.run import run_pipeline
 from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.rollout.ranks import leading
+from pacevlm.rollout.wire import Wire
 from pacevlm.training.train_config import GRPOConfig, TrainConfig
 from pacevlm.types import Example
 
@@ -97,7 +98,7 @@ def lead(model_dir: Path, run_dir: Path, profile: Path) -> dict[str, Any]:
     launch = read_launch()
     assert launch is not None
     found: dict[str, Any] = {}
-    with leading(launch) as ranks:
+    with leading(Wire(launch)) as ranks:
         model = load_on_ranks(ModelConfig(path=str(model_dir)), PictureConfig(), "digits")
         examples = make_examples()
         jobs = jobs_of(model, examples)

@@ -27,7 +27,6 @@ from torch import Tensor
 import pacevlm.errors
 from pacevlm.errors import IdentityError, PacevlmError, RankError
 from pacevlm.knobs import Knobs
-from pacevlm.launch import Launch
 from pacevlm.rollout.limits import BatchLimits, peak_bytes
 from pacevlm.rollout.outcome_store import StoredAnswer
 from pacevlm.rollout.sharing import SharedWork
@@ -147,13 +146,13 @@ class Ranks:
         lost: what became of a rank that is gone; None while all are there.
     """
 
-    def __init__(self, launch: Launch) -> None:
-        self.wire = Wire(launch)
+    def __init__(self, wire: Wire) -> None:
+        self.wire, num_ranks = wire, wire.launch.num_ranks
         self.lost: str | None = None
-        self.helpers = [HelperRank(self.wire, number) for number in range(1, launch.num_ranks)]
+        self.helpers = [HelperRank(self.wire, number) for number in range(1, num_ranks)]
         self.work = [RankWork(), *(helper.work for helper in self.helpers)]
         self.ready: dict[Place, set[int]] = {}
-        self.seconds_per_cost: list[float | None] = [None] * launch.num_ranks
+        self.seconds_per_cost: list[float | None] = [None] * num_ranks
         self._loaded: tuple[Mapping[str, Any] | None, list[Future[Any]]] = (None, [])
         self._told = self.totals()
         for helper in self.helpers:
@@ -285,14 +284,10 @@ def current_ranks() -> Ranks | None:
 
 
 @contextmanager
-def leading(launch: Launch) -> Iterator[Ranks]:
-    """Lead the ranks of a launch while the block runs; they end behind it, however it ends.
-
-    Raises:
-        RankError: the ranks do not find each other, or one is gone.
-    """
+def leading(wire: Wire) -> Iterator[Ranks]:
+    """Lead the other ranks while the block runs; they end behind it, however it ends. Raises RankError if one is gone."""
     global _ranks
-    _ranks = Ranks(launch)
+    _ranks = Ranks(wire)
     try:
         try:
             yield _ranks
