@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from threading import Lock
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,9 +21,10 @@ from pacevlm.models.decoder import Prefix
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.rollout.limits import BatchLimits, is_out_of_memory
 from pacevlm.rollout.outcome_store import OutcomeStore, StoredAnswer
+from pacevlm.rollout.prefix_store import PrefixStore
 from pacevlm.rollout.ranks import HelperRank, Place, Ranks, RowKey, Way
 from pacevlm.rollout.sharing import Piece, SharedWork, share_out
-from pacevlm.rollout.token_exchange import Part, TokenExchange
+from pacevlm.rollout.token_exchange import spread_tokens
 from pacevlm.types import Example, Outcome, RequestView
 
 Key = TypeVar("Key", bound=Hashable)
@@ -32,31 +32,6 @@ Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 # Is given rows and their answers as soon as these are known, in whatever thread they came from.
 Keep = Callable[[Sequence[RowKey], Sequence[StoredAnswer]], None]
-
-
-class _PrefixStore(Generic[Key]):
-    """Prefixes by key, the least recently used dropped first once they exceed a number of bytes."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes, self.num_bytes = max_bytes, 0
-        self._lock = Lock()
-        self._entries: OrderedDict[Key, Prefix] = OrderedDict()
-
-    def get(self, key: Key) -> Prefix | None:
-        with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-            return self._entries.get(key)
-
-    def put(self, key: Key, prefix: Prefix) -> None:
-        with self._lock:
-            if key in self._entries:
-                return
-            self._entries[key] = prefix
-            self.num_bytes += prefix.num_bytes
-            while self.num_bytes > self.max_bytes and len(self._entries) > 1:
-                _, old = self._entries.popitem(last=False)
-                self.num_bytes -= old.num_bytes
 
 
 class RolloutEngine:
@@ -114,7 +89,7 @@ class RolloutEngine:
         self.num_run = 0
         self.num_remembered = 0
         self._views: dict[str, RequestView] = {}
-        self._prefixes: _PrefixStore[tuple[str, str]] = _PrefixStore(self.limits.max_prefix_bytes)
+        self._prefixes: PrefixStore[tuple[str, str]] = PrefixStore(self.limits.max_prefix_bytes)
 
     @property
     def metric_name(self) -> str:
@@ -146,25 +121,9 @@ class RolloutEngine:
         if self.ranks is None or not examples:
             return self._latency_tokens_here(examples, tiers, tokens)
         visits = [(example.content_id, tier) for example, tier in zip(examples, tiers, strict=True)]
-        costs = Counter(visits)
         setup_costs = {visit: self._prefix_cost(e, visit[1]) for visit, e in zip(visits, examples, strict=True)}
-        rank_of = share_out(dict(costs), setup_costs, self.ranks.ready, len(self.ranks))
-        places = [[i for i, visit in enumerate(visits) if rank_of[visit] == rank] for rank in range(len(self.ranks))]
-        for visit, rank in rank_of.items():
-            self.ranks.ready.setdefault(visit, set()).add(rank)
-        own, *others = [([examples[i] for i in part], [tiers[i] for i in part]) for part in places]
-        parts = [Part(helper, *other) for helper, other in zip(self.ranks.helpers, others, strict=True) if other[0]]
-        if not parts:
-            return self._latency_tokens_here(examples, tiers, tokens)
-        order = torch.tensor([i for part in places for i in part], device=tokens.device)
-        # index_select: the gradient of plain indexing adds up in an order that depends on the threads.
-        mine, theirs = tokens.index_select(0, order).split([len(places[0]), len(order) - len(places[0])])
-        exchange = TokenExchange(self.model.identity, parts)
-        begun = exchange.begin(theirs)
-        started = time.monotonic()
-        here = self._latency_tokens_here(*own, mine)
-        self.ranks.note(0, time.monotonic() - started, self.model.device)
-        return torch.cat([here, exchange.end(begun)]).index_select(0, order.argsort())
+        rank_of = share_out(Counter(visits), setup_costs, self.ranks.ready, len(self.ranks))
+        return spread_tokens(self.ranks, self.model, examples, tiers, tokens, rank_of, self._latency_tokens_here)
 
     def _latency_tokens_here(self, examples: Sequence[Example], tiers: Sequence[str], tokens: Tensor) -> Tensor:
         if not examples:
@@ -240,7 +199,7 @@ class RolloutEngine:
         def run(chunk: list[RowKey]) -> None:
             keep(chunk, self._generate([(rows[key], key[1]) for key in chunk]))
 
-        if self.ranks is None:
+        if self.ranks is None or not todo:
             chunks = self._in_parallel(run, todo, lengths)
         else:
             chunks = self._on_ranks(self.ranks, run, rows, todo, lengths, keep)

@@ -285,7 +285,11 @@ def current_ranks() -> Ranks | None:
 
 @contextmanager
 def leading(wire: Wire) -> Iterator[Ranks]:
-    """Lead the other ranks while the block runs; they end behind it, however it ends. Raises RankError if one is gone."""
+    """Lead the other ranks while the block runs; they end behind it, however it ends.
+
+    Raises:
+        RankError: one is gone.
+    """
     global _ranks
     _ranks = Ranks(wire)
     try:

@@ -7,17 +7,53 @@ where the prefixes are. So what crosses is a vector for each visit and direction
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pacevlm.rollout.ranks import HelperRank
+from pacevlm.models.elastic import ElasticModel
+from pacevlm.rollout.ranks import HelperRank, Place, Ranks
 from pacevlm.types import Example
 
 _numbers = itertools.count(1)
+
+
+def spread_tokens(
+    ranks: Ranks,
+    model: ElasticModel,
+    examples: Sequence[Example],
+    tiers: Sequence[str],
+    tokens: Tensor,
+    rank_of: Mapping[Place, int],
+    run_here: Callable[[list[Example], list[str], Tensor], Tensor],
+) -> Tensor:
+    """Outputs of latency tokens `(n, d_model)`, differentiable in them, each from the rank of its content and tier.
+
+    Args:
+        examples, tiers: one per token.
+        rank_of: where each content and tier runs.
+        run_here: rank 0's own part.
+    """
+    for visit, rank in rank_of.items():
+        ranks.ready.setdefault(visit, set()).add(rank)
+    at = [rank_of[example.content_id, tier] for example, tier in zip(examples, tiers, strict=True)]
+    places = [[i for i, rank in enumerate(at) if rank == this] for this in range(len(ranks))]
+    (own_examples, own_tiers), *others = [([examples[i] for i in part], [tiers[i] for i in part]) for part in places]
+    parts = [Part(helper, *other) for helper, other in zip(ranks.helpers, others, strict=True) if other[0]]
+    order = torch.tensor([i for part in places for i in part], device=tokens.device)
+    # index_select: the gradient of plain indexing adds up in an order that depends on the threads.
+    mine, theirs = tokens.index_select(0, order).split([len(own_examples), len(at) - len(own_examples)])
+    exchange = TokenExchange(model.identity, parts)
+    begun = exchange.begin(theirs) if parts else theirs
+    started = time.monotonic()
+    here = run_here(own_examples, own_tiers, mine)
+    ranks.note(0, time.monotonic() - started, model.device)
+    there = exchange.end(begun) if parts else theirs
+    return torch.cat([here, there]).index_select(0, order.argsort())
 
 
 class Part(NamedTuple):

@@ -53,7 +53,7 @@ def test_two_ranks_sweep_and_measure_importance_as_one_does(together: tuple[dict
     assert found["same_importance"]
     assert found["progress"] == [[found["num_distinct"]] * 2, True]
     assert sum(found["num_rollouts"]) == found["num_distinct"]
-    assert min(found["num_rollouts"]) > 0.2 * found["num_distinct"]
+    assert min(found["num_rollouts"]) > 0
 
 
 def test_latency_tokens_of_other_ranks_have_the_same_outputs_and_gradients(
