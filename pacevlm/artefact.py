@@ -18,6 +18,8 @@ from pacevlm.errors import PacevlmError, ProfileError
 from pacevlm.files import parse_json, read_bytes, write_json_atomic
 from pacevlm.knobs import Knobs
 
+ADDED_LATER = "added later"
+"""In the metadata of a dataclass's field: files from before it do not have it, and get its default."""
 _HEADER = ("kind", "schema_version", "sha256")
 
 
@@ -178,7 +180,9 @@ def typed(hint: Any, value: Any, where: str, error: type[PacevlmError] = Profile
         return _typed_entries(hint, hint.__required_keys__, value, where, error)
     if dataclasses.is_dataclass(hint):
         names = {entry.name for entry in dataclasses.fields(hint) if entry.init}
-        settings = _typed_entries(hint, names, value, where, error)
+        later = {entry.name for entry in dataclasses.fields(hint) if entry.metadata.get(ADDED_LATER)}
+        given = set(value) if isinstance(value, Mapping) else set()
+        settings = _typed_entries(hint, names - (later - given), value, where, error)
         try:
             return hint(**settings)  # type: ignore[operator]
         except PacevlmError as cause:

@@ -31,6 +31,7 @@ from pacevlm.console import (
     print_results,
 )
 from pacevlm.errors import ConfigError, PacevlmError, QuestionError
+from pacevlm.launch import read_launch
 from pacevlm.models.folder import find_model_folder
 from pacevlm.options import USAGE_ERROR, given_file, given_run_dir, parse_options, parse_settings
 from pacevlm.printing import printable
@@ -46,6 +47,9 @@ DEFAULT_DIR = Path("runs/default")
 
 # Asks "Which digit is red?", which the embedded model answers right with all of its configurations.
 SAMPLE_INDEX, SAMPLE_BUDGET_MS = 305, "40"
+
+# What ends before any work begins, on one rank as well as on several.
+_ONLY_SHOWN = frozenset(("-h", "--help", "--plan"))
 
 FRESH_HELP = "start over: remove what an earlier run left in the run directory, and its settings."
 
@@ -566,6 +570,12 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
 }
 
 
+# What works on several ranks. The others run no rollouts.
+ON_RANKS = frozenset(
+    ("quickstart", "profile", "headroom", "train", "evaluate", "rebase", "study", "importance", "capacity")
+)
+
+
 # Entry ---------------------------------------------------------------------------------------------------------------
 
 
@@ -589,6 +599,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_command(arguments: Sequence[str]) -> int:
+    launch = read_launch()
+    rolls_out = bool(arguments) and arguments[0] in ON_RANKS and not _ONLY_SHOWN.intersection(arguments)
+    if launch is not None and launch.rank > 0:
+        if rolls_out:
+            from pacevlm.pipeline.helper_rank import help_rank_0
+
+            help_rank_0(launch)
+        return 0
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else USAGE_ERROR
@@ -598,7 +616,19 @@ def _run_command(arguments: Sequence[str]) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         raise ConfigError(f"there is no command {name!r}; use one of {', '.join(COMMANDS)}, or --help")
-    with stopping_on_signals():
+    if launch is None or _ONLY_SHOWN.intersection(rest):
+        with stopping_on_signals():
+            return COMMANDS[name](rest) or 0
+    if not rolls_out:
+        raise ConfigError(
+            f"{name} runs in one process, but {launch.num_ranks} were started; start it without torchrun or accelerate "
+            f"(several ranks help {', '.join(command for command in COMMANDS if command in ON_RANKS)})"
+        )
+    from pacevlm.rollout.ranks import leading
+    from pacevlm.rollout.wire import Wire
+
+    wire = Wire(launch)  # a signal while ranks wait for each other ends this one at once
+    with stopping_on_signals(), leading(wire):
         return COMMANDS[name](rest) or 0
 
 

@@ -77,7 +77,8 @@ class RichReporter:
         for task in self._tasks.values():
             self._bars.remove_task(task)
         self._tasks.clear()
-        self._say(f"  {describe_step(step, facts)} ", (f"({duration(seconds)})", "dim"))
+        ranks = describe_ranks(facts.get("ranks", ()), seconds)
+        self._say(f"  {describe_step(step, facts)}{ranks} ", (f"({duration(seconds)})", "dim"))
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """Move the bar of a piece of work, or begin one in place of another's."""
@@ -122,6 +123,18 @@ def describe_step(step: str, facts: Mapping[str, Any]) -> str:
     if facts["num_disagreements"]:
         text += f", of which {facts['num_disagreements']} scored otherwise than in the batch"
     return text
+
+
+def describe_ranks(ranks: Sequence[Mapping[str, Any]], seconds: float) -> str:
+    """What each rank did of a step; nothing where there is one, or none ran a rollout."""
+    if not any(rank["num_rollouts"] for rank in ranks):
+        return ""
+    shares = [
+        f"{rank['num_rollouts']:,} ({100 * rank['busy_seconds'] / max(seconds, 1e-9):.0f} % busy, "
+        f"{rank['peak_bytes'] / 1e9:.1f} GB)"
+        for rank in ranks
+    ]
+    return f"; rollouts of {len(ranks)} ranks: {', '.join(shares)}"
 
 
 def print_plan(plan: RunPlan) -> None:

@@ -70,3 +70,7 @@ class DeadlineError(PacevlmError, TimeoutError):
 
 class WorkerError(PacevlmError, RuntimeError):
     """The process that runs requests died of this one, or could not be started."""
+
+
+class RankError(PacevlmError, RuntimeError):
+    """Another rank of the launch is gone, cannot be reached, or failed at what is a fault there."""

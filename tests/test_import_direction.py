@@ -27,6 +27,7 @@ VOCABULARY = frozenset(
         "errors",
         "checks",
         "identity",
+        "launch",
         "printing",
         "knobs",
         "mixture",

@@ -20,6 +20,8 @@ from pacevlm.models.elastic import ElasticModel, store_block_order
 from pacevlm.models.prefix_tree import PrefixTree
 from pacevlm.partial import PartialFile
 from pacevlm.rollout.engine import RolloutEngine
+from pacevlm.rollout.outcome_store import StoredAnswer
+from pacevlm.rollout.ranks import Ranks, RowKey
 from pacevlm.types import Example
 
 Scores = NDArray[np.float64]
@@ -178,35 +180,16 @@ def _removable(num_blocks: int, fixed_blocks: Collection[int], stage2_after: int
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
-class _SetEngine(RolloutEngine):
-    """An engine whose rows leave out sets of blocks, at the highest tier and the trained top_k."""
+def _score(engine: RolloutEngine, examples: Sequence[Example], sets: Sequence[BlockSet]) -> list[list[float]]:
+    """Scores of each example without each set, at the highest tier and the trained top_k."""
+    answers: dict[RowKey, str] = {}
 
-    def scores(self, examples: Sequence[Example], sets: Sequence[BlockSet]) -> Scores:
-        """Score of each example without each set, `(sets, examples)`."""
-        model, tier = self.model, self.model.knob_space.tiers[-1]
-        contents = {example.content_id: example for example in examples}
-        lengths = {
-            (content, removed): self._prompt_tokens(example, tier)
-            for content, example in contents.items()
-            for removed in sets
-        }
-        answers: dict[tuple[str, BlockSet], str] = {}
+    def keep(keys: Sequence[RowKey], given: Sequence[StoredAnswer]) -> None:
+        answers.update({key: answer.answer for key, answer in zip(keys, given, strict=True)})
 
-        @torch.no_grad()
-        def run(chunk: list[tuple[str, BlockSet]]) -> None:
-            prefixes = self._shared_prefixes([(contents[content], tier) for content, _ in chunk])
-            removed = [gone for _, gone in chunk]
-            generated = model.decoder.generate_without(prefixes, removed, model.max_new_tokens)
-            for key, token_ids in zip(chunk, generated, strict=True):
-                answers[key] = model.adapter.decode(token_ids)
-
-        # Sets of one prompt side by side, so that a batch shares what they have in common.
-        keys = sorted(lengths, key=lambda key: (lengths[key], key))
-        for _ in self._in_parallel(run, keys, lengths):
-            pass
-        return np.array(
-            [[self.metric(answers[example.content_id, gone], example) for example in examples] for gone in sets]
-        )
+    for _ in engine.answer({(example.content_id, gone): example for example in examples for gone in sets}, keep):
+        pass
+    return [[engine.metric(answers[example.content_id, gone], example) for example in examples] for gone in sets]
 
 
 def measure_importance(
@@ -221,6 +204,7 @@ def measure_importance(
     max_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     partial_path: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> ImportanceResult:
     """Find the order in which giving up blocks costs the least accuracy.
 
@@ -244,6 +228,7 @@ def measure_importance(
         progress: called with (block passes done, to do), as `plan_importance` counts them.
         partial_path: file to which scores are appended, and from which an interrupted measurement of the same model
             and examples goes on. The caller removes it once the result is stored.
+        ranks: other processes that were told to load the same model.
 
     Raises:
         ConfigError: a number is outside its range.
@@ -260,7 +245,7 @@ def measure_importance(
             f"{len(examples)} examples with {len(ids)} different ids given; importance needs at least one example, and "
             "ids of their own"
         )
-    engine = _SetEngine(model, metric, max_rows=max_rows, max_tokens=max_tokens)
+    engine = RolloutEngine(model, metric, max_rows=max_rows, max_tokens=max_tokens, ranks=ranks)
     header = {
         "schema_version": 2,
         "model_identity": model.identity,
@@ -283,7 +268,7 @@ def measure_importance(
             part = examples[place : place + CHUNK]
             if not part:
                 break
-            scores = engine.scores(part, unfinished).tolist()
+            scores = _score(engine, part, unfinished)
             partial.append({"first": place, "removed": unfinished, "scores": scores})
             for removed, new in zip(unfinished, scores, strict=True):
                 known[removed] = known[removed][:place] + new

@@ -7,16 +7,17 @@ import platform
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from pacevlm.artefact import MAX_COUNT, MAX_MS, Text, check_keys, load_artefact, save_artefact, typed
+from pacevlm.artefact import ADDED_LATER, MAX_COUNT, MAX_MS, Text, check_keys, load_artefact, save_artefact, typed
 from pacevlm.devices import ACCELERATORS, resolve_device
 from pacevlm.errors import ProfileError
 from pacevlm.identity import Identity
 from pacevlm.knobs import Knobs, KnobSpace
+from pacevlm.launch import read_launch
 from pacevlm.types import StageTimes
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class DeviceFacts:
         load_average: the machine's mean number of runnable processes over 1, 5 and 15 minutes, where it tells.
         clock_mhz: the processor's or accelerator's clock rate when the profile began, where it tells.
         clock: the timer that measured, and its resolution.
+        num_idle_ranks: other processes of the launch that slept meanwhile, each with the model loaded, on all machines.
     """
 
     device_type: str
@@ -53,6 +55,7 @@ class DeviceFacts:
     load_average: tuple[float, float, float] | None
     clock_mhz: float | None
     clock: str
+    num_idle_ranks: int = field(default=0, metadata={ADDED_LATER: True})
 
     def __post_init__(self) -> None:
         if self.device_type not in ("cpu", *ACCELERATORS):
@@ -94,7 +97,7 @@ def collect_device_facts(
     """
     import torch
 
-    resolved = resolve_device(device)
+    resolved, launch = resolve_device(device), read_launch()
     module = torch.get_device_module(resolved)
     clock = time.get_clock_info("perf_counter")
     return DeviceFacts(
@@ -110,6 +113,7 @@ def collect_device_facts(
         load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
         clock_mhz=_clock_mhz(resolved),
         clock=f"{clock.implementation}, resolution {clock.resolution:g} s",
+        num_idle_ranks=0 if launch is None else launch.num_ranks - 1,
     )
 
 

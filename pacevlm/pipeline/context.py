@@ -34,12 +34,13 @@ from pacevlm.pipeline.artefacts import (
     PREDICTOR_NAME,
     PROFILE_GUARDRAIL_NAME,
 )
-from pacevlm.pipeline.loading import load_elastic_model
+from pacevlm.pipeline.loading import load_on_ranks
 from pacevlm.pipeline.run_config import RunConfig, load_run_config
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.request.pacing import Pacing
 from pacevlm.rollout.engine import RolloutEngine
 from pacevlm.rollout.outcome_store import OutcomeStore
+from pacevlm.rollout.ranks import current_ranks
 from pacevlm.types import Objective
 
 # Training questions whose bounds say how large budgets are.
@@ -137,7 +138,7 @@ class RunContext:
     @cached_property
     def model(self) -> ElasticModel:
         """The frozen model."""
-        return load_elastic_model(self.config.model, self.config.picture, parse_datasets(self.config.data.dataset))
+        return load_on_ranks(self.config.model, self.config.picture, self.config.data.dataset)
 
     @cached_property
     def splits(self) -> Splits:
@@ -167,7 +168,7 @@ class RunContext:
         """The rollout engine, with the run directory's outcome store."""
         with saying_how_to_go_on():
             store = OutcomeStore.open(self.run_dir / OUTCOMES_NAME, self.model.identity)
-        return RolloutEngine(self.model, self.splits.metric, store)
+        return RolloutEngine(self.model, self.splits.metric, store, ranks=current_ranks())
 
     @cached_property
     def estimator(self) -> LatencyEstimator:

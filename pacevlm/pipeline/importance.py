@@ -11,7 +11,6 @@ import torch
 
 from pacevlm.config import MADE_DATASETS, DataConfig, ImportanceConfig, ModelConfig
 from pacevlm.data.splits import Splits, load_splits
-from pacevlm.dataset_list import parse_datasets
 from pacevlm.errors import DataError, StorageError
 from pacevlm.evaluation.importance import ImportancePlan, ImportanceResult, measure_importance, plan_importance
 from pacevlm.evaluation.learnable import importance_warnings
@@ -19,10 +18,11 @@ from pacevlm.models.elastic import knob_space_of, read_elastic_settings
 from pacevlm.models.folder import find_model_folder
 from pacevlm.models.registry import load_adapter
 from pacevlm.pipeline.context import Reporter
-from pacevlm.pipeline.loading import load_elastic_model
+from pacevlm.pipeline.loading import load_on_ranks
 from pacevlm.pipeline.lock import one_writer
 from pacevlm.printing import duration
 from pacevlm.request.run import run_forced
+from pacevlm.rollout.ranks import current_ranks
 from pacevlm.types import Example
 
 PARTIAL_NAME, LOCK_NAME = "elastic.json.partial.jsonl", ".elastic.json.lock"
@@ -63,10 +63,10 @@ def measure_order(config: ImportanceConfig, reporter: Reporter) -> ImportanceRes
     data, examples = _choose(config)
     groups = _group(config, examples)
     plan = _plan(config, len(examples))
-    model = load_elastic_model(
+    model = load_on_ranks(
         ModelConfig(path=config.path, dtype=config.dtype, device=config.device, block_order="early_exit"),
         config.picture,
-        parse_datasets(config.dataset),
+        config.dataset,
     )
     started, told = (0.0, 0), False
 
@@ -96,6 +96,7 @@ def measure_order(config: ImportanceConfig, reporter: Reporter) -> ImportanceRes
             metric=data.metric,
             progress=progress,
             partial_path=folder / PARTIAL_NAME,
+            ranks=current_ranks(),
         )
         scored = "" if data.metric.name == "exact_match" else f", {data.metric.name}"
         result.save(folder, f"{data.name}, {len(examples)} examples, seed {config.seed}{scored}", config.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from pacevlm.pipeline.steps import (
     train_step,
     write_bundle,
 )
+from pacevlm.rollout.ranks import current_ranks
 
 _FUNCTIONS: dict[str, Callable[[RunContext], dict[str, Any]]] = {
     "profile": profile_step,
@@ -182,9 +183,13 @@ def _do(run: RunContext, log: StepLog, name: str) -> None:
     run.reporter.started(name)
     log.remove(name, *_DEPENDENT[name])
     _remove_partial(run, *_DEPENDENT[name])
-    started = time.monotonic()
+    started, ranks = time.monotonic(), current_ranks()
+    before = [] if ranks is None else ranks.totals()
     facts = _FUNCTIONS[name](run)
     seconds = time.monotonic() - started
+    if ranks is not None:
+        work = zip(ranks.totals(), before, strict=True)
+        facts["ranks"] = [asdict(now.since(earlier)) for now, earlier in work]
     log.add(name, settings, seconds, facts)
     # Only now: a stop before this line finds all that was measured.
     _remove_partial(run, name)

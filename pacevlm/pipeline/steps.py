@@ -268,6 +268,7 @@ def train_step(run: RunContext) -> dict[str, Any]:
         run.splits.train,
         config,
         run.full_bound_ms,
+        more_metrics=None if run.engine.ranks is None else run.engine.ranks.new_metrics,
     )
 
     _remove_outdated_training(trainer)

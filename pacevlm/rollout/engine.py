@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from threading import Lock
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,36 +21,17 @@ from pacevlm.models.decoder import Prefix
 from pacevlm.models.elastic import ElasticModel
 from pacevlm.rollout.limits import BatchLimits, is_out_of_memory
 from pacevlm.rollout.outcome_store import OutcomeStore, StoredAnswer
+from pacevlm.rollout.prefix_store import PrefixStore
+from pacevlm.rollout.ranks import HelperRank, Place, Ranks, RowKey, Way
+from pacevlm.rollout.sharing import Piece, SharedWork, share_out
+from pacevlm.rollout.token_exchange import spread_tokens
 from pacevlm.types import Example, Outcome, RequestView
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
-
-
-class _PrefixStore(Generic[Key]):
-    """Prefixes by key, the least recently used dropped first once they exceed a number of bytes."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes, self.num_bytes = max_bytes, 0
-        self._lock = Lock()
-        self._entries: OrderedDict[Key, Prefix] = OrderedDict()
-
-    def get(self, key: Key) -> Prefix | None:
-        with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-            return self._entries.get(key)
-
-    def put(self, key: Key, prefix: Prefix) -> None:
-        with self._lock:
-            if key in self._entries:
-                return
-            self._entries[key] = prefix
-            self.num_bytes += prefix.num_bytes
-            while self.num_bytes > self.max_bytes and len(self._entries) > 1:
-                _, old = self._entries.popitem(last=False)
-                self.num_bytes -= old.num_bytes
+# Is given rows and their answers as soon as these are known, in whatever thread they came from.
+Keep = Callable[[Sequence[RowKey], Sequence[StoredAnswer]], None]
 
 
 class RolloutEngine:
@@ -58,7 +39,8 @@ class RolloutEngine:
 
     Vision features and first blocks are computed once per (content, tier), identical rollouts once, stored ones not at
     all; what is left runs as rows of mixed batches, and every row gets what it would have got alone. On a CPU batches
-    run side by side, one on each thread. The content of an example is its picture and question, whatever its id.
+    run side by side, one on each thread. With other ranks the work is shared out over them, and a content at a tier
+    goes where its prefix is. The content of an example is its picture and question, whatever its id.
 
     Answers are stored and scored when they are asked for, so another metric or reference needs no other run.
 
@@ -69,13 +51,14 @@ class RolloutEngine:
         max_rows: most rows in a batch.
         max_tokens: most prompt tokens, padding included, in a batch.
         max_prefix_bytes: memory for shared prefixes.
+        ranks: other processes that were told to load the same model; None works alone.
 
     Limits that are None follow from the memory that is free. A batch that does not fit all the same is halved, and so
     are those behind it.
 
     Raises:
         ConfigError: a limit is below 1.
-        IdentityError: the store is another model's.
+        IdentityError: the store, or what another rank loaded, is another model's.
 
     Attributes:
         num_run: rollouts that the model ran.
@@ -91,6 +74,7 @@ class RolloutEngine:
         max_rows: int | None = None,
         max_tokens: int | None = None,
         max_prefix_bytes: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if store is not None:
             Identity(store.model_identity).check("the outcome store", model.made_for)
@@ -99,10 +83,13 @@ class RolloutEngine:
         self.limits = BatchLimits.for_model(
             model, max_rows=max_rows, max_tokens=max_tokens, max_prefix_bytes=max_prefix_bytes
         )
+        self.ranks = ranks
+        if ranks is not None:
+            ranks.check(model.identity)
         self.num_run = 0
         self.num_remembered = 0
         self._views: dict[str, RequestView] = {}
-        self._prefixes: _PrefixStore[tuple[str, str]] = _PrefixStore(self.limits.max_prefix_bytes)
+        self._prefixes: PrefixStore[tuple[str, str]] = PrefixStore(self.limits.max_prefix_bytes)
 
     @property
     def metric_name(self) -> str:
@@ -116,6 +103,10 @@ class RolloutEngine:
                 self._views[example.content_id] = self.model.view(example.source, example.question)
         return self._views[example.content_id]
 
+    def forget(self, content_id: str) -> None:
+        """Drop a content's view, which holds its picture; its prefixes stay while there is room."""
+        self._views.pop(content_id, None)
+
     def latency_token_outputs(self, examples: Sequence[Example], tiers: Sequence[str], tokens: Tensor) -> Tensor:
         """Latency tokens behind the first blocks, differentiable in `tokens`.
 
@@ -127,15 +118,23 @@ class RolloutEngine:
             `(n, d_model)`, in the order of `tokens`, on the model's device and of its dtype wherever the tokens are.
         """
         tokens = tokens.to(self.model.device, self.model.dtype)
+        if self.ranks is None or not examples:
+            return self._latency_tokens_here(examples, tiers, tokens)
+        visits = [(example.content_id, tier) for example, tier in zip(examples, tiers, strict=True)]
+        setup_costs = {visit: self._prefix_cost(e, visit[1]) for visit, e in zip(visits, examples, strict=True)}
+        rank_of = share_out(Counter(visits), setup_costs, self.ranks.ready, len(self.ranks))
+        return spread_tokens(self.ranks, self.model, examples, tiers, tokens, rank_of, self._latency_tokens_here)
+
+    def _latency_tokens_here(self, examples: Sequence[Example], tiers: Sequence[str], tokens: Tensor) -> Tensor:
         if not examples:
             return tokens
-        places: dict[tuple[str, str], list[int]] = {}
+        places: dict[Place, list[int]] = {}
         by_content = {}
         for i, (example, tier) in enumerate(zip(examples, tiers, strict=True)):
             places.setdefault((example.content_id, tier), []).append(i)
             by_content[example.content_id] = example
 
-        def run_chunk(chunk: list[tuple[str, str]]) -> Tensor:
+        def run_chunk(chunk: list[Place]) -> Tensor:
             prefixes = self._shared_prefixes([(by_content[content_id], tier) for content_id, tier in chunk])
             return self.model.decoder.latency_token(prefixes, [tokens[places[key]] for key in chunk])
 
@@ -161,25 +160,51 @@ class RolloutEngine:
             ImageError, QuestionError: the model cannot take an example.
             StorageError: answers could not be stored.
         """
-        fresh: dict[tuple[str, Knobs], Example] = {}
+        fresh: dict[RowKey, Example] = {}
         for example, knobs in jobs:
             self.model.knob_space.index(knobs)
             key = (example.content_id, knobs)
             if key not in self.store and key not in fresh:
                 fresh[key] = example
         self.num_remembered += len(jobs) - len(fresh)
-        lengths = {key: self._prompt_tokens(example, key[1].tier) for key, example in fresh.items()}
-        # Rows of like length share a batch, so that little is padded; like knobs side by side keep sub-batches whole.
-        todo = sorted(fresh, key=lambda key: (lengths[key], key[0], key[1].num_blocks, key[1].top_k))
         done = 0
-        for chunk in self._in_parallel(
-            lambda chunk: self._run_batch([(fresh[key], key[1]) for key in chunk]), todo, lengths
-        ):
-            done += len(chunk)
-            self.num_run += len(chunk)
+
+        def keep(keys: Sequence[RowKey], answers: Sequence[StoredAnswer]) -> None:
+            given = dict(zip(keys, answers, strict=True))
+            self.store.add([(content, way, given[content, way]) for content, way in keys if isinstance(way, Knobs)])
+
+        for number in self.answer(fresh, keep):
+            done += number
+            self.num_run += number
             if progress is not None:
-                progress(done, len(todo))
+                progress(done, len(fresh))
         return [self._outcome(example, knobs) for example, knobs in jobs]
+
+    def answer(self, rows: Mapping[RowKey, Example], keep: Keep) -> Iterator[int]:
+        """Run rows of the model, whatever is stored; yields how many more are done and kept.
+
+        Args:
+            rows: their examples.
+            keep: see `Keep`; may be called from several threads at once.
+
+        Raises:
+            ImageError, QuestionError: the model cannot take an example.
+            MemoryLimitError: not even one row fits.
+            RankError: another rank is gone.
+        """
+        lengths = {key: self._prompt_tokens(example, self._tier(key[1])) for key, example in rows.items()}
+        # Rows of like length share a batch, so that little is padded; like ways side by side keep sub-batches whole.
+        todo = sorted(rows, key=lambda key: (lengths[key], key[0], _order(key[1])))
+
+        def run(chunk: list[RowKey]) -> None:
+            keep(chunk, self._generate([(rows[key], key[1]) for key in chunk]))
+
+        if self.ranks is None or not todo:
+            chunks = self._in_parallel(run, todo, lengths)
+        else:
+            chunks = self._on_ranks(self.ranks, run, rows, todo, lengths, keep)
+        for chunk in chunks:
+            yield len(chunk)
 
     def _outcome(self, example: Example, knobs: Knobs) -> Outcome:
         stored = self.store.get(example.content_id, knobs)
@@ -193,6 +218,62 @@ class RolloutEngine:
         sizes = self.view(example).sizes
         return sizes.num_text_tokens + sizes.vision[self.model.knob_space.tiers.index(tier)].num_image_tokens
 
+    def _tier(self, way: Way) -> str:
+        return way.tier if isinstance(way, Knobs) else self.model.knob_space.tiers[-1]
+
+    def _num_blocks(self, way: Way) -> int:
+        return way.num_blocks if isinstance(way, Knobs) else self.model.adapter.num_blocks - len(way)
+
+    def _prefix_cost(self, example: Example, tier: str) -> float:
+        """What a prefix is reckoned to cost, in tokens times blocks: image tokens take as long to make as to use."""
+        num_tokens = self._prompt_tokens(example, tier)
+        num_image_tokens = num_tokens - self.view(example).sizes.num_text_tokens
+        return num_image_tokens * self.model.adapter.num_blocks + num_tokens * self.model.stage2_after
+
+    def _on_ranks(
+        self,
+        ranks: Ranks,
+        run: Callable[[list[RowKey]], None],
+        rows: Mapping[RowKey, Example],
+        todo: Sequence[RowKey],
+        lengths: Mapping[RowKey, int],
+        keep: Keep,
+    ) -> Iterator[list[RowKey]]:
+        """Run rows here and on the other ranks, the longest first."""
+        pieces = {}
+        costs: dict[Place, float] = defaultdict(float)
+        for key in todo:
+            place, num_blocks = (key[0], self._tier(key[1])), self._num_blocks(key[1]) - self.model.stage2_after
+            pieces[key] = Piece(place, (lengths[key] + self.model.max_new_tokens) * num_blocks, lengths[key])
+            costs[place] += pieces[key].cost
+        examples = {pieces[key].group: example for key, example in rows.items()}
+        setup_costs = {place: self._prefix_cost(example, place[1]) for place, example in examples.items()}
+        rank_of = share_out(costs, setup_costs, ranks.ready, len(ranks))
+        work = SharedWork(todo[::-1], pieces, rank_of, ranks.seconds_per_cost)
+
+        def note(rank: int, chunk: list[RowKey]) -> None:
+            for key in chunk:
+                ranks.ready.setdefault(pieces[key].group, set()).add(rank)
+
+        def run_there(helper: HelperRank, chunk: list[RowKey]) -> None:
+            note(helper.number, chunk)
+            keep(chunk, helper.answer(self.model.identity, chunk, [rows[key] for key in chunk]))
+
+        def run_here(chunk: list[RowKey]) -> None:
+            note(0, chunk)
+            started = time.monotonic()
+            for _ in self._in_chunks(run, chunk, lengths):
+                pass
+            ranks.note(len(chunk), (time.monotonic() - started) / num_threads, self.model.device)
+
+        num_threads = self._num_workers
+        with use_num_threads(1 if self.model.device.type == "cpu" else None):
+            yield from ranks.run(work, self.limits, run_here, run_there, num_threads)
+
+    @property
+    def _num_workers(self) -> int:
+        return torch.get_num_threads() if self.model.device.type == "cpu" else 1
+
     def _in_parallel(
         self, run: Callable[[list[Key]], None], keys: Sequence[Key], lengths: Mapping[Key, int]
     ) -> Iterator[list[Key]]:
@@ -200,7 +281,7 @@ class RolloutEngine:
 
         Small operations leave threads that share one chunk waiting for each other; a chunk of its own keeps each busy.
         """
-        num_workers = torch.get_num_threads() if self.model.device.type == "cpu" else 1
+        num_workers = self._num_workers
         share = replace(self.limits, max_tokens=max(1, self.limits.max_tokens // num_workers))
         chunks, start = [], 0
         while start < len(keys):
@@ -287,21 +368,26 @@ class RolloutEngine:
         return [prefix.clone() for prefix in self.model.decoder.prefix(prompts)]
 
     @torch.no_grad()
-    def _run_batch(self, jobs: Sequence[tuple[Example, Knobs]]) -> None:
-        prefixes = self._shared_prefixes([(example, knobs.tier) for example, knobs in jobs])
-        generated = self.model.decoder.generate(
-            prefixes,
-            [knobs.top_k for _, knobs in jobs],
-            [knobs.num_blocks for _, knobs in jobs],
-            self.model.max_new_tokens,
-        )
+    def _generate(self, rows: Sequence[tuple[Example, Way]]) -> list[StoredAnswer]:
+        """Answers of one batch, whose ways are all knobs or all blocks that are left out."""
+        decoder, most = self.model.decoder, self.model.max_new_tokens
+        prefixes = self._shared_prefixes([(example, self._tier(way)) for example, way in rows])
+        knobs = [way for _, way in rows if isinstance(way, Knobs)]
+        if knobs:
+            top_ks, num_blocks = [each.top_k for each in knobs], [each.num_blocks for each in knobs]
+            generated = decoder.generate(prefixes, top_ks, num_blocks, most)
+        else:
+            removed = [way for _, way in rows if not isinstance(way, Knobs)]
+            generated = decoder.generate_without(prefixes, removed, most)
         decode = self.model.adapter.decode
-        self.store.add(
-            [
-                (example.content_id, knobs, StoredAnswer(decode(token_ids), prefix.num_tokens, len(token_ids)))
-                for (example, knobs), prefix, token_ids in zip(jobs, prefixes, generated, strict=True)
-            ]
-        )
+        return [
+            StoredAnswer(decode(token_ids), prefix.num_tokens, len(token_ids))
+            for prefix, token_ids in zip(prefixes, generated, strict=True)
+        ]
+
+
+def _order(way: Way) -> tuple[int, ...]:
+    return (way.num_blocks, way.top_k) if isinstance(way, Knobs) else way
 
 
 def _next_chunk(keys: Sequence[Key], start: int, lengths: Mapping[Key, int], limits: BatchLimits) -> list[Key]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,6 +79,18 @@ def free_bytes(device: torch.device) -> int:
     # Systems that do not say what is free say what there is.
     name = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
     return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The largest memory that this process had so far, on an accelerator or, for a CPU, all of it; 0 where unknown."""
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).max_memory_allocated(device))
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

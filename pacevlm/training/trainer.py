@@ -75,6 +75,7 @@ class Trainer:
         config: the settings; `config.run_dir` gets checkpoint, metrics and `run.json`.
         reference_ms: latency that budgets are fractions of, for example the full configuration's bound.
         measure: measures one request, for the metric `latency/ape_p50`; None leaves it out.
+        more_metrics: what else is to be logged of a step, asked for at its end.
 
     Raises:
         IdentityError: the parts were made for different models, knob spaces or estimators.
@@ -93,13 +94,14 @@ class Trainer:
         reference_ms: float,
         *,
         measure: Measure | None = None,
+        more_metrics: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         estimator = pacing.guardrail.estimator
         Identity(engine.store.model_identity).check("the outcome store", pacing.made_for)
         controller.made_for.check("the controller", pacing.made_for)
         self.controller, self.engine, self.config = controller, engine, config
         self.pacing, self.estimator = pacing, estimator
-        self.dataset, self.measure = dataset, measure
+        self.dataset, self.measure, self.more_metrics = dataset, measure, more_metrics
         self.reference_ms = check_budget_ms(reference_ms)
         self.num_examples = min(len(dataset), config.num_examples or len(dataset))
         examples = [dataset[index] for index in range(self.num_examples)]
@@ -271,6 +273,8 @@ class Trainer:
             "speed/distinct_frac": results.num_jobs / knob_indices.numel(),
             "speed/remembered_frac": results.num_remembered / results.num_jobs,
         }
+        if self.more_metrics is not None:
+            metrics |= self.more_metrics()
         return metrics | self._measured_metrics(contexts, knob_indices)
 
     def _update(self, contexts: Contexts, features: Tensor, actions: Actions, terms: RewardTerms) -> Metrics:
