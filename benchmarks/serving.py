@@ -54,13 +54,17 @@ class Server:
         run_dir: what it serves.
         policy: what chooses its knobs.
         folder: where its log and its drift go.
+        checkout: whose package serves; the one that is installed, if None.
     """
 
-    def __init__(self, run_dir: Path, policy: str, folder: Path) -> None:
+    def __init__(self, run_dir: Path, policy: str, folder: Path, checkout: Path | None = None) -> None:
         self.log = (folder / f"{policy}.log").open("ab")
         command = [sys.executable, "-m", "pacevlm", "serve", "--run-dir", str(run_dir), "--policy", policy]
         command += ["--port", "0", "--drift-path", str(folder / f"{policy}-drift.json"), "--log-level", "warning"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        environment = os.environ | ({} if checkout is None else {"PYTHONPATH": str(checkout)})
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment, cwd=checkout
+        )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         found = re.search(r":(\d+)\s*$", line)
@@ -134,6 +138,11 @@ async def counted_load(
     return sent, int(await server.count("requests_accepted") - before)
 
 
+def overhead_ms(sent: Sent) -> float:
+    """What an answered request took besides the queue and the answer."""
+    return round(sent.client_ms - sent.report["queue_ms"] - sent.report["answer_ms"], 3)
+
+
 def summarise_slice(sent: Sequence[Sent], accepted: int, seconds: float) -> dict[str, Any]:
     """What a slice counts, ready for JSON."""
     answered = [one for one in sent if one.status == 200]
@@ -149,7 +158,7 @@ def summarise_slice(sent: Sequence[Sent], accepted: int, seconds: float) -> dict
         "late_at_client": sum(one.client_ms > one.budget_ms for one in answered) + dropped,
         "right": sum(one.right for one in answered),
         "good": sum(one.right for one in answered if one.is_met),
-        "overhead_ms": [round(one.client_ms - one.report["queue_ms"] - one.report["answer_ms"], 3) for one in answered],
+        "overhead_ms": [overhead_ms(one) for one in answered],
         "statuses": {str(status): sum(one.status == status for one in sent) for status in {one.status for one in sent}},
     }
 

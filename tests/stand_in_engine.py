@@ -6,10 +6,11 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import ClassVar
 
-from pacevlm.errors import PacevlmError
+from pacevlm.errors import DeadlineError, PacevlmError
 from pacevlm.images import open_picture
 from pacevlm.knobs import Knobs, KnobSpace
 from pacevlm.server.job import Job, Served
@@ -57,10 +58,14 @@ class StandInEngine:
 class StandInTicket:
     def __init__(self, engine: StandInEngine, job: Job) -> None:
         self._engine, self._job, self._done = engine, job, False
+        self._is_cancelled = asyncio.Event()
 
     async def __aiter__(self) -> AsyncIterator[str | Served]:
         began_s = time.perf_counter()
-        await asyncio.sleep(self._engine.seconds)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._is_cancelled.wait(), self._engine.seconds)
+        if self._is_cancelled.is_set():
+            raise DeadlineError("the request was cancelled")
         if self._job.stream:
             for index, piece in enumerate(PIECES):
                 if index == 1 and self._engine.late_error is not None:
@@ -74,6 +79,7 @@ class StandInTicket:
         yield self._serve(began_s)
 
     def cancel(self) -> None:
+        self._is_cancelled.set()
         if not self._done:
             self._engine.cancelled.append(self._job.request_id)
 

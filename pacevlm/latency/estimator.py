@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import mul
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from pacevlm.knobs import MAX_VALUE, Knobs, KnobSpace
 from pacevlm.latency.picture_fit import RANGE_TOLERANCE, PictureFit, fit_pictures, upright_kind
 from pacevlm.latency.profile import DeviceFacts, Profile, Sample, load_knob_space
 from pacevlm.latency.stage_fit import StageFit, check_coefficients, fit_stage
-from pacevlm.latency.stage_terms import STAGE_TERMS, WORK_UNITS, measured_stages, stage_terms, terms_of
+from pacevlm.latency.stage_terms import STAGE_TERMS, WORK_UNITS, measured_stages, stage_terms, term_columns
 from pacevlm.types import BudgetKind, RequestSizes, VisionSizes, check_budget_kind
 
 ESTIMATOR_SCHEMA_VERSION = 7
@@ -231,8 +232,12 @@ class LatencyEstimator:
         vision = sizes.vision[self.knob_space.tiers.index(knobs.tier)]
         num_tokens = vision.num_image_tokens + sizes.num_text_tokens
         work = (vision.num_units, vision.num_unit_pairs, num_tokens, sizes.num_pixels, *knobs.compute)
-        terms = terms_of(np.array([[*work, num_output_tokens - 1]], np.float64), self.trained_top_k, self.stage2_after)
-        stage_ms = {stage: float((terms[stage] @ self._coefficients(stage))[0]) for stage in STAGE_TERMS}
+        terms = term_columns(
+            *map(float, (*work, num_output_tokens - 1)),
+            trained_top_k=self.trained_top_k,
+            stage2_after=self.stage2_after,
+        )
+        stage_ms = {stage: sum(map(mul, self.stages[stage].coefficients, terms[stage])) for stage in STAGE_TERMS}
         decode_ms = stage_ms.pop("decode_ms_per_token") * (num_output_tokens - 1)
         return StagePrediction(read_ms=self._read_ms(sizes), **stage_ms, decode_ms=decode_ms)
 

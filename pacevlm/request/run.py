@@ -36,6 +36,7 @@ def run_request(
     max_new_tokens: int | None = None,
     on_choice: Callable[[Knobs, float], None] | None = None,
     on_token: Callable[[int], None] | None = None,
+    on_answer: Callable[[Answer], None] | None = None,
 ) -> Answer:
     """Run one request alone, with the knobs that a policy chooses for an objective.
 
@@ -60,6 +61,7 @@ def run_request(
         max_new_tokens: most tokens of the answer; the model's own limit if None, or if that is lower.
         on_choice: told the knobs before they run, and the upper bound on the whole request, corrected for drift.
         on_token: told every token as it is generated.
+        on_answer: told the answer before anything is learned of it or given back.
 
     Raises:
         ImageError, QuestionError: the input cannot be used.
@@ -89,12 +91,9 @@ def run_request(
 
     place = space.place(answer.knobs)
     predicted = guardrail.estimator.predict(answer.sizes, answer.knobs, answer.num_output_tokens)
-    if drift is not None and image is not None and guardrail.estimator.beyond(answer.sizes) is None:
-        real_bounds_ms = guardrail.upper_bounds_ms(answer.sizes, answer.num_output_tokens, drift.kind)
-        drift.observe(float(real_bounds_ms[place]), answer.times.covered_ms(drift.kind))
     feasible = seen.any_feasible or (given is not own and pacing.look(request.view, own, "", most).any_feasible)
     why = None if feasible else pacing.why_infeasible(seen, objective, drift_factor, waited_ms)
-    return dataclasses.replace(
+    answer = dataclasses.replace(
         answer,
         budget_ms=objective.budget_ms,
         kind=kind,
@@ -107,6 +106,12 @@ def run_request(
         why_infeasible=why,
         other_budget_ms=objective.other_budget_ms,
     )
+    if on_answer is not None:
+        on_answer(answer)
+    if drift is not None and image is not None and guardrail.estimator.beyond(answer.sizes) is None:
+        real_bounds_ms = guardrail.upper_bounds_ms(answer.sizes, answer.num_output_tokens, drift.kind)
+        drift.observe(float(real_bounds_ms[place]), answer.times.covered_ms(drift.kind))
+    return answer
 
 
 def _left(objective: Objective, waited_ms: float, most_ms: float, drift_factor: float) -> Objective:

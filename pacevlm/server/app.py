@@ -100,9 +100,11 @@ def create_app(engine: Engine, config: ServeConfig, api_key: str | None = None) 
         status: {"model": ErrorEnvelope, "description": text} for status, text in _REFUSALS.items()
     }
     body = {"required": True, "content": {"application/json": {"schema": _reference("ChatRequest")}}}
+    chat = ChatEndpoint(engine, config, metrics).__call__
+    app.add_route("/v1/chat/completions", chat, ["POST"])  # answers; the next one only describes it, and takes longer
     app.add_api_route(
         "/v1/chat/completions",
-        ChatEndpoint(engine, config, metrics).__call__,
+        chat,
         methods=["POST"],
         response_model=ChatCompletion,
         responses=refusals,

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
+from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -85,14 +86,18 @@ class ChatEndpoint:
         turn.leave()
         if not isinstance(event, Served):
             raise TypeError(f"a request that wants no stream got {type(event).__name__}")
-        found = self.answered(request, event)
+        found = report(event)
         choice = Choice(message=AssistantMessage(content=event.answer.answer), finish_reason=event.finish_reason)
         completion = ChatCompletion(**head, choices=[choice], usage=usage(event), pacevlm=found)
-        return Response(completion.model_dump_json(), headers=report_headers(found), media_type="application/json")
+        return Response(
+            completion.model_dump_json(),
+            headers=report_headers(found),
+            media_type="application/json",
+            background=BackgroundTask(self.answered, request, event, found),
+        )
 
-    def answered(self, request: Request, served: Served) -> PacingReport:
-        """Count an answer; returns how it was paced."""
-        found = report(served)
+    async def answered(self, request: Request, served: Served, found: PacingReport) -> None:
+        """Count an answer."""
         self._metrics.answered(served, usage(served))
         request.state.logged.update(
             knobs=str(served.answer.knobs),
@@ -104,7 +109,6 @@ class ChatEndpoint:
             upper_bound_ms=found.upper_bound_ms,
             attempts=found.attempts,
         )
-        return found
 
     def refused(self, request: Request, error: PacevlmError) -> Response:
         """Count a refusal; returns what the client is told."""
@@ -172,7 +176,8 @@ class EventStream(Response):
             self._endpoint.refused(self._request, error)
             yield ErrorEnvelope(error=describe(error)[1])
         else:
-            found = self._endpoint.answered(self._request, event)
+            found = report(event)
+            await self._endpoint.answered(self._request, event, found)
             yield self._chunk(Delta(), finish_reason=event.finish_reason, pacevlm=found)
             if self._include_usage:
                 yield ChatChunk(**self._head, object="chat.completion.chunk", choices=[], usage=usage(event))
@@ -197,24 +202,22 @@ class _Turn:
     """
 
     def __init__(self, ticket: Ticket, receive: Receive) -> None:
-        self._ticket, self._events = ticket, aiter(ticket)
+        self._events = aiter(ticket)
         self._gone = asyncio.ensure_future(_until_gone(receive))
+        self._gone.add_done_callback(lambda _: ticket.cancel())
 
     async def next(self) -> str | Served:
         """The next piece, or the whole at the end; raises ClientDisconnect, and what the engine raises."""
-        step: asyncio.Future[str | Served] = asyncio.ensure_future(anext(self._events))
         try:
-            await asyncio.wait((step, self._gone), return_when=asyncio.FIRST_COMPLETED)
-            if not step.done():
-                raise ClientDisconnect
-            return step.result()
-        finally:
-            step.cancel()
+            return await anext(self._events)
+        except PacevlmError:
+            if self._gone.done():
+                raise ClientDisconnect from None
+            raise
 
     def leave(self) -> None:
         """Give the place in the queue up; without effect once all is answered."""
         self._gone.cancel()
-        self._ticket.cancel()
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -319,6 +319,7 @@ class Engine:
         while True:
             message = await self._worker.receive()
             if message["type"] == "choice":
+                self.schedule.factor = message["drift_factor"]
                 self.schedule.expect(message["end_s"])
             elif message["type"] == "token":
                 if not ticket.is_over:
@@ -336,12 +337,11 @@ class Engine:
             self._stats.answered += 1
             self._stats.late += not answer.budget_met
         ticket.finish(served)
-        self._learn(ticket, served, message["drift_factor"], (time.perf_counter() - sent_s) * 1e3)
+        self._learn(ticket, served, (time.perf_counter() - sent_s) * 1e3)
 
-    def _learn(self, ticket: Ticket, served: Served, drift_factor: float, passed_ms: float) -> None:
-        """Follow the machine: the bounds' factor, the usual pace, and what lies between two requests."""
+    def _learn(self, ticket: Ticket, served: Served, passed_ms: float) -> None:
+        """Follow the machine: the usual pace, and what lies between two requests."""
         schedule, answer = self.schedule, served.answer
-        schedule.factor = drift_factor
         predicted_ms = float(ticket.look.predicted_ms[self.knob_space.place(answer.knobs)])
         schedule.learn(predicted_ms, answer.times.e2e_ms)
         schedule.gap_ms += NEWEST * (max(passed_ms - answer.times.e2e_ms, 0.0) - schedule.gap_ms)

@@ -35,7 +35,7 @@ from pacevlm.request.run import run_forced, run_request
 from pacevlm.server.logs import log_as_json
 from pacevlm.server.wire import NO_IMAGE, answer_to_dict, receive, send
 from pacevlm.signals import STOP_SIGNALS
-from pacevlm.types import Objective
+from pacevlm.types import Answer, Objective
 
 log = logging.getLogger("pacevlm.server.worker")
 
@@ -135,14 +135,25 @@ class Worker:
             *(job["budgets_ms"][other] for other in others),
         )
 
+        is_answered = False
+
         def tell_choice(knobs: Knobs, bound_ms: float) -> None:
-            send(connection, {"type": "choice", "knobs": str(knobs), "end_s": began_s + bound_ms / 1e3})
+            end_s = began_s + bound_ms / 1e3
+            send(connection, {"type": "choice", "end_s": end_s, "drift_factor": self.drift_factor})
 
         def tell_token(token_id: int) -> None:
             send(connection, {"type": "token", "id": token_id})
 
+        def tell_answer(answer: Answer) -> None:
+            nonlocal is_answered
+            is_answered = True
+            is_cut = answer.token_ids[-1] not in pacer.model.adapter.end_token_ids
+            reason = "length" if is_cut else "stop"
+            times = {"queue_ms": waited_ms, "finished_s": time.perf_counter()}
+            send(connection, {"type": "answer", "answer": answer_to_dict(answer), "finish_reason": reason, **times})
+
         try:
-            answer = run_request(
+            run_request(
                 pacer.model,
                 policy,
                 image or None,
@@ -155,32 +166,19 @@ class Worker:
                 max_new_tokens=job["max_new_tokens"],
                 on_choice=tell_choice,
                 on_token=tell_token if job["stream"] else None,
+                on_answer=tell_answer,
             )
-        except PacevlmError as error:
-            send(connection, {"type": "failed", "error": type(error).__name__, "message": str(error)})
-            return
-        except OSError:
-            raise
         except Exception as error:
-            log.exception("request %s failed", job["request_id"])
-            message = f"the request could not be run: {type(error).__name__}"
-            send(connection, {"type": "failed", "error": "WorkerError", "message": message})
+            if is_answered or (isinstance(error, OSError) and not isinstance(error, PacevlmError)):
+                raise
+            name, text = type(error).__name__, str(error)
+            if not isinstance(error, PacevlmError):
+                log.exception("request %s failed", job["request_id"])
+                name, text = "WorkerError", f"the request could not be run: {name}"
+            send(connection, {"type": "failed", "error": name, "message": text})
             return
-        finished_s = time.perf_counter()
         self.is_untidy = True
         self.num_served += 1
-        is_cut = answer.token_ids[-1] not in pacer.model.adapter.end_token_ids
-        send(
-            connection,
-            {
-                "type": "answer",
-                "answer": answer_to_dict(answer),
-                "queue_ms": waited_ms,
-                "finished_s": finished_s,
-                "finish_reason": "length" if is_cut else "stop",
-                "drift_factor": self.drift_factor,
-            },
-        )
 
     def _load_policy(self, run_dir: Path, name: str) -> Policy:
         if name == "full":

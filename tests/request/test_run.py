@@ -282,6 +282,7 @@ def test_a_shorter_answer_is_bounded_lower_and_told_as_it_comes(
     tiny_elastic: ElasticModel, law_examples: list[Example]
 ) -> None:
     example, pacing, policy = law_examples[3], make_pacing(tiny_elastic), FullPolicy(tiny_elastic.knob_space)
+    drift = DriftCorrection.for_guardrail(pacing.guardrail)
     bounds_ms, previous = [], 0.0
     told: list[Any] = []
     for most in (1, 2, tiny_elastic.max_new_tokens, tiny_elastic.max_new_tokens + 5, None):
@@ -295,8 +296,12 @@ def test_a_shorter_answer_is_bounded_lower_and_told_as_it_comes(
             max_new_tokens=most,
             on_choice=lambda *choice: told.append(choice),
             on_token=told.append,
+            on_answer=lambda answer: told.append((answer, drift.num_observations)),
+            drift=drift,
         )
-        assert told == [(paced.knobs, paced.upper_bound_ms), *paced.token_ids]
+        before = len(bounds_ms)  # the answer is told before it is learned from
+        assert told == [(paced.knobs, paced.upper_bound_ms), *paced.token_ids, (paced, before)]
+        assert drift.num_observations == before + 1
         assert paced.num_output_tokens <= (most or tiny_elastic.max_new_tokens)
         bounds_ms.append(paced.upper_bound_ms)
         assert paced.upper_bound_ms >= previous
