@@ -36,7 +36,7 @@ class Tile(NamedTuple):
 TILES = (
     (12, Tile(16, 16, 64, 128, 4, 4), Tile(16, 16, 128, 128, 4, 4)),
     (28, Tile(32, 32, 64, 128, 4, 4), Tile(32, 32, 128, 128, 4, 4)),
-    (60, Tile(64, 64, 64, 64, 4, 4), Tile(64, 64, 128, 64, 4, 4)),
+    (60, Tile(64, 64, 128, 64, 4, 4), Tile(64, 64, 128, 64, 4, 4)),
     (float("inf"), Tile(128, 64, 128, 64, 8, 4), Tile(128, 64, 256, 64, 8, 4)),
 )
 # Pairs that are looked at at once where they are sorted.
