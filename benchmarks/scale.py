@@ -15,12 +15,13 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +204,10 @@ def measure(folder: Path, arguments: argparse.Namespace, console: Console) -> di
 def stored(run_dir: Path) -> list[tuple[str, str]]:
     """Keys of the outcome store."""
     path = run_dir / OUTCOMES_NAME
-    records = read_jsonl(path, "outcomes", DataError)[1:] if path.exists() else []
-    return [(record["content"], record["knobs"]) for record in records]
+    if not path.exists() or not path.stat().st_size:
+        return []
+    with closing(sqlite3.connect(path)) as database:
+        return database.execute("SELECT content, knobs FROM outcomes").fetchall()
 
 
 def kill_once(number: int, run_dir: Path, source: Path, num_ranks: int, delay_s: float, victim: int) -> dict[str, Any]:

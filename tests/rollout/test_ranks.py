@@ -14,10 +14,11 @@ import pytest
 import torch
 from launching import ROOT, end_of, rank_environments, start_ranks
 from rank_program import run_config
+from stored_answers import read_answers
 
-from pacevlm.errors import DataError
-from pacevlm.files import load_safetensors, read_jsonl
+from pacevlm.files import load_safetensors
 from pacevlm.pipeline import run_pipeline
+from pacevlm.pipeline.artefacts import OUTCOMES_NAME
 from pacevlm.pipeline.run_config import load_run_config
 from pacevlm.pipeline.step_log import StepLog
 from pacevlm.training.metrics_log import read_metrics
@@ -83,13 +84,12 @@ def test_two_ranks_train_as_one_process_does(together: tuple[dict[str, Any], str
 def test_outcomes_of_several_ranks_are_one_store_without_duplicates(
     together: tuple[dict[str, Any], str, Path], alone: Path
 ) -> None:
-    stores = [read_jsonl(folder / "outcomes.jsonl", "outcomes", DataError)[1:] for folder in (together[2], alone)]
-    keys = [[(record["content"], record["knobs"]) for record in store] for store in stores]
-    assert len(set(keys[0])) == len(keys[0])
-    known = {(record["content"], record["knobs"]): record for record in stores[1]}
-    both = [record for record in stores[0] if (record["content"], record["knobs"]) in known]
+    ours, theirs = (read_answers(folder / OUTCOMES_NAME) for folder in (together[2], alone))
+    assert len({row[:2] for row in ours}) == len(ours)
+    known = {row[:2]: row for row in theirs}
+    both = [row for row in ours if row[:2] in known]
     assert len(both) > 0.8 * len(known)
-    assert all(record == known[record["content"], record["knobs"]] for record in both)
+    assert all(row == known[row[:2]] for row in both)
 
 
 def test_only_rank_0_writes_files(together: tuple[dict[str, Any], str, Path]) -> None:
@@ -112,11 +112,11 @@ def test_a_rank_with_another_model_is_refused(
     assert "loaded another model" in found["message"]
 
 
-def wait_for(path: Path, num_lines: int, most_seconds: float = 60) -> None:
+def wait_for(path: Path, num_answers: int, most_seconds: float = 60) -> None:
     until = time.monotonic() + most_seconds
-    while not path.exists() or path.read_bytes().count(b"\n") < num_lines:
+    while not path.exists() or not path.stat().st_size or len(read_answers(path)) < num_answers:
         assert time.monotonic() < until
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("victim", [1, 0])
@@ -128,7 +128,7 @@ def test_a_killed_rank_ends_all_in_a_sentence_and_others_go_on(
     command += ["--model.max-new-tokens", "2", "--model.vision-budgets", "1", "1", "2"]
     command += ["--profile.source", alone / "profile.json"]
     ranks = start_ranks(2, command)
-    outcomes = run_dir / "outcomes.jsonl"
+    outcomes = run_dir / OUTCOMES_NAME
     try:
         wait_for(outcomes, 60)
     finally:
@@ -144,7 +144,7 @@ def test_a_killed_rank_ends_all_in_a_sentence_and_others_go_on(
         (sentence,) = [line for line in said.splitlines() if "error" in line]
         assert "rank 1 on" in sentence
         assert "is gone; everything that was answered is kept" in sentence
-    kept = {(r["content"], r["knobs"]) for r in read_jsonl(outcomes, "outcomes", DataError)[1:]}
+    kept = {row[:2] for row in read_answers(outcomes)}
     assert len(kept) >= 50
     if victim == 0:
         run_pipeline(load_run_config(run_dir), "train")
@@ -157,7 +157,7 @@ def test_a_killed_rank_ends_all_in_a_sentence_and_others_go_on(
         assert done.returncode == 0, done.stderr
         assert "rollouts of 3 ranks" in done.stderr
     assert StepLog(run_dir).get("train") is not None
-    records = [(r["content"], r["knobs"]) for r in read_jsonl(outcomes, "outcomes", DataError)[1:]]
+    records = [row[:2] for row in read_answers(outcomes)]
     assert kept <= set(records)
     assert len(set(records)) == len(records)
 
