@@ -37,7 +37,7 @@ from pacevlm.data.digits import DigitVQA
 from pacevlm.errors import DataError
 from pacevlm.evaluation.statistics import Interval
 from pacevlm.evaluation.sweep import exhaustive_sweep
-from pacevlm.files import load_safetensors, read_json, read_jsonl
+from pacevlm.files import load_safetensors, read_json
 from pacevlm.latency.profile import collect_device_facts
 from pacevlm.launch import read_launch
 from pacevlm.pipeline.artefacts import CONTROLLER_NAME, OUTCOMES_NAME, PROFILE_GUARDRAIL_NAME
