@@ -105,7 +105,10 @@ def test_a_key_from_the_environment_is_asked_for(address: str) -> None:
         assert client.get("/v1/models").status_code == 401
 
 
-def test_a_signal_stops_it_in_order(server: subprocess.Popen[str], address: str) -> None:
+def test_a_signal_stops_it_in_order(server: subprocess.Popen[str], address: str, image: str) -> None:
+    with client_of(address, headers=AUTHORIZED) as client:
+        asked = [chat("How?", image), chat("How?", image, knobs="low/99/3")]
+        assert [client.post("/v1/chat/completions", json=one).status_code for one in asked] == [200, 400]
     server.send_signal(signal.SIGTERM)
     out, err = server.communicate(timeout=60)
     assert server.returncode == 0
