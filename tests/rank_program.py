@@ -112,6 +112,10 @@ def lead(model_dir: Path, run_dir: Path, profile: Path) -> dict[str, Any]:
         sent = ranks.totals()[1].num_bytes_sent
         found["tokens_differ"] = furthest(token_gradients(together, examples), token_gradients(alone, examples))
         found["sent_once"] = ranks.totals()[1].num_bytes_sent - sent
+        try:
+            ranks.helpers[0].answer("another model", [], [])
+        except PacevlmError as error:
+            found["remote_error"] = [type(error).__name__, str(error)]
         orders = [
             measure_importance(model, examples, 4, num_candidates=2, ranks=given).to_dict() for given in (None, ranks)
         ]

@@ -65,6 +65,13 @@ def test_latency_tokens_of_other_ranks_have_the_same_outputs_and_gradients(
     assert found["sent_once"] < 50_000  # the pictures were there already
 
 
+def test_an_error_of_another_rank_is_raised_on_rank_0(together: tuple[dict[str, Any], str, Path]) -> None:
+    kind, said = together[0]["remote_error"]
+    assert kind == "IdentityError"
+    assert said.startswith("rank 1 on ")
+    assert said.endswith("this rank holds another model than rank 0 asks about; start again")
+
+
 def test_two_ranks_train_as_one_process_does(together: tuple[dict[str, Any], str, Path], alone: Path) -> None:
     found, _, run_dir = together
     ours, theirs = (read_metrics(folder / "train" / "metrics.jsonl") for folder in (run_dir, alone))
