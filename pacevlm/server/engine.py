@@ -33,6 +33,8 @@ MAX_RESTART_PAUSE_S = 30.0
 SLOW_RETRY_S = 1.0
 """When to come again while the machine is slow, or no worker there for longer than was expected."""
 FIRST_GAP_MS = 1.0
+SHED_ABOVE = 0.5
+"""While a larger share of the latest requests than this is refused, hopeless ones are not looked at."""
 
 
 @dataclass
@@ -194,11 +196,13 @@ class Engine:
             raise WorkerError("the server is not running; try another one")
         if job.request_id in self._tickets:
             raise errors.ConfigError(f"a request {job.request_id!r} is being served already; give each its own id")
-        look = self.outlook.look(job)
         now_s = time.perf_counter()
-        entry = _entry(job, look)
         if not self.ready:  # a new worker may take longer than the last one did
             self.schedule.free_s = max(self.schedule.free_s, now_s + SLOW_RETRY_S)
+        if self.schedule.refused > SHED_ABOVE:
+            self._shed(job, now_s)
+        look = self.outlook.look(job)
+        entry = _entry(job, look)
         try:
             self._check_time(look, entry, now_s)
             refusal = self.schedule.admit(entry, now_s)
@@ -220,6 +224,24 @@ class Engine:
         ticket.timer = asyncio.get_running_loop().call_later(entry.deadline_s - now_s + 1e-3, self._expire)
         self._wake.set()
         return ticket
+
+    def _shed(self, job: Job, now_s: float) -> None:
+        """Refuse without a look, which takes a third of a request's work here, what is hopeless whatever it holds."""
+        budget_ms = job.budgets_ms.get("e2e") if job.budgets_ms else self.default_budget_ms
+        if job.image is None or budget_ms is None:
+            return
+        cheapest_ms, bound_ms = self.outlook.lightest_ms
+        entry = Entry(job.request_id, job.arrived_s + budget_ms / 1e3, cheapest_ms, bound_ms, bound_ms)
+        refusal = self.schedule.admit(entry, now_s, is_lightest=True)
+        if refusal is not None:
+            self._stats.refused += 1
+            retry_s = refusal.retry_s - now_s
+            raise OverloadError(
+                "no request could be answered within such a budget behind those accepted before it; "
+                f"try again in {max(retry_s, 0.01):.2f} s",
+                retry_s,
+                math.inf,
+            )
 
     def cancel(self, ticket: Ticket) -> None:
         """See `Ticket.cancel`."""

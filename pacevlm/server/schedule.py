@@ -105,15 +105,24 @@ class Schedule:
         self.free_s = -math.inf
         self.factor, self.pace, self.gap_ms, self.refused = 1.0, 1.0, 0.0, 0.0
 
-    def admit(self, entry: Entry, now_s: float) -> Refusal | None:
+    def admit(self, entry: Entry, now_s: float, *, is_lightest: bool = False) -> Refusal | None:
         """Accept a request into the queue, or say why not.
 
         A larger budget is never refused where a smaller one would be accepted: a request that fits only in front of
         others with earlier deadlines is promised an earlier one itself.
+
+        Args:
+            is_lightest: the request itself may take longer than the entry. It is refused if even that does not fit behind
+                others, and else neither accepted nor counted.
         """
         soonest_s = self.soonest_s(entry, now_s)
         is_refused = entry.due_s < soonest_s or len(self.waiting) >= self.max_waiting
-        if now_s + self._bound_s(entry) <= entry.deadline_s:  # else nobody but itself is to blame
+        others_are_to_blame = now_s + self._bound_s(entry) <= entry.deadline_s
+        if is_lightest:
+            if not (is_refused and others_are_to_blame):
+                return None
+            entry = replace(entry, bound_ms=math.inf)  # whatever it takes, it is accepted once all others are over
+        if others_are_to_blame:
             self.refused += NEWEST * (is_refused - self.refused)
         if is_refused:
             return Refusal(self.retry_s(entry, now_s), soonest_s)

@@ -229,6 +229,30 @@ def test_more_than_can_be_answered_is_refused_with_the_truth(running: Running) -
     assert all(running.result(ticket).answer.budget_met for ticket in tickets)
 
 
+def test_while_most_is_refused_what_is_hopeless_is_not_looked_at(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, looks = running.engine, []
+    look = engine.outlook.look
+    monkeypatch.setattr(engine.outlook, "look", lambda job: looks.append(job) or look(job))
+    running.signal(signal.SIGSTOP)
+    tickets = []
+    with pytest.raises(OverloadError):
+        while True:
+            tickets.append(running.submit(budgets_ms={"e2e": 10_000.0}))
+    for refused, num_looks in ((0.4, 1), (0.6, 0)):
+        engine.schedule.refused = refused
+        looks.clear()
+        with pytest.raises(OverloadError, match="try again in"):
+            running.submit(budgets_ms={"e2e": 5_000.0})
+        assert len(looks) == num_looks
+    with pytest.raises(BudgetError):  # what nobody could answer is told so as ever
+        running.submit(budgets_ms={"e2e": 100.0})
+    tickets.append(running.submit(budgets_ms={"e2e": LONG_MS}))
+    running.signal(signal.SIGCONT)
+    assert all(running.result(ticket).answer.budget_met for ticket in tickets)
+
+
 def test_the_earliest_deadline_is_answered_first_and_a_client_may_leave(running: Running) -> None:
     running.signal(signal.SIGSTOP)
     budgets_ms = [60_000.0, 50_000.0, 20_000.0, 40_000.0, 30_000.0]

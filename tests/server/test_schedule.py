@@ -146,6 +146,35 @@ def test_a_refusal_tells_the_truth(seed: int, load: float) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_what_is_hopeless_as_the_lightest_request_is_hopeless_as_itself(seed: int) -> None:
+    """Refusing it without a look at it refuses nothing else, and the time that it is told is late enough."""
+    num_shed = num_refused = 0
+    for number, (world, entry) in enumerate(arrivals(seed, 6.0)):
+        trial, before = copy.deepcopy(world.schedule), copy.deepcopy(world.schedule)
+        lightest = replace(entry, cheapest_ms=5.0, bound_ms=5.0)
+        refusal = trial.admit(lightest, world.now_s, is_lightest=True)
+        is_refused = world.schedule.admit(entry, world.now_s) is not None
+        num_refused += is_refused
+        if refusal is None:
+            assert (trial.waiting, trial.refused) == (before.waiting, before.refused)
+            continue
+        num_shed += 1
+        assert is_refused
+        assert trial.waiting == before.waiting
+        assert trial.refused > before.refused
+        budget_s = entry.deadline_s - world.now_s
+        if budget_s >= entry.bound_ms / 1e3:
+            later = copy.deepcopy(world)
+            later.rng = np.random.default_rng([seed, number])
+            later.advance(refusal.retry_s + EPSILON_S)
+            again = replace(entry, deadline_s=later.now_s + budget_s, due_s=later.now_s + budget_s)
+            assert later.schedule.admit(again, later.now_s) is None
+    assert num_shed > 0.3 * num_refused > 5
+    # One that nothing is promised to is left to be told so.
+    assert Schedule().admit(Entry("a", 1.0, 5.0, math.inf, math.inf), 0.0, is_lightest=True) is None
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_larger_budget_is_never_refused_where_a_smaller_one_is_accepted(seed: int) -> None:
     rng = np.random.default_rng(seed)
     for world, entry in arrivals(seed, 4.0):
