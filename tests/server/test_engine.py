@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 
 from pacevlm.errors import (
@@ -234,10 +236,14 @@ def test_while_most_is_refused_what_is_hopeless_is_not_looked_at(
 ) -> None:
     engine, looks = running.engine, []
     look = engine.outlook.look
+    least = look(running.job())
+    lightest_ms = float(least.predicted_ms[least.least]), float(least.bounds_ms["e2e"][least.least])
+    assert all(np.array(engine.outlook.lightest_ms) < lightest_ms)
+    monkeypatch.setattr(engine.outlook, "lightest_ms", lightest_ms)  # else it depends on what is left of the queue
     monkeypatch.setattr(engine.outlook, "look", lambda job: looks.append(job) or look(job))
     running.signal(signal.SIGSTOP)
     tickets = []
-    with pytest.raises(OverloadError):
+    with suppress(OverloadError):
         while True:
             tickets.append(running.submit(budgets_ms={"e2e": 10_000.0}))
     for refused, num_looks in ((0.4, 1), (0.6, 0)):
@@ -325,6 +331,24 @@ def hold(running: Running, send: Callable[..., None]) -> Callable[..., None]:
         send(*message)
 
     return stop_first
+
+
+def test_a_machine_that_was_slow_is_probed_while_there_is_nothing_else_to_do(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pacevlm.server.engine.PROBE_EVERY_S", 0.01)
+    schedule, before = running.engine.schedule, running.call(running.engine.stats).accepted
+
+    def slow_down() -> None:
+        schedule.factor, schedule.pace = 3.0, 2.0
+        running.engine._wake.set()
+
+    running.call(slow_down)
+    running.until(lambda: schedule.factor <= 1.0 and schedule.pace <= 1.2)  # what requests of this profile show
+    assert running.call(running.engine.stats).accepted == before
+    assert schedule.free_s == -math.inf
+    assert 0 < running.engine._num_probes < 60
+    assert running.result(running.submit(budgets_ms={"e2e": 5000.0})).answer.budget_met
 
 
 def test_drift_is_learned_and_stopping_finishes_what_was_accepted(running: Running, served_run: Path) -> None:
