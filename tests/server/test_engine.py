@@ -259,6 +259,20 @@ def test_while_most_is_refused_what_is_hopeless_is_not_looked_at(
     assert all(running.result(ticket).answer.budget_met for ticket in tickets)
 
 
+def test_by_predictions_more_is_accepted_than_by_bounds(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = running.engine
+    look = engine.outlook.look(running.job())
+    between_ms = float(look.predicted_ms[look.least] + look.bounds_ms["e2e"][look.least]) / 2
+    with pytest.raises(BudgetError):
+        running.submit(budgets_ms={"e2e": between_ms})
+    monkeypatch.setattr(engine, "config", dataclasses.replace(engine.config, admission="predictions"))
+    answer = running.result(running.submit(budgets_ms={"e2e": between_ms})).answer
+    assert answer.knobs == engine.knob_space.cheapest
+    assert not answer.feasible  # nothing was promised
+    with pytest.raises(BudgetError):
+        running.submit(budgets_ms={"e2e": 0.9 * float(look.predicted_ms[look.least])})
+
+
 def test_the_earliest_deadline_is_answered_first_and_a_client_may_leave(running: Running) -> None:
     running.signal(signal.SIGSTOP)
     budgets_ms = [60_000.0, 50_000.0, 20_000.0, 40_000.0, 30_000.0]
