@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """The server under load: deadlines met, goodput, overhead, what is lost, memory, and ten times its capacity.
 
-Three servers with the same queue answer the test questions of a finished run: with its bundle, with its lookup table,
-and with full knobs. Loads are multiples of what the last one answers; arrivals are Poisson, from this process; budgets
-are drawn evenly from 1, 1.5, 2 and 4 x the full configuration's median. Slices of all loads and servers follow each
-other in random order, with the same arrivals, questions and budgets for all servers, and every finished slice is kept:
-a second start goes on. Prints tables and, last, one JSON line; the same goes to RESULTS/serving-cpu.json. The device
-should be idle but for this.
+Four servers with the same queue answer the test questions of a finished run: with its bundle, with its lookup table,
+with full knobs, and with full knobs where a request is admitted by its prediction instead of its bound. Loads are
+multiples of what full knobs answer; arrivals are Poisson, from this process; budgets are drawn evenly from 1, 1.5, 2
+and 4 x the full configuration's median. Slices of all loads and servers follow each other in random order, with the
+same arrivals, questions and budgets for all servers, so that goodput is compared second by second. Every finished slice
+is kept: a second start goes on. Two minutes of each load and server take 46 in all. Prints tables and, last, one JSON
+line; the same goes to RESULTS/serving-cpu.json. The device should be idle but for this.
 """
 
 from __future__ import annotations
@@ -32,13 +33,21 @@ from rich.console import Console
 from rich.table import Table
 
 from pacevlm.data.splits import load_splits
-from pacevlm.evaluation.statistics import percentile_interval
+from pacevlm.evaluation.statistics import bootstrap_mean, percentile_interval
 from pacevlm.latency.profile import collect_device_facts
 from pacevlm.pacer import bundle_folder, read_bundle
 from pacevlm.partial import PartialFile
 from pacevlm.pipeline.run_config import load_run_config
 
-SERVERS = {"pacevlm": "bundle", "table": "lookup_table", "full": "full"}
+# Policy and admission of each.
+SERVERS = {
+    "pacevlm": ("bundle", "bounds"),
+    "table": ("lookup_table", "bounds"),
+    "full": ("full", "bounds"),
+    "full_by_prediction": ("full", "predictions"),
+}
+OTHERS = tuple(name for name in SERVERS if name != "pacevlm")
+SHOWN = "{mean:.2f} ({low:.2f} to {high:.2f})"
 LOADS = (0.3, 0.7, 1.0, 1.5, 3.0)
 BUDGETS = (1.0, 1.5, 2.0, 4.0)
 LONG_MS = 60_000.0
@@ -52,15 +61,18 @@ class Server:
 
     Args:
         run_dir: what it serves.
-        policy: what chooses its knobs.
+        name: one of `SERVERS`.
         folder: where its log and its drift go.
         checkout: whose package serves; the one that is installed, if None.
     """
 
-    def __init__(self, run_dir: Path, policy: str, folder: Path, checkout: Path | None = None) -> None:
-        self.log = (folder / f"{policy}.log").open("ab")
+    def __init__(self, run_dir: Path, name: str, folder: Path, checkout: Path | None = None) -> None:
+        self.log = (folder / f"{name}.log").open("ab")
+        policy, admission = SERVERS[name]
         command = [sys.executable, "-m", "pacevlm", "serve", "--run-dir", str(run_dir), "--policy", policy]
-        command += ["--port", "0", "--drift-path", str(folder / f"{policy}-drift.json"), "--log-level", "warning"]
+        if admission != "bounds":  # which older checkouts know alone
+            command += ["--admission", admission]
+        command += ["--port", "0", "--drift-path", str(folder / f"{name}-drift.json"), "--log-level", "warning"]
         environment = os.environ | ({} if checkout is None else {"PYTHONPATH": str(checkout)})
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment, cwd=checkout
@@ -69,7 +81,7 @@ class Server:
         line = self.process.stdout.readline()
         found = re.search(r":(\d+)\s*$", line)
         if found is None:
-            raise SystemExit(f"the server with {policy} did not start; see {self.log.name}")
+            raise SystemExit(f"the server {name} did not start: {Path(self.log.name).read_text()[-2000:]}")
         self.port = int(found[1])
         self.client = Client(self.port)
 
@@ -106,12 +118,12 @@ class Server:
 
 
 @contextmanager
-def serving(run_dir: Path, policies: Sequence[str], folder: Path) -> Iterator[dict[str, Server]]:
-    """Servers by policy, for as long as the block runs."""
+def serving(run_dir: Path, names: Sequence[str], folder: Path) -> Iterator[dict[str, Server]]:
+    """Servers by name, for as long as the block runs."""
     with ExitStack() as stack:
         servers = {}
-        for policy in policies:
-            servers[policy] = server = Server(run_dir, policy, folder)
+        for name in names:
+            servers[name] = server = Server(run_dir, name, folder)
             stack.callback(server.stop)
         yield servers
 
@@ -143,11 +155,14 @@ def overhead_ms(sent: Sent) -> float:
     return round(sent.client_ms - sent.report["queue_ms"] - sent.report["answer_ms"], 3)
 
 
-def summarise_slice(sent: Sequence[Sent], accepted: int, seconds: float) -> dict[str, Any]:
+def summarise_slice(sent: Sequence[Sent], accepted: int, seconds: int) -> dict[str, Any]:
     """What a slice counts, ready for JSON."""
     answered = [one for one in sent if one.status == 200]
     # Accepted and not answered: the deadline passed in the queue, or no worker was there.
     dropped = accepted - len(answered)
+    good_by_s = np.zeros(seconds)
+    for one in answered:
+        good_by_s[min(int(one.sent_s), len(good_by_s) - 1)] += one.right * one.is_met
     return {
         "seconds": seconds,
         "offered": len(sent),
@@ -157,7 +172,8 @@ def summarise_slice(sent: Sequence[Sent], accepted: int, seconds: float) -> dict
         "late": sum(not one.is_met for one in answered) + dropped,
         "late_at_client": sum(one.client_ms > one.budget_ms for one in answered) + dropped,
         "right": sum(one.right for one in answered),
-        "good": sum(one.right for one in answered if one.is_met),
+        "good": float(good_by_s.sum()),
+        "good_by_s": good_by_s.tolist(),
         "overhead_ms": [overhead_ms(one) for one in answered],
         "statuses": {str(status): sum(one.status == status for one in sent) for status in {one.status for one in sent}},
     }
@@ -183,8 +199,7 @@ async def measure_slices(
             if (number, load, name) in done:
                 continue
             seed = [options.seed, number, round(100 * load)]
-            server = servers[SERVERS[name]]
-            loaded = await counted_load(server, asks, budgets_ms, load * capacity, options.slice_s, seed)
+            loaded = await counted_load(servers[name], asks, budgets_ms, load * capacity, options.slice_s, seed)
             record = {"what": "slice", "round": number, "load": load, "server": name}
             record |= summarise_slice(*loaded, options.slice_s)
             kept.append(record)
@@ -247,7 +262,7 @@ async def measure_memory(server: Server, asks: Sequence[Ask], first: int, last: 
 
 
 async def measure_flood(
-    server: Server, asks: Sequence[Ask], budgets_ms: Sequence[float], capacity: float, seconds: float
+    server: Server, asks: Sequence[Ask], budgets_ms: Sequence[float], capacity: float, seconds: int
 ) -> dict[str, Any]:
     """Ten times the capacity, and how soon afterwards a request is answered in time again."""
     sent, accepted = await counted_load(server, asks, budgets_ms, 10 * capacity, seconds, [11])
@@ -258,6 +273,7 @@ async def measure_flood(
         if one.status == 200 and one.is_met:
             recovered_s = time.perf_counter() - over_s
     found = summarise_slice(sent, accepted, seconds)
+    found.pop("good_by_s")
     overhead = found.pop("overhead_ms")
     lag_ms = [one.client_ms for one in sent if one.status == 429]
     return {
@@ -283,16 +299,18 @@ def share(slices: Sequence[dict[str, Any]], above: str, below: str) -> dict[str,
     return percentile_interval(mean, ratios).to_dict()
 
 
-def goodput_ratio(slices: Sequence[dict[str, Any]], load: float, other: str) -> dict[str, float]:
-    """Goodput over another server's, on the same arrivals, with the interval of resampled rounds."""
-    good = {(record["server"], record["round"]): record["good"] for record in slices if record["load"] == load}
-    rounds = sorted({number for name, number in good if name == other})
-    pairs = [{"above": good["pacevlm", number], "below": good[other, number]} for number in rounds]
-    return share(pairs, "above", "below")
+def compare_goodput(slices: Sequence[dict[str, Any]], load: float, other: str) -> dict[str, dict[str, float]]:
+    """Goodput over and less another server's on the same arrivals, with intervals of resampled seconds of arrival."""
+    by_s = {(record["server"], record["round"]): record["good_by_s"] for record in slices if record["load"] == load}
+    rounds = sorted({number for name, number in by_s if name == other})
+    both = np.array([np.concatenate([by_s[name, number] for number in rounds]) for name in ("pacevlm", other)]).T
+    pairs = [{"above": above, "below": below} for above, below in both.tolist()]
+    difference = bootstrap_mean(both[:, 0] - both[:, 1])
+    return {"ratio": share(pairs, "above", "below"), "difference_rps": difference.to_dict()}
 
 
 def summarise(slices: Sequence[dict[str, Any]], loads: Sequence[float]) -> dict[str, Any]:
-    rows, ratios = [], []
+    rows, ratios, differences = [], [], []
     for load in loads:
         for name in SERVERS:
             own = [record for record in slices if (record["load"], record["server"]) == (load, name)]
@@ -311,13 +329,18 @@ def summarise(slices: Sequence[dict[str, Any]], loads: Sequence[float]) -> dict[
                     "goodput_rps": sum(record["good"] for record in own) / seconds,
                 }
             )
-        ratios.append(
-            {"load": load} | {f"over_{other}": goodput_ratio(slices, load, other) for other in ("full", "table")}
-        )
+        compared = {other: compare_goodput(slices, load, other) for other in OTHERS}
+        for kind, kept in (("ratio", ratios), ("difference_rps", differences)):
+            kept.append({"load": load} | {f"over_{other}": found[kind] for other, found in compared.items()})
     light = [record for record in slices if (record["load"], record["server"]) == (min(loads), "pacevlm")]
     overhead = [ms for record in light for ms in record["overhead_ms"]]
     p50, p99 = np.percentile(overhead, [50, 99]).tolist()
-    return {"loads": rows, "goodput_ratios": ratios, "overhead_ms": {"p50": p50, "p99": p99, "n": len(overhead)}}
+    return {
+        "loads": rows,
+        "goodput_ratios": ratios,
+        "goodput_differences_rps": differences,
+        "overhead_ms": {"p50": p50, "p99": p99, "n": len(overhead)},
+    }
 
 
 def print_tables(found: dict[str, Any]) -> None:
@@ -339,19 +362,21 @@ def print_tables(found: dict[str, Any]) -> None:
             f"{row['goodput_rps']:.2f}",
         )
     CONSOLE.print(table)
-    for row in found["goodput_ratios"]:
-        parts = [
-            "{} {mean:.2f} ({low:.2f} to {high:.2f})".format(name, **row[f"over_{name}"]) for name in ("full", "table")
-        ]
-        CONSOLE.print(f"load {row['load']:g}: goodput over {', over '.join(parts)}")
+    for name, what in (("goodput_ratios", "over"), ("goodput_differences_rps", "less")):
+        for row in found[name]:
+            parts = [f"{what} {other} " + SHOWN.format(**row[f"over_{other}"]) for other in OTHERS]
+            CONSOLE.print(f"load {row['load']:g}: goodput {', '.join(parts)}")
 
 
 async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config = load_run_config(options.run_dir)
     splits = load_splits(config.data, config.picture)
+    bundle = read_bundle(bundle_folder(options.run_dir))
     asks = [Ask.of(example, splits.metric) for example in splits.test[: options.num_questions]]
     asks = [ask for ask in asks if len(ask.tail) <= MAX_PICTURE_BYTES]
-    full_p50_ms = float(read_bundle(bundle_folder(options.run_dir))["full_p50_ms"])
+    # So that ten thousand answers take two minutes.
+    cheap = [Ask.of(ask.example, ask.metric, knobs=str(bundle["knob_space"].cheapest)) for ask in asks]
+    full_p50_ms = float(bundle["full_p50_ms"])
     budgets_ms = [factor * full_p50_ms for factor in BUDGETS]
     header = {
         "run_dir": str(options.run_dir),
@@ -362,7 +387,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     kept = PartialFile(options.results / "serving.partial.jsonl", header, "interrupted benchmark of the server")
     known = {record["what"]: record for record in kept.records}
     found: dict[str, Any] = {"full_p50_ms": full_p50_ms, "budgets_ms": budgets_ms}
-    with serving(options.run_dir, list(SERVERS.values()), folder) as servers:
+    with serving(options.run_dir, list(SERVERS), folder) as servers:
         if "capacity" not in known:
             known["capacity"] = {
                 "what": "capacity",
@@ -376,13 +401,13 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     parts = {
         "flood": lambda server: measure_flood(server, asks, budgets_ms, capacity, options.flood_s),
         "kills": lambda server: measure_kills(server, asks, budgets_ms, 0.7 * capacity),
-        "memory": lambda server: measure_memory(server, asks, *options.memory),
+        "memory": lambda server: measure_memory(server, cheap, *options.memory),
         "shutdown": lambda server: measure_shutdown(server, asks),
     }
     for name, part in parts.items():
         if name not in known:
-            with serving(options.run_dir, ["bundle"], folder) as servers:
-                known[name] = {"what": name} | await part(servers["bundle"])
+            with serving(options.run_dir, ["pacevlm"], folder) as servers:
+                known[name] = {"what": name} | await part(servers["pacevlm"])
             kept.append(known[name])
         found[name] = {key: value for key, value in known[name].items() if key != "what"}
         CONSOLE.print(name, found[name])
@@ -397,8 +422,8 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"), help="an evaluated run")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--minutes", type=float, default=2.0, help="of each load and server")
-    parser.add_argument("--slice-s", type=float, default=15.0, help="seconds of a slice")
-    parser.add_argument("--flood-s", type=float, default=60.0, help="seconds at ten times the capacity")
+    parser.add_argument("--slice-s", type=int, default=15, help="seconds of a slice")
+    parser.add_argument("--flood-s", type=int, default=60, help="seconds at ten times the capacity")
     parser.add_argument("--memory", type=int, nargs=2, default=(2000, 10_000), help="requests between two looks")
     parser.add_argument("--loads", type=float, nargs="+", default=LOADS, help="multiples of capacity at full knobs")
     parser.add_argument("--num-questions", type=int, default=600)

@@ -43,7 +43,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         servers = {}
         for name, checkout in checkouts.items():
             (folder / name).mkdir()
-            servers[name] = server = Server(options.run_dir, "bundle", folder / name, checkout)
+            servers[name] = server = Server(options.run_dir, "pacevlm", folder / name, checkout)
             stack.callback(server.stop)
         for number in range(options.num_requests + 20):
             for name in rng.permutation(list(servers)):

@@ -11,6 +11,7 @@ from pacevlm.checks import MAX_COUNT, check_path, check_real, check_whole, shown
 from pacevlm.errors import ConfigError
 
 PolicyName = Literal["bundle", "lookup_table", "full"]
+AdmissionName = Literal["bounds", "predictions"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 MAX_BUDGET_MS = 3_600_000.0
@@ -29,6 +30,8 @@ class ServeConfig:
         port: TCP port; 0 takes a free one.
         model_name: what clients call the model.
         policy: what chooses the knobs: the `bundle`, its run's `lookup_table`, or nothing, with `full` knobs for all.
+        admission: what has to fit into a request's budget, behind what others take: the `bounds` on its latency, or its
+            `predictions`, which admit more and are late more often.
         default_budget_ms: budget of the whole request where a client gives none; 4 x the full configuration's median if
             None.
         api_key: what clients must send as bearer token; the environment's PACEVLM_API_KEY if None, and nothing if that
@@ -52,6 +55,7 @@ class ServeConfig:
     port: int = 8000
     model_name: str = "pacevlm"
     policy: PolicyName = "bundle"
+    admission: AdmissionName = "bounds"
     default_budget_ms: float | None = None
     api_key: str | None = None
     image_hosts: tuple[str, ...] = ()
@@ -80,6 +84,7 @@ class ServeConfig:
         for host in self.image_hosts:
             if not isinstance(host, str) or not re.fullmatch(r"[A-Za-z0-9.-]{1,253}", host):
                 raise ConfigError(f"image_hosts holds {shown(host)}; give names such as images.example.org")
-        for name, choices in (("policy", get_args(PolicyName)), ("log_level", get_args(LogLevel))):
+        for name, kind in (("policy", PolicyName), ("admission", AdmissionName), ("log_level", LogLevel)):
+            choices = get_args(kind)
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {shown(getattr(self, name))}; use one of {', '.join(choices)}")

@@ -33,6 +33,11 @@ MAX_RESTART_PAUSE_S = 30.0
 SLOW_RETRY_S = 1.0
 """When to come again while the machine is slow, or no worker there for longer than was expected."""
 FIRST_GAP_MS = 1.0
+SHED_ABOVE = 0.5
+"""While a larger share of the latest requests than this is refused, hopeless ones are not looked at."""
+PROBE_ABOVE, PROBE_EVERY_S, MAX_PROBES = 1.2, 1.0, 60
+"""A machine so many times slower than profiled is probed while nothing else is to be done: how often, and how many
+times behind a request."""
 
 
 @dataclass
@@ -94,7 +99,7 @@ class Engine:
         self._wake = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
         self._is_stopping = False
-        self._wants_probe = False
+        self._wants_probe, self._num_probes = False, 0
 
     # What the front must know ----------------------------------------------------------------------------------------
 
@@ -194,11 +199,18 @@ class Engine:
             raise WorkerError("the server is not running; try another one")
         if job.request_id in self._tickets:
             raise errors.ConfigError(f"a request {job.request_id!r} is being served already; give each its own id")
+        if self.schedule.refused > SHED_ABOVE:
+            self._shed(job, time.perf_counter())
         look = self.outlook.look(job)
         now_s = time.perf_counter()
-        entry = _entry(job, look)
         if not self.ready:  # a new worker may take longer than the last one did
             self.schedule.free_s = max(self.schedule.free_s, now_s + SLOW_RETRY_S)
+        entry = Entry(
+            job.request_id,
+            job.arrived_s + look.whole_budget_ms / 1e3,
+            *self._promised(float(look.predicted_ms[look.least]), float(look.bounds_ms["e2e"][look.least])),
+            float(look.bounds_ms["e2e"][look.most]),
+        )
         try:
             self._check_time(look, entry, now_s)
             refusal = self.schedule.admit(entry, now_s)
@@ -220,6 +232,28 @@ class Engine:
         ticket.timer = asyncio.get_running_loop().call_later(entry.deadline_s - now_s + 1e-3, self._expire)
         self._wake.set()
         return ticket
+
+    def _shed(self, job: Job, now_s: float) -> None:
+        """Refuse without a look, which takes a third of a request's work here, what is hopeless whatever it holds."""
+        budget_ms = job.budgets_ms.get("e2e") if job.budgets_ms else self.default_budget_ms
+        if job.image is None or budget_ms is None:
+            return
+        cheapest_ms, bound_ms = self._promised(*self.outlook.lightest_ms)
+        entry = Entry(job.request_id, job.arrived_s + budget_ms / 1e3, cheapest_ms, bound_ms, bound_ms)
+        refusal = self.schedule.admit(entry, now_s, is_lightest=True)
+        if refusal is not None:
+            self._stats.refused += 1
+            retry_s = refusal.retry_s - now_s
+            raise OverloadError(
+                "no request could be answered within such a budget behind those accepted before it; "
+                f"try again in {max(retry_s, 0.01):.2f} s",
+                retry_s,
+                math.inf,
+            )
+
+    def _promised(self, predicted_ms: float, bound_ms: float) -> tuple[float, float]:
+        """What cheapest knobs are predicted to take, and what has to fit."""
+        return predicted_ms, bound_ms if self.config.admission == "bounds" else predicted_ms
 
     def cancel(self, ticket: Ticket) -> None:
         """See `Ticket.cancel`."""
@@ -293,13 +327,22 @@ class Engine:
             elif self._is_stopping:
                 return
             else:
-                self._wake.clear()
+                await self._rest()
+
+    async def _rest(self) -> None:
+        """Until there is something to do; find out meanwhile whether a slow machine still is."""
+        is_slow = max(self.schedule.factor, self.schedule.pace) > PROBE_ABOVE and self._num_probes < MAX_PROBES
+        self._wake.clear()
+        try:
+            async with asyncio.timeout(PROBE_EVERY_S if is_slow else None):
                 await self._wake.wait()
+        except TimeoutError:
+            self._wants_probe = True
 
     async def _serve(self, turn: Turn) -> None:
         ticket = self._tickets[turn.entry.key]
         ticket.attempts += 1
-        self._running = ticket
+        self._running, self._num_probes = ticket, 0
         try:
             assert self._worker is not None
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + HANG_S + _bound_s(turn)):
@@ -326,7 +369,7 @@ class Engine:
                     ticket.add_token(message["id"])
             else:
                 break
-        self.schedule.end()
+        self.schedule.end(time.perf_counter())
         if message["type"] == "failed":
             self._stats.failed += 1
             ticket.finish(_error(message))
@@ -348,10 +391,16 @@ class Engine:
 
     async def _run_probe(self) -> None:
         assert self._worker is not None
+        schedule = self.schedule
+        self._num_probes += 1
+        schedule.expect(time.perf_counter() + self.outlook.lightest_ms[0] * schedule.factor / 1e3)  # or a little more
         try:
             async with asyncio.timeout(HANG_S):
                 self._worker.send({"type": "probe"})
-                self.schedule.factor = (await self._worker.receive())["drift_factor"]
+                message = await self._worker.receive()
+            schedule.factor = message["drift_factor"]
+            schedule.learn(message["predicted_ms"], message["took_ms"])
+            schedule.free_s = -math.inf
         except (ConnectionError, asyncio.IncompleteReadError, TimeoutError):
             await self._replace_worker(None, None)
 
@@ -384,7 +433,7 @@ class Engine:
                     break
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, MAX_RESTART_PAUSE_S)
-        self.schedule.end()
+        self.schedule.end(time.perf_counter())
 
     async def _take(self, worker: WorkerProcess) -> None:
         """Wait until a worker is warm; raises what it could not do."""
@@ -402,16 +451,6 @@ class Engine:
         self.schedule.factor = message["drift_factor"]
         self.ready = True
         log.info("a worker is ready after %.1f s", self._load_s)
-
-
-def _entry(job: Job, look: Look) -> Entry:
-    return Entry(
-        job.request_id,
-        job.arrived_s + look.whole_budget_ms / 1e3,
-        float(look.predicted_ms[look.least]),
-        float(look.bounds_ms["e2e"][look.least]),
-        float(look.bounds_ms["e2e"][look.most]),
-    )
 
 
 def _message(ticket: Ticket, turn: Turn) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from pacevlm.pacer import (
 )
 from pacevlm.server.config import MAX_BUDGET_MS, ServeConfig
 from pacevlm.server.job import Job
-from pacevlm.types import BudgetKind
+from pacevlm.types import BudgetKind, RequestSizes
 
 Array = NDArray[np.float64]
 
@@ -149,6 +150,16 @@ class Outlook:
         if self.lengths is not None:
             self.lengths = dataclasses.replace(self.lengths, weights=(1.0,))
             self._scores = scores
+
+    @cached_property
+    def lightest_ms(self) -> tuple[float, float]:
+        """What no request with a picture takes less than, with its cheapest knobs: predicted, and at most."""
+        model = self.model
+        (least, _), one = self._knobs(None), np.array([1])
+        sizes = [RequestSizes(model.vision_sizes(1, 1), num_text_tokens=1, num_pixels=1)]
+        place = (0, *model.knob_space.place(least))
+        bounds_ms = self.guardrail.upper_bounds_many_ms(sizes, one)
+        return float(self.estimator.predict_many(sizes, one)[place]), float(bounds_ms[place])
 
     def look(self, job: Job) -> Look:
         """Check a request and bound how long it takes.

@@ -80,6 +80,8 @@ class Schedule:
     Under load time has a price, so that nobody spends for little what others are refused for: of the requests that
     could be answered with their cheapest knobs in one full latency, the share that was refused lately would be there,
     each worth up to a right answer. That is the shadow price of time; without it the first in a queue spends all slack.
+    Time in which nothing ran counts as the requests that could have run in it, so that a quiet queue soon forgets the
+    price of an overload, and a busy one does not.
 
     Nobody starves: a deadline comes closer, and only requests with earlier ones go first, which are accepted only as
     long as it is kept.
@@ -102,18 +104,27 @@ class Schedule:
     def __init__(self, max_waiting: int = 256) -> None:
         self.max_waiting = max_waiting
         self.waiting: list[Entry] = []
-        self.free_s = -math.inf
+        self.free_s, self._ended_s = -math.inf, math.inf
         self.factor, self.pace, self.gap_ms, self.refused = 1.0, 1.0, 0.0, 0.0
 
-    def admit(self, entry: Entry, now_s: float) -> Refusal | None:
+    def admit(self, entry: Entry, now_s: float, *, is_lightest: bool = False) -> Refusal | None:
         """Accept a request into the queue, or say why not.
 
         A larger budget is never refused where a smaller one would be accepted: a request that fits only in front of
         others with earlier deadlines is promised an earlier one itself.
+
+        Args:
+            is_lightest: the request itself may take longer than the entry. It is refused if even that does not fit
+                behind others, and else neither accepted nor counted.
         """
         soonest_s = self.soonest_s(entry, now_s)
         is_refused = entry.due_s < soonest_s or len(self.waiting) >= self.max_waiting
-        if now_s + self._bound_s(entry) <= entry.deadline_s:  # else nobody but itself is to blame
+        others_are_to_blame = now_s + self._bound_s(entry) <= entry.deadline_s
+        if is_lightest:
+            if not (is_refused and others_are_to_blame):
+                return None
+            entry = replace(entry, bound_ms=math.inf)  # whatever it takes, it is accepted once all others are over
+        if others_are_to_blame:
             self.refused += NEWEST * (is_refused - self.refused)
         if is_refused:
             return Refusal(self.retry_s(entry, now_s), soonest_s)
@@ -140,6 +151,7 @@ class Schedule:
             between_s += self._take_s(other)
         until_s = max(until_s - self.gap_ms / 1e3, now_s)
         self.free_s = min(max(until_s, now_s + self._bound_s(entry)), now_s + self._most_s(entry))
+        self.refused *= (1 - NEWEST) ** (max(now_s - self._ended_s, 0.0) / self._most_s(entry))
         price = 100 * self.refused * entry.dearest_ms / entry.bound_ms
         return Turn(entry, until_s, min(price, MAX_PRICE))
 
@@ -147,9 +159,9 @@ class Schedule:
         """The running request, whose knobs are chosen, will be over by then at the latest."""
         self.free_s = end_s + self.gap_ms / 1e3
 
-    def end(self) -> None:
+    def end(self, now_s: float) -> None:
         """The running request is over."""
-        self.free_s = -math.inf
+        self.free_s, self._ended_s = -math.inf, now_s
 
     def learn(self, predicted_ms: float, took_ms: float) -> None:
         """Follow what requests take on average.

@@ -254,7 +254,7 @@ def simulate(traffic: Traffic, load: Load) -> Tally:
     while events:
         now_s, i, place = heapq.heappop(events)
         if place >= 0:
-            devices[place].schedule.end()
+            devices[place].schedule.end(now_s)
             devices[place].free_s = None
             begin(place, now_s)
             continue

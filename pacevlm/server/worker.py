@@ -203,12 +203,13 @@ class Worker:
             run_request(self.pacer.model, policy, image, "?", self.loose, self.pacer.pacing)
 
     def _probe(self) -> None:
-        """Run a made-up request, so that drift is learned while nobody is accepted."""
+        """Run a made-up request, so that the machine's speed is learned while nobody is accepted, or nobody asks."""
         pacer = self.pacer
-        run_request(
+        answer = run_request(
             pacer.model, CheapestPolicy(self.space), self.sample, "?", self.loose, pacer.pacing, drift=pacer.drift
         )
-        send(self.connection, {"type": "probed", "drift_factor": self.drift_factor})
+        times = {"predicted_ms": answer.predicted_ms, "took_ms": answer.times.covered_ms(answer.kind)}
+        send(self.connection, {"type": "probed", "drift_factor": self.drift_factor, **times})
 
     def _track_drift(self) -> None:
         try:

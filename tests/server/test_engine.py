@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 
 from pacevlm.errors import (
@@ -229,6 +231,48 @@ def test_more_than_can_be_answered_is_refused_with_the_truth(running: Running) -
     assert all(running.result(ticket).answer.budget_met for ticket in tickets)
 
 
+def test_while_most_is_refused_what_is_hopeless_is_not_looked_at(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, looks = running.engine, []
+    look = engine.outlook.look
+    least = look(running.job())
+    lightest_ms = float(least.predicted_ms[least.least]), float(least.bounds_ms["e2e"][least.least])
+    assert all(np.array(engine.outlook.lightest_ms) < lightest_ms)
+    monkeypatch.setattr(engine.outlook, "lightest_ms", lightest_ms)  # else it depends on what is left of the queue
+    monkeypatch.setattr(engine.outlook, "look", lambda job: looks.append(job) or look(job))
+    running.signal(signal.SIGSTOP)
+    tickets = []
+    with suppress(OverloadError):
+        while True:
+            tickets.append(running.submit(budgets_ms={"e2e": 10_000.0}))
+    for refused, num_looks in ((0.4, 1), (0.6, 0)):
+        engine.schedule.refused = refused
+        looks.clear()
+        with pytest.raises(OverloadError, match="try again in"):
+            running.submit(budgets_ms={"e2e": 5_000.0})
+        assert len(looks) == num_looks
+    with pytest.raises(BudgetError):  # what nobody could answer is told so as ever
+        running.submit(budgets_ms={"e2e": 100.0})
+    tickets.append(running.submit(budgets_ms={"e2e": LONG_MS}))
+    running.signal(signal.SIGCONT)
+    assert all(running.result(ticket).answer.budget_met for ticket in tickets)
+
+
+def test_by_predictions_more_is_accepted_than_by_bounds(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = running.engine
+    look = engine.outlook.look(running.job())
+    between_ms = float(look.predicted_ms[look.least] + look.bounds_ms["e2e"][look.least]) / 2
+    with pytest.raises(BudgetError):
+        running.submit(budgets_ms={"e2e": between_ms})
+    monkeypatch.setattr(engine, "config", dataclasses.replace(engine.config, admission="predictions"))
+    answer = running.result(running.submit(budgets_ms={"e2e": between_ms})).answer
+    assert answer.knobs == engine.knob_space.cheapest
+    assert not answer.feasible  # nothing was promised
+    with pytest.raises(BudgetError):
+        running.submit(budgets_ms={"e2e": 0.9 * float(look.predicted_ms[look.least])})
+
+
 def test_the_earliest_deadline_is_answered_first_and_a_client_may_leave(running: Running) -> None:
     running.signal(signal.SIGSTOP)
     budgets_ms = [60_000.0, 50_000.0, 20_000.0, 40_000.0, 30_000.0]
@@ -301,6 +345,24 @@ def hold(running: Running, send: Callable[..., None]) -> Callable[..., None]:
         send(*message)
 
     return stop_first
+
+
+def test_a_machine_that_was_slow_is_probed_while_there_is_nothing_else_to_do(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pacevlm.server.engine.PROBE_EVERY_S", 0.01)
+    schedule, before = running.engine.schedule, running.call(running.engine.stats).accepted
+
+    def slow_down() -> None:
+        schedule.factor, schedule.pace = 3.0, 2.0
+        running.engine._wake.set()
+
+    running.call(slow_down)
+    running.until(lambda: schedule.factor <= 1.0 and schedule.pace <= 1.2)  # what requests of this profile show
+    assert running.call(running.engine.stats).accepted == before
+    assert schedule.free_s == -math.inf
+    assert 0 < running.engine._num_probes < 60
+    assert running.result(running.submit(budgets_ms={"e2e": 5000.0})).answer.budget_met
 
 
 def test_drift_is_learned_and_stopping_finishes_what_was_accepted(running: Running, served_run: Path) -> None:

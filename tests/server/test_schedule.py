@@ -45,7 +45,7 @@ class World:
                 self.now_s = self.end_s
                 self.done[self.running.key] = self.now_s
                 self.running = None
-                self.schedule.end()
+                self.schedule.end(self.now_s)
             assert self.schedule.expire(self.now_s) == []  # nothing accepted comes too late
             turn = self.schedule.start(self.now_s)
             if turn is None:
@@ -100,7 +100,7 @@ def test_the_budget_of_the_head_leaves_all_behind_feasible(seed: int) -> None:
     for world, entry in arrivals(seed, 4.0):
         world.schedule.admit(entry, world.now_s)
         trial = copy.deepcopy(world.schedule)
-        trial.end()
+        trial.end(world.now_s)
         turn = trial.start(world.now_s)
         if turn is None:
             continue
@@ -143,6 +143,35 @@ def test_a_refusal_tells_the_truth(seed: int, load: float) -> None:
                 again = replace(entry, deadline_s=retry_s + budget_s, due_s=retry_s + budget_s)
                 assert later.schedule.admit(again, retry_s) is None
     assert num_refused > 5
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_is_hopeless_as_the_lightest_request_is_hopeless_as_itself(seed: int) -> None:
+    """Refusing it without a look at it refuses nothing else, and the time that it is told is late enough."""
+    num_shed = num_refused = 0
+    for number, (world, entry) in enumerate(arrivals(seed, 6.0)):
+        trial, before = copy.deepcopy(world.schedule), copy.deepcopy(world.schedule)
+        lightest = replace(entry, cheapest_ms=5.0, bound_ms=5.0)
+        refusal = trial.admit(lightest, world.now_s, is_lightest=True)
+        is_refused = world.schedule.admit(entry, world.now_s) is not None
+        num_refused += is_refused
+        if refusal is None:
+            assert (trial.waiting, trial.refused) == (before.waiting, before.refused)
+            continue
+        num_shed += 1
+        assert is_refused
+        assert trial.waiting == before.waiting
+        assert trial.refused > before.refused
+        budget_s = entry.deadline_s - world.now_s
+        if budget_s >= entry.bound_ms / 1e3:
+            later = copy.deepcopy(world)
+            later.rng = np.random.default_rng([seed, number])
+            later.advance(refusal.retry_s + EPSILON_S)
+            again = replace(entry, deadline_s=later.now_s + budget_s, due_s=later.now_s + budget_s)
+            assert later.schedule.admit(again, later.now_s) is None
+    assert num_shed > 0.3 * num_refused > 5
+    # One that nothing is promised to is left to be told so.
+    assert Schedule().admit(Entry("a", 1.0, 5.0, math.inf, math.inf), 0.0, is_lightest=True) is None
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -237,6 +266,31 @@ def test_time_has_a_price_while_others_are_refused() -> None:
     assert price() < 2.0
 
 
+def test_a_quiet_queue_forgets_the_price_and_a_busy_one_does_not() -> None:
+    def price_after(quiet_s: float, num_requests: int) -> float:
+        """Of a request after an overload, a pause, and some requests that run one right after another."""
+        schedule = Schedule()
+        schedule.refused = 0.8
+        schedule.end(1.0)
+        now_s = 1.0 + quiet_s
+        for number in range(num_requests):
+            assert schedule.admit(Entry(str(number), now_s + 1.0, 10.0, 12.0, 50.0), now_s) is None
+            turn = schedule.start(now_s)
+            assert turn is not None
+            now_s += 0.05
+            schedule.end(now_s)
+        return turn.price
+
+    at_once = price_after(0.0, 1)
+    assert at_once == pytest.approx(100 * 0.8 * 0.98 * 50 / 12)
+    prices = [price_after(quiet_s, 1) for quiet_s in (0.0, 0.5, 5.0, 50.0)]
+    assert prices == sorted(prices, reverse=True)
+    # As if requests had run in that time, each as long as this one may; a busy queue forgets by requests alone.
+    assert price_after(5.0, 1) == pytest.approx(price_after(0.0, 101))
+    assert prices[-1] < 1e-6 * at_once
+    assert price_after(0.0, 35) == pytest.approx(at_once / 2, rel=0.01)
+
+
 def test_a_slower_machine_takes_fewer() -> None:
     def num_accepted(factor: float, pace: float) -> int:
         schedule = Schedule()
@@ -273,7 +327,7 @@ def test_a_place_can_be_given_up_and_taken_again() -> None:
     assert schedule.admit(entries[2], 0.0) is None
     turn = schedule.start(0.0)
     assert turn is not None
-    schedule.end()
+    schedule.end(0.0)
     schedule.readmit(turn.entry)
     assert [entry.key for entry in schedule.waiting] == ["1", "2"]
     assert [entry.key for entry in schedule.expire(2.0)] == ["1"]
