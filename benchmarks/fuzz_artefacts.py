@@ -226,7 +226,7 @@ class Doors:
 
     def _outcomes(self, path: Path) -> None:
         """What opens has to be read to its end, and to be written to."""
-        store = OutcomeStore.open(path, self.model.identity)
+        store = OutcomeStore(self.model.identity, path)
         assert all(store.get(*key) is not None for key in store), "an outcome is not found"
         store.add([("fuzzed", self.space.full, StoredAnswer("", 1, 1))])
 

@@ -74,7 +74,7 @@ def timed_add(path: Path, num_outcomes: int) -> dict[str, float]:
     Returns:
         Seconds of all batches, and milliseconds of the median batch, the slowest, and the median synchronisation.
     """
-    store, seconds, syncs = OutcomeStore.open(path, MODEL), [], []
+    store, seconds, syncs = OutcomeStore(MODEL, path), [], []
     with path.with_suffix(".probe").open("wb", buffering=0) as probe:
         for number, batch in enumerate(batches(num_outcomes)):
             started = time.perf_counter()
@@ -96,13 +96,13 @@ def timed_add(path: Path, num_outcomes: int) -> dict[str, float]:
 def opened(path: Path, num_outcomes: int) -> dict[str, float]:
     """Open a store in a process that did nothing before."""
     before, started = rss_mb(), time.perf_counter()
-    OutcomeStore.open(path, MODEL)
+    OutcomeStore(MODEL, path)
     return {"open_s": time.perf_counter() - started, "open_rss_mb": rss_mb(), "start_rss_mb": before}
 
 
 def looked_up(path: Path, num_outcomes: int) -> dict[str, float]:
     """Open a store and ask for all that it holds."""
-    store = OutcomeStore.open(path, MODEL)
+    store = OutcomeStore(MODEL, path)
     return {"lookup_s": ask_twice(store.__contains__, store.get, num_outcomes), "lookup_rss_mb": rss_mb()}
 
 
@@ -183,13 +183,13 @@ def remembered_sweeps(folder: Path, num_examples: int, rounds: int) -> list[dict
     jobs = [(example, knobs) for example in examples for knobs in SPACE]
     answers = answer_all(list(dict.fromkeys(example.content_id for example in examples)), random.Random(0))
     path = folder / "sweep.sqlite"
-    OutcomeStore.open(path, model.identity).add(answers)
-    kept = OutcomeStore.open(path, model.identity)
+    OutcomeStore(model.identity, path).add(answers)
+    kept = OutcomeStore(model.identity, path)
     ways: dict[str, Callable[[], OutcomeStore]] = {
         "dictionary": lambda: in_memory,
         "kept": lambda: kept,
-        "read": lambda: OutcomeStore.open(path, model.identity),
-        "beyond what is kept": lambda: OutcomeStore.open(path, model.identity),
+        "read": lambda: OutcomeStore(model.identity, path),
+        "beyond what is kept": lambda: OutcomeStore(model.identity, path),
     }
     in_memory, most = InDictionary(answers, model.identity), outcome_store.MAX_KEPT
     seconds: dict[str, list[float]] = {way: [] for way in ways}

@@ -311,7 +311,7 @@ def main() -> None:
         }
     earlier = arguments.results / "outcome-store-cpu.json"
     if earlier.exists():
-        results["store"] = read_json(earlier, "results of the outcome store", DataError)
+        results["store"] = read_json(earlier, "results of the outcome store", DataError)["store"]
     show(results, Console())
     write_result(results, arguments.results, "scale", console)
     if results["lost"]:

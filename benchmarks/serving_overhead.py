@@ -2,7 +2,7 @@
 """What the server adds to an answer: the client's time less the queue and the answer, of this checkout and another's.
 
 One request at a time, each to both servers in random order, with a pause before it. Prints a table and one JSON line;
-the same goes to RESULTS/serving_overhead-cpu.json. The other checkout is a folder with the package in it, such as
+the same goes to RESULTS/serving-overhead-cpu.json. The other checkout is a folder with the package in it, such as
 `git worktree add --detach /tmp/before main` makes; without one this checkout is measured alone.
 """
 
@@ -84,7 +84,7 @@ def main() -> None:
     CONSOLE.print(table)
     settings = {"run_dir": options.run_dir.name, "num_requests": options.num_requests}
     facts = provenance(collect_device_facts("cpu", torch.float32))
-    write_result({**facts, "settings": settings, "overhead_ms": found}, options.results, "serving_overhead", CONSOLE)
+    write_result({**facts, "settings": settings, "overhead_ms": found}, options.results, "serving-overhead", CONSOLE)
 
 
 if __name__ == "__main__":

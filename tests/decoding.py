@@ -53,3 +53,11 @@ def with_graph_steps(model: ElasticModel) -> ElasticDecoder:
     """The model's decoder with single rows as a CUDA device runs them."""
     order, after = model.decoder.order, model.stage2_after
     return ElasticDecoder(model.adapter, order, after, GraphDecode(model.adapter, order, after))
+
+
+def check_same(decoder: ElasticDecoder, other: ElasticDecoder, prefix: Prefix, knobs: Knobs) -> None:
+    """Both give the same tokens, and the same logits but for rounding."""
+    tokens, logits = generate(decoder, prefix, knobs)
+    expected_tokens, expected = generate(other, prefix, knobs)
+    assert tokens == expected_tokens
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))

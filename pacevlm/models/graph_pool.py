@@ -21,10 +21,9 @@ class GraphPool:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self._pool, self._stream = device, None, None
-
-    _pool: Any
-    _stream: Any
+        self.device = device
+        self._pool: Any = None
+        self._stream: Any = None
 
     def capture(self, run: Callable[[], T], num_warmup: int = NUM_WARMUP) -> tuple[torch.cuda.CUDAGraph, T]:
         """A graph of what `run` launches, and what it returned, which every replay writes over."""

@@ -167,7 +167,7 @@ class RunContext:
     def engine(self) -> RolloutEngine:
         """The rollout engine, with the run directory's outcome store."""
         with saying_how_to_go_on():
-            store = OutcomeStore.open(self.run_dir / OUTCOMES_NAME, self.model.identity)
+            store = OutcomeStore(self.model.identity, self.run_dir / OUTCOMES_NAME)
         return RolloutEngine(self.model, self.splits.metric, store, ranks=current_ranks())
 
     @cached_property

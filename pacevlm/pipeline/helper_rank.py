@@ -155,10 +155,8 @@ class _Helper:
     def tokens(self, head: Mapping[str, Any], tensors: Sequence[Tensor]) -> Said:
         """Outputs of latency tokens."""
         engine = self.engine_of(head["model"])
-        examples, tiers = (
-            [self.examples[content] for content, _ in head["visits"]],
-            [tier for _, tier in head["visits"]],
-        )
+        examples = [self.examples[content] for content, _ in head["visits"]]
+        tiers = [tier for _, tier in head["visits"]]
         wants_gradient = head["graph"] is not None
         tokens = tensors[0].to(engine.model.device).requires_grad_(wants_gradient)
         with torch.set_grad_enabled(wants_gradient):

@@ -170,8 +170,8 @@ class RolloutEngine:
         done = 0
 
         def keep(keys: Sequence[RowKey], answers: Sequence[StoredAnswer]) -> None:
-            given = dict(zip(keys, answers, strict=True))
-            self.store.add([(content, way, given[content, way]) for content, way in keys if isinstance(way, Knobs)])
+            pairs = zip(keys, answers, strict=True)
+            self.store.add([(content, way, answer) for (content, way), answer in pairs if isinstance(way, Knobs)])
 
         for number in self.answer(fresh, keep):
             done += number

@@ -83,11 +83,6 @@ class OutcomeStore:
             weakref.finalize(self, self._database.close)
             self._check()
 
-    @classmethod
-    def open(cls, path: str | Path, model_identity: str) -> OutcomeStore:
-        """The store of a file, which need not exist yet."""
-        return cls(model_identity, path)
-
     def __len__(self) -> int:
         (row,) = self._rows("SELECT count(*) FROM outcomes")
         return int(row[0])

@@ -148,6 +148,21 @@ def test_absent_cuda_device_is_refused() -> None:
         collect_device_facts("cuda", "float32")
 
 
+def test_a_profile_says_how_many_other_ranks_slept(
+    monkeypatch: pytest.MonkeyPatch, make_profile: Any, tmp_path: Path
+) -> None:
+    alone = collect_device_facts("cpu", torch.float32)
+    launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+    led = collect_device_facts("cpu", torch.float32)
+    assert (alone.num_idle_ranks, led.num_idle_ranks) == (0, 2)
+    assert led.identity == alone.identity
+    path = tmp_path / "profile.json"
+    dataclasses.replace(make_profile((SAMPLE,)), device=led).save(path)
+    assert Profile.load(path).device == led
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_device_facts_name_the_cuda_device() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from decoding import generate, prefixes_of, with_graph_steps
+from decoding import check_same, generate, prefixes_of, with_graph_steps
 
 from pacevlm.errors import ConfigError
 from pacevlm.knobs import Knobs
@@ -34,10 +34,7 @@ def test_graph_steps_are_the_loops_steps(
     assert len({prefix.num_tokens for prefix in prefixes}) > 2
     for number, prefix in enumerate(prefixes):
         for knobs in (*list(space)[number :: len(prefixes)], space.full, space.cheapest):
-            tokens, logits = generate(decoder, prefix, knobs)
-            expected_tokens, expected = generate(law_model.decoder, prefix, knobs)
-            assert tokens == expected_tokens
-            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
+            check_same(decoder, law_model.decoder, prefix, knobs)
 
 
 def test_steps_run_in_any_mode(tiny_elastic: ElasticModel, law_examples: list[Example]) -> None:

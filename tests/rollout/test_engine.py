@@ -282,7 +282,7 @@ def test_stored_answers_are_given_back_and_not_run(
     RolloutEngine(tiny_elastic, LENGTHS, OutcomeStore(tiny_elastic.identity, path)).run(jobs[:10])
     mark = read_answers(path)[0]
     change(path, "UPDATE outcomes SET answer = 'stored' WHERE (content, knobs) = (?, ?)", mark.content, mark.knobs)
-    engine = RolloutEngine(tiny_elastic, LENGTHS, OutcomeStore.open(path, tiny_elastic.identity))
+    engine = RolloutEngine(tiny_elastic, LENGTHS, OutcomeStore(tiny_elastic.identity, path))
     outcomes = engine.run(jobs)
     fresh = RolloutEngine(tiny_elastic, LENGTHS).run(jobs)
     marked = [(e.content_id, str(k)) == (mark.content, mark.knobs) for e, k in jobs]
@@ -306,7 +306,7 @@ def test_an_interrupted_run_keeps_every_batch_that_was_done(
 
     with use_num_threads(1), pytest.raises(KeyboardInterrupt):
         RolloutEngine(tiny_elastic, store=OutcomeStore(tiny_elastic.identity, path), max_rows=3).run(jobs, stop)
-    assert len(OutcomeStore.open(path, tiny_elastic.identity)) == 6
+    assert len(OutcomeStore(tiny_elastic.identity, path)) == 6
 
 
 def test_answers_outlive_metric_and_references_but_scores_do_not(

@@ -50,7 +50,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_store_finds_what_it_holds_and_nothing_else(in_memory: bool, path: Path) -> None:
     store = filled(None if in_memory else path)
-    for one in (store, *(() if in_memory else (OutcomeStore.open(path, "model-1"),))):
+    for one in (store, *(() if in_memory else (OutcomeStore("model-1", path),))):
         assert len(one) == len(ANSWERS)
         assert held(one) == ANSWERS
         assert all((content_id, knobs) in one for content_id, knobs, _ in ANSWERS)
@@ -66,17 +66,17 @@ def test_what_was_stored_first_stays(path: Path) -> None:
     store.add([(content_id, knobs, StoredAnswer("other", 1, 1))])
     store.add([])
     assert path.read_bytes() == before
-    assert store.get(content_id, knobs) == OutcomeStore.open(path, "model-1").get(content_id, knobs) == answer
+    assert store.get(content_id, knobs) == OutcomeStore("model-1", path).get(content_id, knobs) == answer
     store.add([("c" * 32, knobs, answer), ("c" * 32, knobs, StoredAnswer("other", 1, 1))])
     assert store.get("c" * 32, knobs) == answer
 
 
 def test_every_answer_is_in_the_file_at_once(tmp_path: Path) -> None:
     path = tmp_path / "new" / "outcomes.sqlite"
-    store = OutcomeStore.open(path, "model-1")
+    store = OutcomeStore("model-1", path)
     for number, answer in enumerate(ANSWERS, start=1):
         store.add([answer])
-        assert held(OutcomeStore.open(path, "model-1")) == ANSWERS[:number]
+        assert held(OutcomeStore("model-1", path)) == ANSWERS[:number]
         assert [file.name for file in path.parent.iterdir()] == [path.name]  # no journal stays
     assert [row[:3] for row in read_answers(path)] == [(c, str(knobs), a.answer) for c, knobs, a in ANSWERS]
 
@@ -85,12 +85,12 @@ def test_reading_writes_nothing_and_needs_no_right_to(path: Path) -> None:
     filled(path)
     before = path.read_bytes()
     path.chmod(0o444)
-    assert held(OutcomeStore.open(path, "model-1")) == ANSWERS
+    assert held(OutcomeStore("model-1", path)) == ANSWERS
     assert path.read_bytes() == before
 
 
 def test_what_another_store_answered_first_is_what_both_give(path: Path) -> None:
-    one, other = filled(path), OutcomeStore.open(path, "model-1")
+    one, other = filled(path), OutcomeStore("model-1", path)
     key = ("d" * 32, Knobs("low", 4, 12))
     assert key not in one
     other.add([(*key, StoredAnswer("first", 5, 5))])
@@ -100,7 +100,7 @@ def test_what_another_store_answered_first_is_what_both_give(path: Path) -> None
 
 def test_few_contents_are_kept_in_memory_and_all_are_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outcome_store, "MAX_KEPT", 10)
-    store, knobs = OutcomeStore.open(path, "model-1"), list(KnobSpace())[:4]
+    store, knobs = OutcomeStore("model-1", path), list(KnobSpace())[:4]
     keys = [(f"{number:032x}", choice) for number in range(20) for choice in knobs]
     assert not any(key in store for key in keys)
     store.add([(*key, StoredAnswer(str(key), 1, 1)) for key in keys])
@@ -114,11 +114,11 @@ def test_few_contents_are_kept_in_memory_and_all_are_found(path: Path, monkeypat
 def test_outcomes_of_another_model_are_refused(path: Path) -> None:
     filled(path)
     with pytest.raises(IdentityError, match=r"outcome store .*model-1.*model-2"):
-        OutcomeStore.open(path, "model-2")
+        OutcomeStore("model-2", path)
 
 
 def test_threads_add_each_answer_once(path: Path) -> None:
-    store, knobs = OutcomeStore.open(path, "model-1"), Knobs("low", 4, 12)
+    store, knobs = OutcomeStore("model-1", path), Knobs("low", 4, 12)
     seen: list[bool] = []
 
     def work(worker: int) -> None:
@@ -135,11 +135,11 @@ def test_threads_add_each_answer_once(path: Path) -> None:
         thread.join()
     assert seen == [True] * 320
     assert len(store) == 160
-    assert held(OutcomeStore.open(path, "model-1")) == held(store)
+    assert held(OutcomeStore("model-1", path)) == held(store)
 
 
 def write_much(path: Path, worker: int, num: int) -> None:
-    store = OutcomeStore.open(path, "model-1")
+    store = OutcomeStore("model-1", path)
     for number in range(num):
         knobs = Knobs("low", 1 + number, 12)
         # Every second answer is one that the others have as well.
@@ -156,7 +156,7 @@ def test_processes_that_write_at_once_lose_nothing_and_store_nothing_twice(path:
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    store = OutcomeStore.open(path, "model-1")
+    store = OutcomeStore("model-1", path)
     assert len(store) == 60 + 30 + 3 * 30
     assert len(set(store)) == len(store)
 
@@ -166,7 +166,7 @@ import sys
 from pathlib import Path
 from pacevlm.knobs import Knobs
 from pacevlm.rollout.outcome_store import OutcomeStore, StoredAnswer
-store = OutcomeStore.open(sys.argv[1], "model-1")
+store = OutcomeStore("model-1", sys.argv[1])
 for number in range(int(sys.argv[2]), 10**6):
     content, answer = f"{number * 7919 % 10**6:032x}", StoredAnswer("x" * 200, 1, 1)
     store.add([(content, Knobs("low", 4, blocks), answer) for blocks in range(1, 41)])
@@ -191,7 +191,7 @@ def test_a_killed_writer_loses_at_most_its_last_call(path: Path) -> None:
         for file in path.parent.glob(f"{path.name}*"):
             shutil.copy(file, copy)
         for left in (copy / path.name, path):
-            store = OutcomeStore.open(left, "model-1")
+            store = OutcomeStore("model-1", left)
             assert len(store) in (40 * done, 40 * (done + 1))
         done = len(store) // 40
 
@@ -213,7 +213,7 @@ def test_a_writer_that_stopped_within_a_transaction_is_undone(path: Path) -> Non
     assert journal.exists()
     assert (stopped / path.name).stat().st_size > path.stat().st_size
     for kept in (path, stopped / path.name):
-        assert held(OutcomeStore.open(kept, "model-1")) == ANSWERS
+        assert held(OutcomeStore("model-1", kept)) == ANSWERS
     assert not journal.exists()
 
 
@@ -234,12 +234,12 @@ def test_what_does_not_fit_on_the_disk_is_not_stored_and_nothing_else_is_lost(pa
     for spare in (0, 100, 5000, 50_000):
         with full_disk(path.stat().st_size + spare), pytest.raises(StorageError, match=r"outcomes\.sqlite could not"):
             store.add(many)
-        assert held(store) == held(OutcomeStore.open(path, "model-1")) == ANSWERS
+        assert held(store) == held(OutcomeStore("model-1", path)) == ANSWERS
     store.add(many)
-    assert len(OutcomeStore.open(path, "model-1")) == len(ANSWERS) + len(many)
+    assert len(OutcomeStore("model-1", path)) == len(ANSWERS) + len(many)
     with full_disk(100), pytest.raises(StorageError):
-        OutcomeStore.open(path.with_name("new.sqlite"), "model-1")
-    assert len(OutcomeStore.open(path.with_name("new.sqlite"), "model-1")) == 0
+        OutcomeStore("model-1", path.with_name("new.sqlite"))
+    assert len(OutcomeStore("model-1", path.with_name("new.sqlite"))) == 0
 
 
 def test_a_place_that_cannot_hold_a_file_is_refused(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_file_that_somebody_holds_is_waited_for_and_then_named(path: Path, mon
         with pytest.raises(StorageError, match="locked"):
             store.add([("c" * 32, Knobs("low", 4, 12), StoredAnswer("", 1, 1))])
         with pytest.raises(StorageError, match="locked"):
-            OutcomeStore.open(path, "model-1")
+            OutcomeStore("model-1", path)
     assert held(store) == ANSWERS
 
 
@@ -268,11 +268,11 @@ def test_one_store_serves_several_folders_by_links(tmp_path: Path) -> None:
     place.symlink_to("../outcomes.sqlite")
     assert held(filled(place)) == ANSWERS
     moved = (tmp_path / "study").rename(tmp_path / "moved")
-    assert held(OutcomeStore.open(moved / "outcomes.sqlite", "model-1")) == ANSWERS
-    assert held(OutcomeStore.open(moved / "run" / "outcomes.sqlite", "model-1")) == ANSWERS
+    assert held(OutcomeStore("model-1", moved / "outcomes.sqlite")) == ANSWERS
+    assert held(OutcomeStore("model-1", moved / "run" / "outcomes.sqlite")) == ANSWERS
     (moved / "run").rename(tmp_path / "alone")
     with pytest.raises(DataError, match=r"alone/outcomes\.sqlite is a link to .*which is not there; put it back"):
-        OutcomeStore.open(tmp_path / "alone" / "outcomes.sqlite", "model-1")
+        OutcomeStore("model-1", tmp_path / "alone" / "outcomes.sqlite")
     assert not (tmp_path / "outcomes.sqlite").exists()
 
 
@@ -283,10 +283,10 @@ def test_a_copy_is_whole_while_others_write(path: Path) -> None:
         other.execute("BEGIN IMMEDIATE")
         other.execute("DELETE FROM outcomes")
         copy_store(path, target)
-    assert held(OutcomeStore.open(target, "model-1")) == held(OutcomeStore.open(path, "model-1")) == ANSWERS
+    assert held(OutcomeStore("model-1", target)) == held(OutcomeStore("model-1", path)) == ANSWERS
     path.write_bytes(b"")  # no store yet
     copy_store(path, target)
-    assert len(OutcomeStore.open(target, "model-1")) == 0
+    assert len(OutcomeStore("model-1", target)) == 0
     path.write_bytes(b"no database " * 100)
     with pytest.raises(DataError, match=r"outcomes\.sqlite is damaged or another file"):
         copy_store(path, path.with_name("second.sqlite"))
@@ -314,7 +314,7 @@ def test_a_file_that_says_what_no_store_does_is_refused(path: Path, statement: s
     change(path, statement)
     before = path.read_bytes()
     with pytest.raises(PacevlmError, match=r"outcomes\.sqlite") as raised:
-        OutcomeStore.open(path, "model-1")
+        OutcomeStore("model-1", path)
     assert isinstance(raised.value, (DataError, IdentityError))
     assert path.read_bytes() == before
 
@@ -326,7 +326,7 @@ def test_a_view_in_a_tables_place_is_not_read(path: Path) -> None:
         database.execute("CREATE VIEW outcomes AS SELECT load_extension('evil') AS content, 1 AS knobs")
         database.commit()
     with pytest.raises(DataError, match="is no outcome store of this version of pacevlm; remove it"):
-        OutcomeStore.open(path, "model-1")
+        OutcomeStore("model-1", path)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_a_view_in_a_tables_place_is_not_read(path: Path) -> None:
 def test_files_that_are_no_database_are_refused_and_stay(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"outcomes\.sqlite .*; remove it"):
-        OutcomeStore.open(path, "model-1")
+        OutcomeStore("model-1", path)
     assert path.read_bytes() == content
 
 
@@ -346,7 +346,7 @@ def test_a_file_that_is_cut_anywhere_is_refused(path: Path) -> None:
     for size in range(2, len(content), 509):
         path.write_bytes(content[:size])
         with pytest.raises(DataError, match=r"outcomes\.sqlite"):
-            OutcomeStore.open(path, "model-1")
+            OutcomeStore("model-1", path)
 
 
 def test_folders_and_pipes_are_refused(tmp_path: Path) -> None:
@@ -354,4 +354,4 @@ def test_folders_and_pipes_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name in ("folder", "pipe"):
         with pytest.raises(DataError, match="no regular file"):
-            OutcomeStore.open(tmp_path / name, "model-1")
+            OutcomeStore("model-1", tmp_path / name)

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import openai
@@ -22,22 +23,25 @@ BUDGET_MS, KEY = 60_000, "secret"
 AUTHORIZED = {"authorization": f"Bearer {KEY}"}
 
 
-@pytest.fixture(scope="module")
-def server(served_run: Path) -> Iterator[subprocess.Popen[str]]:
-    """`pacevlm serve`, which asks for a key; its next line is where it listens."""
+@contextmanager
+def serving(served_run: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`pacevlm serve`, which asks for a key, and its address."""
     command = [sys.executable, "-m", "pacevlm", "serve", "--run-dir", str(served_run), "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PACEVLM_API_KEY": KEY}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as found:
-        yield found
-        found.kill()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as server:
+        assert server.stdout is not None
+        found = re.fullmatch(r"listening on (http://127\.0\.0\.1:\d+)\n", server.stdout.readline())
+        assert found
+        yield server, found[1]
+        server.kill()
 
 
 @pytest.fixture(scope="module")
-def address(server: subprocess.Popen[str]) -> str:
-    assert server.stdout is not None
-    found = re.fullmatch(r"listening on (http://127\.0\.0\.1:\d+)\n", server.stdout.readline())
-    assert found
-    return found[1]
+def address(served_run: Path) -> Iterator[str]:
+    with serving(served_run) as (_, found):
+        yield found
 
 
 @pytest.fixture
@@ -105,12 +109,14 @@ def test_a_key_from_the_environment_is_asked_for(address: str) -> None:
         assert client.get("/v1/models").status_code == 401
 
 
-def test_a_signal_stops_it_in_order(server: subprocess.Popen[str], address: str, image: str) -> None:
-    with client_of(address, headers=AUTHORIZED) as client:
-        asked = [chat("How?", image), chat("How?", image, knobs="low/99/3")]
-        assert [client.post("/v1/chat/completions", json=one).status_code for one in asked] == [200, 400]
-    server.send_signal(signal.SIGTERM)
-    out, err = server.communicate(timeout=60)
+def test_a_signal_stops_it_in_order(served_run: Path, image: str) -> None:
+    # A server of its own: other tests may come later, on this process too.
+    with serving(served_run) as (server, address):
+        with client_of(address, headers=AUTHORIZED) as client:
+            asked = [chat("How?", image), chat("How?", image, knobs="low/99/3")]
+            assert [client.post("/v1/chat/completions", json=one).status_code for one in asked] == [200, 400]
+        server.send_signal(signal.SIGTERM)
+        out, err = server.communicate(timeout=60)
     assert server.returncode == 0
     assert out == "stopped; what was accepted is finished\n"
     lines = [json.loads(line) for line in err.splitlines() if line.startswith("{")]

@@ -63,14 +63,10 @@ class FrozenBlock:
             head_dim=attn.head_dim,
         )
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`(..., width)` to `(..., rows of the weight)`."""
-        return F.linear(x, weight)
-
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """See `MolmoEAttention.project`."""
         query, key, _ = self.widths
-        projected = self.linear(rms_norm(x, self.attn_norm, self.eps), self.att_proj)
+        projected = F.linear(rms_norm(x, self.attn_norm, self.eps), self.att_proj)
         qk, v = projected[..., : query + key], projected[..., query + key :]
         if query == key:
             # Both are normalised side by side, for half as many calls.
@@ -91,11 +87,11 @@ class FrozenBlock:
         """See `MolmoEAttention.attend`."""
         gqa = q.shape[1] != k.shape[1]
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
-        return self.linear(mixed.transpose(1, 2).flatten(2), self.attn_out)
+        return F.linear(mixed.transpose(1, 2).flatten(2), self.attn_out)
 
     def mix_experts(self, x: Tensor, top_k: int | Tensor) -> Tensor:
         """See `MolmoEMoE.forward`; `(batch, tokens, d_model)` to the same shape."""
         flat = rms_norm(x, self.ff_norm, self.eps).flatten(0, 1)
         widest, keep = spread_top_k(top_k, x.shape[1])
-        weights, experts = route(self.linear(flat, self.gate), widest, x.dtype)
+        weights, experts = route(F.linear(flat, self.gate), widest, x.dtype)
         return run_experts(flat, weights, experts, self.gate_up_proj, self.down_proj, keep).view_as(x)

@@ -20,7 +20,6 @@ class Tile(NamedTuple):
 
     Attributes:
         tail: rows of an expert's last tile where no more are left.
-        described: whether the weights are copied by descriptors rather than by addresses.
     """
 
     rows: int
@@ -29,7 +28,6 @@ class Tile(NamedTuple):
     depth: int
     warps: int
     stages: int
-    described: bool = False
 
 
 # Tiles of the first and the second product, by the most rows that an expert has on average.
@@ -69,7 +67,7 @@ def _load(pointers, start, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
 def _multiply_tile(
     x_ptr, order_ptr, matrix_ptr, out_ptr, top_k, expert, start, end, first_col,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     places, inside = start + tl.arange(0, ROWS), tl.arange(0, DEPTH)
     real = places < end
@@ -78,20 +76,15 @@ def _multiply_tile(
     sources = pairs // top_k if GATED else tl.where(real, places, start)
     x = x_ptr + sources.to(tl.int64)[:, None] * WIDTH + inside[None, :]
     cols = first_col + tl.arange(0, COLS)
-    first_row = expert * (2 * HEIGHT if GATED else HEIGHT)
+    matrix_rows = expert.to(tl.int64) * (2 * HEIGHT if GATED else HEIGHT) + tl.minimum(cols, HEIGHT - 1)
+    matrix = matrix_ptr + matrix_rows[:, None] * WIDTH + inside[None, :]
     total, up = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
-    if not DESCRIBED:
-        matrix_rows = first_row.to(tl.int64) + tl.minimum(cols, HEIGHT - 1)
-        matrix = matrix_ptr + matrix_rows[:, None] * WIDTH + inside[None, :]
     for depth in range(0, WIDTH, DEPTH):
         part = _load(x, depth, WIDTH, DEPTH)
-        weight = matrix_ptr.load([first_row + first_col, depth]) if DESCRIBED else _load(matrix, depth, WIDTH, DEPTH)
+        weight = _load(matrix, depth, WIDTH, DEPTH)
         total = tl.dot(part, weight.T, total, input_precision="ieee")
         if GATED:
-            if DESCRIBED:
-                weight = matrix_ptr.load([first_row + HEIGHT + first_col, depth])
-            else:
-                weight = _load(matrix + HEIGHT * WIDTH, depth, WIDTH, DEPTH)
+            weight = _load(matrix + HEIGHT * WIDTH, depth, WIDTH, DEPTH)
             up = tl.dot(part, weight.T, up, input_precision="ieee")
     if GATED:
         total = total * tl.sigmoid(total) * up
@@ -104,8 +97,7 @@ def _multiply_tile(
 def _multiply_experts(
     x_ptr, order_ptr, ends_ptr, matrix_ptr, out_ptr, top_k,
     EXPERTS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr,
-    ROWS: tl.constexpr, TAIL: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, TAIL: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Tiles of the same rows run side by side, and of the same expert near each other: both are read from memory once.
     num_cols: tl.constexpr = (HEIGHT + COLS - 1) // COLS
@@ -123,12 +115,12 @@ def _multiply_experts(
     if TAIL < ROWS and end - start <= TAIL:
         _multiply_tile(
             x_ptr, order_ptr, matrix_ptr, out_ptr, top_k, expert, start, end, first_col,
-            HEIGHT, WIDTH, GATED, TAIL, COLS, DEPTH, DESCRIBED,
+            HEIGHT, WIDTH, GATED, TAIL, COLS, DEPTH,
         )  # fmt: skip
     else:
         _multiply_tile(
             x_ptr, order_ptr, matrix_ptr, out_ptr, top_k, expert, start, end, first_col,
-            HEIGHT, WIDTH, GATED, ROWS, COLS, DEPTH, DESCRIBED,
+            HEIGHT, WIDTH, GATED, ROWS, COLS, DEPTH,
         )  # fmt: skip
 
 
@@ -156,15 +148,9 @@ def _multiply(
     height = rows // 2 if is_gated else rows
     # As many as there can be: whole tiles, and one that is not for each expert. Which ones there are a program finds.
     num_tiles = min(len(order), len(order) // tile.rows + num_experts)
-    matrix = weight
-    is_described = tile.described and width * weight.element_size() % 16 == 0
-    if is_described:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        matrix = TensorDescriptor.from_tensor(weight.view(-1, width), [tile.cols, tile.depth])
     _multiply_experts[(num_tiles * triton.cdiv(height, tile.cols),)](
-        x, order, ends, matrix, out, top_k, num_experts, height, width, is_gated,
-        tile.rows, tile.tail, tile.cols, tile.depth, is_described, triton.next_power_of_2(num_experts),
+        x, order, ends, weight, out, top_k, num_experts, height, width, is_gated,
+        tile.rows, tile.tail, tile.cols, tile.depth, triton.next_power_of_2(num_experts),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
