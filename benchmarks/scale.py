@@ -233,9 +233,12 @@ def kill_once(number: int, run_dir: Path, source: Path, num_ranks: int, delay_s:
     faults += [f"{what}: {done_before[what]} before, {done[what]} after" for what in fewer]
     faults += ["it went on for more than 30 s"] if ended_s > 30 else []
     had_begun = any(line.startswith(STEPS) for line in texts[0].splitlines())
+    has_ended = "calibrate" in steps_of(run_dir)  # the last step of the command: it was leaving when it was killed
     # One that was killed while the others loaded may be noticed by the launcher alone.
-    if was_running and not had_begun <= len(sentences) <= 1:
+    if was_running and not (had_begun and not has_ended) <= len(sentences) <= 1:
         faults.append(f"{len(sentences)} sentences: {sentences}")
+    if has_ended and victim != 0 and ranks[0].returncode != 0 and not sentences:
+        faults.append(f"rank 0 ended with {ranks[0].returncode} and said nothing")
     return {
         "number": number,
         "num_ranks": num_ranks,
