@@ -68,17 +68,17 @@ def run_request(
         IdentityError: the drift correction is one of another estimator.
         KnobError: the policy chose knobs outside the knob space.
     """
-    kind, guardrail, space = objective.kind, pacing.guardrail, model.knob_space
-    if drift is not None:
-        drift.check_guardrail(guardrail, drift.kind)
-    drift_factor = 1.0 if drift is None else drift.factor
-    own = _left(objective, waited_ms, math.inf, drift_factor)
-    given = own if most_ms == math.inf else _left(objective, waited_ms, most_ms, drift_factor)
     most = None
     if max_new_tokens is not None:
         most = min(whole_number("max_new_tokens", max_new_tokens), model.max_new_tokens)
 
     with open_request(model, image, question, max_new_tokens=most, num_output_tokens=num_output_tokens) as request:
+        kind, guardrail, space = objective.kind, pacing.guardrail, model.knob_space
+        if drift is not None:
+            drift.check_guardrail(guardrail, drift.kind)
+        drift_factor = 1.0 if drift is None else drift.factor
+        own = _left(objective, waited_ms, math.inf, drift_factor)
+        given = own if most_ms == math.inf else _left(objective, waited_ms, most_ms, drift_factor)
         seen = pacing.look(request.view, given, example_id, most)
         tier = policy.choose_tier(seen)
         token = request.encode(tier, policy.latency_token(seen))

@@ -121,9 +121,7 @@ class Worker:
         return receive(self.connection)
 
     def _serve(self, job: dict[str, Any], image: bytes) -> None:
-        began_s = time.perf_counter()
         pacer, connection = self.pacer, self.connection
-        waited_ms = (began_s - job["arrived_s"]) * 1e3
         policy = self.policy if image != NO_IMAGE else MostPolicy(self.space)
         if job["knobs"] is not None:
             policy = GivenPolicy(self.space, Knobs.parse(job["knobs"]))
@@ -136,6 +134,8 @@ class Worker:
         )
 
         is_answered = False
+        began_s = time.perf_counter()
+        waited_ms = (began_s - job["arrived_s"]) * 1e3
 
         def tell_choice(knobs: Knobs, bound_ms: float) -> None:
             end_s = began_s + bound_ms / 1e3
