@@ -40,9 +40,10 @@ def run_request(
 ) -> Answer:
     """Run one request alone, with the knobs that a policy chooses for an objective.
 
-    The measured time begins with the source given, whose reading and decoding it holds. Everything that the choice
-    takes is inside too: bounding the output length and all latencies, encoding the budget, and both stages of the
-    policy. Where nothing fits, the mask holds the cheapest knobs alone. Answers are never cut short for a budget.
+    The measured time begins with the call, so it holds the reading and decoding of the source given. Everything that
+    the choice takes is inside too: correcting for drift, bounding the output length and all latencies, encoding the
+    budget, and both stages of the policy. Where nothing fits, the mask holds the cheapest knobs alone. Answers are
+    never cut short for a budget.
 
     A machine that is f times slower is the profiled machine with a budget f times smaller: with a drift correction,
     the guardrail and the policy are given the budget divided by its factor, and what the request took is observed.

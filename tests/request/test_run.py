@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from pacevlm.controller.policy_interface import PolicyInput
 from pacevlm.errors import BudgetError, ConfigError, IdentityError, ImageError, QuestionError
 from pacevlm.knobs import Compute
 from pacevlm.latency.drift import DriftCorrection
+from pacevlm.request import stages
 from pacevlm.request.pacing import Pacing
 from pacevlm.request.run import run_forced, run_request
 from pacevlm.types import Answer, Objective, other_kind
@@ -83,6 +85,40 @@ def test_the_policys_own_time_is_inside(tiny_elastic: ElasticModel, law_examples
     assert times.e2e_ms >= sum(parts) + sum(times.decode_ms) >= 3 * pause_ms
     assert policy.output is not None
     assert policy.output.shape == (tiny_elastic.d_model,)
+
+
+def test_the_drift_corrections_own_time_is_inside(
+    tiny_elastic: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock starts before anything is asked of the machine's speed, so that it and the waiting leave no gap."""
+    example, pacing, pause_s = law_examples[0], make_pacing(tiny_elastic), 0.02
+    drift = DriftCorrection.for_guardrail(pacing.guardrail)
+
+    def check_slowly(*_: Any) -> None:
+        time.sleep(pause_s)
+
+    monkeypatch.setattr(drift, "check_guardrail", check_slowly)
+    answer = run(tiny_elastic, CheapestPolicy(tiny_elastic.knob_space), example, ALL_FIT, pacing, drift=drift)
+    assert answer.times.stage1_ms >= pause_s * 1e3
+    assert answer.times.e2e_ms >= pause_s * 1e3
+
+
+def test_the_answer_is_told_before_its_caches_are_freed(
+    tiny_elastic: ElasticModel, law_examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example, pacing, alive, told = law_examples[0], make_pacing(tiny_elastic), [], []
+    real = stages.Generation
+
+    def made(*args: Any) -> Any:
+        generation = real(*args)
+        alive.append(weakref.ref(generation))
+        return generation
+
+    monkeypatch.setattr(stages, "Generation", made)
+    policy = CheapestPolicy(tiny_elastic.knob_space)
+    run(tiny_elastic, policy, example, ALL_FIT, pacing, on_answer=lambda _: told.append(alive[0]() is not None))
+    assert told == [True]
+    assert alive[0]() is None
 
 
 @pytest.mark.parametrize("name", ["controller", "random", "cheapest"])
