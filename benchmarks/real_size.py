@@ -2,7 +2,8 @@
 """How near a request of MolmoE-1B's size comes to what a GPU can do, and what knobs and rollouts cost there.
 
 Needs a checkpoint of that size; `random_checkpoint.py` writes one. Prints a table and, last, one JSON line; the same
-goes to RESULTS/real-size-DEVICE.json. The device should be idle.
+goes to RESULTS/real-size-DEVICE.json, part by part, so that a run which is cut short leaves what it had. The device
+should be idle.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from ceilings import decode_bytes, measure_bandwidth, measure_flops, prefill_flops
 from request import controller_cost, decode_against_loop, one_at_a_time, stage_spans
-from result_file import provenance, write_result
+from result_file import keep_result, provenance, write_result
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -160,20 +161,26 @@ def main() -> None:
         arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype)
     )
     load_s, examples = time.perf_counter() - started, make_examples(arguments.num_examples)
+    results: dict[str, Any] = {
+        **provenance(collect_device_facts(model.device, model.dtype, compiler=model.adapter.compiler)),
+        "num_parameters": sum(weight.numel() for weight in model.adapter.model.parameters()),
+        "num_examples": len(examples),
+        "repeats": arguments.repeats,
+        "load_s": load_s,
+    }
     with Progress(console=console) as progress, torch.inference_mode():
-        results: dict[str, Any] = {
-            **provenance(collect_device_facts(model.device, model.dtype, compiler=model.adapter.compiler)),
-            "num_parameters": sum(weight.numel() for weight in model.adapter.model.parameters()),
-            "num_examples": len(examples),
-            "repeats": arguments.repeats,
-            "load_s": load_s,
-            **time_capture(model),
-            "requests": time_requests(model, examples, arguments.repeats, progress),
-            **against_the_limit(model, progress),
-            **rollouts_against_alone(model, examples, arguments.group_size, arguments.rounds),
-        }
+        parts: list[Callable[[], dict[str, Any]]] = [
+            lambda: time_capture(model),
+            lambda: against_the_limit(model, progress),
+            lambda: rollouts_against_alone(model, examples, arguments.group_size, arguments.rounds),
+            lambda: {"requests": time_requests(model, examples, arguments.repeats, progress)},
+        ]
         if arguments.run_dir is not None:
-            results["controller_parts_ms"] = controller_cost(arguments.run_dir, examples, progress, arguments.device)
+            run_dir, device = arguments.run_dir, arguments.device
+            parts.append(lambda: {"controller_parts_ms": controller_cost(run_dir, examples, progress, device)})
+        for part in parts:
+            results |= part()
+            keep_result(results, arguments.results, "real-size")
     if model.device.type == "cuda":
         results["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     show(results, Console())

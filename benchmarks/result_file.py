@@ -28,12 +28,17 @@ def provenance(device: DeviceFacts) -> dict[str, Any]:
     }
 
 
-def write_result(results: Mapping[str, Any], folder: Path, benchmark: str, console: Console) -> None:
-    """Write `BENCHMARK-DEVICE.json` and say where, then print the same as one line."""
+def keep_result(results: Mapping[str, Any], folder: Path, benchmark: str) -> Path:
+    """Write `BENCHMARK-DEVICE.json`, or what there is of it so far; returns its path."""
     device = results["device"]
     name = device["type"] if device["type"] == "cpu" else device["name"].replace(" ", "-").lower()
     target = folder / f"{benchmark}-{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(target, results)
-    console.print(f"written to {target}")
+    return target
+
+
+def write_result(results: Mapping[str, Any], folder: Path, benchmark: str, console: Console) -> None:
+    """Write `BENCHMARK-DEVICE.json` and say where, then print the same as one line."""
+    console.print(f"written to {keep_result(results, folder, benchmark)}")
     print(json.dumps(results))

@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from types import SimpleNamespace
-from typing import ClassVar
 
 from pacevlm.errors import DeadlineError, PacevlmError
 from pacevlm.images import open_picture
@@ -22,9 +21,14 @@ PIECES = ("four", "ty ", "two")
 class StandInEngine:
     """Answers every job after `seconds`, unless `error` says otherwise; `jobs` are those it was given."""
 
-    knob_space = KnobSpace()
-    full_p50_ms, default_budget_ms, default_price, is_embedded = 20.0, 80.0, 0.0, True
-    limits: ClassVar = {"max_new_tokens": 8, "max_positions": 256, "max_image_pixels": 10**8}
+    outlook = SimpleNamespace(
+        knob_space=KnobSpace(),
+        full_p50_ms=20.0,
+        default_budget_ms=80.0,
+        default_price=0.0,
+        is_embedded=True,
+        max_positions=256,
+    )
 
     def __init__(self) -> None:
         self.ready = False
@@ -47,7 +51,7 @@ class StandInEngine:
         if job.image is not None:
             open_picture(job.image)
         if job.knobs is not None:
-            self.knob_space.index(job.knobs)
+            self.outlook.knob_space.index(job.knobs)
         self.jobs.append(job)
         return StandInTicket(self, job)
 

@@ -115,15 +115,16 @@ def create_app(engine: Engine, config: ServeConfig, api_key: str | None = None) 
     @app.get("/v1/models", response_model=Models, responses={401: refusals[401]})
     async def models() -> Models:
         """The model that is served."""
-        space = engine.knob_space
+        outlook = engine.outlook
+        space = outlook.knob_space
         pacing = ModelPacing(
-            full_p50_ms=engine.full_p50_ms,
-            default_budget_ms=engine.default_budget_ms,
-            default_price=engine.default_price,
+            full_p50_ms=outlook.full_p50_ms,
+            default_budget_ms=outlook.default_budget_ms,
+            default_price=outlook.default_price,
             tiers=space.tiers,
             top_ks=space.top_ks,
             num_blocks=space.num_blocks,
-            is_embedded=engine.is_embedded,
+            is_embedded=outlook.is_embedded,
         )
         return Models(data=[Model(id=config.model_name, created=started, pacevlm=pacing)])
 

@@ -61,7 +61,7 @@ class ChatEndpoint:
                 asked,
                 request.headers,
                 self._fetcher,
-                max_positions=self._engine.limits["max_positions"],
+                max_positions=self._engine.outlook.max_positions,
                 request_id=f"{state.request_id}-{next(self._numbers)}",
                 arrived_s=state.arrived_s,
             )

@@ -13,7 +13,6 @@ import numpy as np
 
 from pacevlm import errors
 from pacevlm.errors import BudgetError, DeadlineError, OverloadError, PacevlmError, WorkerError
-from pacevlm.knobs import KnobSpace
 from pacevlm.server.config import ServeConfig
 from pacevlm.server.job import Job, Served
 from pacevlm.server.outlook import Look, Outlook
@@ -21,7 +20,6 @@ from pacevlm.server.schedule import NEWEST, Entry, Schedule, Turn
 from pacevlm.server.ticket import Ticket
 from pacevlm.server.wire import NO_IMAGE, answer_from_dict
 from pacevlm.server.worker_process import WorkerProcess
-from pacevlm.types import BudgetKind
 
 log = logging.getLogger("pacevlm.server")
 
@@ -100,53 +98,6 @@ class Engine:
         self._loop_task: asyncio.Task[None] | None = None
         self._is_stopping = False
         self._wants_probe, self._num_probes = False, 0
-
-    # What the front must know ----------------------------------------------------------------------------------------
-
-    @property
-    def knob_space(self) -> KnobSpace:
-        """Configurations that can be asked for."""
-        return self.outlook.model.knob_space
-
-    @property
-    def full_p50_ms(self) -> float:
-        """Median milliseconds of the full configuration on the profiled device."""
-        return self.outlook.full_p50_ms
-
-    @property
-    def default_budget_ms(self) -> float:
-        """Budget of a request that names none."""
-        return self.outlook.default_budget_ms
-
-    @property
-    def default_price(self) -> float:
-        """Price of a request that names none."""
-        return self.outlook.default_price
-
-    @property
-    def is_embedded(self) -> bool:
-        """Whether it is the embedded model that is served."""
-        return self.outlook.is_embedded
-
-    @property
-    def kinds(self) -> tuple[BudgetKind, ...]:
-        """Kinds of budget that can be asked for."""
-        return self.outlook.kinds
-
-    @property
-    def identity(self) -> str:
-        """Of the model."""
-        return self.outlook.model.identity
-
-    @property
-    def limits(self) -> dict[str, int]:
-        """Largest inputs: `max_new_tokens`, `max_positions` of prompt and answer, `max_image_pixels`."""
-        model = self.outlook.model
-        return {
-            "max_new_tokens": model.max_new_tokens,
-            "max_positions": model.adapter.max_positions,
-            "max_image_pixels": model.picture_config.max_pixels,
-        }
 
     def stats(self) -> Stats:
         """Counts, as they are now."""
@@ -235,7 +186,7 @@ class Engine:
 
     def _shed(self, job: Job, now_s: float) -> None:
         """Refuse without a look, which takes a third of a request's work here, what is hopeless whatever it holds."""
-        budget_ms = job.budgets_ms.get("e2e") if job.budgets_ms else self.default_budget_ms
+        budget_ms = job.budgets_ms.get("e2e") if job.budgets_ms else self.outlook.default_budget_ms
         if job.image is None or budget_ms is None:
             return
         cheapest_ms, bound_ms = self._promised(*self.outlook.lightest_ms)
@@ -385,7 +336,7 @@ class Engine:
     def _learn(self, ticket: Ticket, served: Served, passed_ms: float) -> None:
         """Follow the machine: the usual pace, and what lies between two requests."""
         schedule, answer = self.schedule, served.answer
-        predicted_ms = float(ticket.look.predicted_ms[self.knob_space.place(answer.knobs)])
+        predicted_ms = float(ticket.look.predicted_ms[self.outlook.knob_space.place(answer.knobs)])
         schedule.learn(predicted_ms, answer.times.e2e_ms)
         schedule.gap_ms += NEWEST * (max(passed_ms - answer.times.e2e_ms, 0.0) - schedule.gap_ms)
 

@@ -132,6 +132,16 @@ class Outlook:
         self._scores: Array | None = None
 
     @property
+    def knob_space(self) -> KnobSpace:
+        """Configurations that can be asked for."""
+        return self.model.knob_space
+
+    @property
+    def max_positions(self) -> int:
+        """Most tokens of a prompt and its answer together."""
+        return self.model.adapter.max_positions
+
+    @property
     def kinds(self) -> tuple[BudgetKind, ...]:
         """Budgets that can be asked for."""
         return tuple(self.guardrail.calibrations)
@@ -171,7 +181,7 @@ class Outlook:
             ConfigError: the price is no number in its range, a kind of budget is unknown, or the answer's most tokens
                 are no whole number from 1.
         """
-        model, space = self.model, self.model.knob_space
+        model, space = self.model, self.knob_space
         budgets_ms = self._check_budgets(job)
         if job.price is not None:
             check_price(job.price)
@@ -213,7 +223,7 @@ class Outlook:
 
     def _knobs(self, forced: Knobs | None) -> tuple[Knobs, Knobs]:
         """The cheapest and the dearest knobs that a request may run with."""
-        space = self.model.knob_space
+        space = self.knob_space
         if forced is not None:
             return forced, forced
         return (space.full if self.config.policy == "full" else space.cheapest), space.full

@@ -117,12 +117,11 @@ def running(served_run: Path, picture: bytes) -> Iterator[Running]:
 
 
 def test_it_says_what_the_front_must_know(running: Running, tiny_elastic: ElasticModel) -> None:
-    engine = running.engine
-    assert engine.knob_space == tiny_elastic.knob_space
-    assert engine.identity == tiny_elastic.identity
-    assert engine.full_p50_ms == 1700.0
-    assert set(engine.kinds) == {"e2e", "ttft"}
-    assert engine.limits["max_new_tokens"] == tiny_elastic.max_new_tokens
+    outlook = running.engine.outlook
+    assert outlook.knob_space == tiny_elastic.knob_space
+    assert outlook.full_p50_ms == 1700.0
+    assert set(outlook.kinds) == {"e2e", "ttft"}
+    assert outlook.max_positions == tiny_elastic.adapter.max_positions
 
 
 def test_a_request_is_answered_within_its_budget(running: Running, tiny_elastic: ElasticModel) -> None:
@@ -146,7 +145,7 @@ def test_no_budget_means_four_times_the_median(running: Running) -> None:
 
 
 def test_pieces_add_up_to_the_answer(running: Running) -> None:
-    full = running.engine.knob_space.full
+    full = running.engine.outlook.knob_space.full
     *pieces, served = running.wait(running.submit(knobs=full, stream=True))
     assert isinstance(served, Served)
     assert "".join(map(str, pieces)) == served.answer.answer
@@ -163,7 +162,8 @@ def test_both_kinds_of_budget_and_shorter_answers(running: Running) -> None:
 
 
 def test_knobs_that_are_asked_for_run(running: Running) -> None:
-    for knobs in (running.engine.knob_space.full, running.engine.knob_space.cheapest, Knobs("medium", 3, 4)):
+    space = running.engine.outlook.knob_space
+    for knobs in (space.full, space.cheapest, Knobs("medium", 3, 4)):
         assert running.result(running.submit(knobs=knobs)).answer.knobs == knobs
 
 
@@ -267,7 +267,7 @@ def test_by_predictions_more_is_accepted_than_by_bounds(running: Running, monkey
         running.submit(budgets_ms={"e2e": between_ms})
     monkeypatch.setattr(engine, "config", dataclasses.replace(engine.config, admission="predictions"))
     answer = running.result(running.submit(budgets_ms={"e2e": between_ms})).answer
-    assert answer.knobs == engine.knob_space.cheapest
+    assert answer.knobs == engine.outlook.knob_space.cheapest
     assert not answer.feasible  # nothing was promised
     with pytest.raises(BudgetError):
         running.submit(budgets_ms={"e2e": 0.9 * float(look.predicted_ms[look.least])})
@@ -293,7 +293,7 @@ def test_the_earliest_deadline_is_answered_first_and_a_client_may_leave(running:
 
 def test_a_deadline_that_passes_in_the_queue_is_refused_not_run(running: Running) -> None:
     running.signal(signal.SIGSTOP)
-    cheapest = running.engine.knob_space.cheapest
+    cheapest = running.engine.outlook.knob_space.cheapest
     first = running.submit(budgets_ms={"e2e": LONG_MS}, knobs=cheapest)
     running.until(lambda: running.engine.stats().running == 1)
     short = running.submit(budgets_ms={"e2e": 3500.0})
