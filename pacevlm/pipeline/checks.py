@@ -29,14 +29,31 @@ def check_run(run: RunContext, steps: Sequence[str]) -> None:
         ImageError, QuestionError: a request to be profiled cannot be used.
         PacevlmError: the model or the data set cannot be loaded.
     """
-    if not steps:
-        return
-    config = run.config
-    if "train" in steps and config.train.tensorboard:
+    if "train" in steps and run.config.train.tensorboard:
         _check_library("tensorboard", "train", "train.tensorboard is on")
     if "evaluate" in steps:
         _check_library("jinja2", "report", "the report of an evaluation")
         _check_library("matplotlib", "report", "the report of an evaluation")
+    check_settings(run, steps)
+    if "profile" in steps:
+        if run.model.max_new_tokens < 2:
+            raise ConfigError(
+                "model.max_new_tokens is 1, but what a token after the first one takes has to be measured; give 2 or "
+                "more"
+            )
+        _check_profile(run)
+
+
+def check_settings(run: RunContext, steps: Sequence[str]) -> None:
+    """Refuse settings as `check_run` does, as far as they show without a model: a plan is of a run that can begin.
+
+    Raises:
+        ConfigError: a setting is too small for another.
+        DataError: the data set has too few examples.
+    """
+    if not steps:
+        return
+    config = run.config
     for part in ("train", "val", "test"):
         if not len(getattr(run.splits, part)):
             raise DataError(
@@ -45,7 +62,6 @@ def check_run(run: RunContext, steps: Sequence[str]) -> None:
             )
     if "profile" in steps:
         _check_output_lengths(run)
-        _check_profile(run)
     needed = min_num_scores(config.profile.alpha)
     if "calibrate" in steps and config.calibrate.num_requests < needed:
         raise ConfigError(
@@ -71,10 +87,6 @@ def _check_output_lengths(run: RunContext) -> None:
         raise ConfigError(
             f"profile.num_lengths is {config.num_lengths}, but profile.alpha {config.alpha:g} needs at least {needed}; "
             "give more or a larger alpha"
-        )
-    if run.model.max_new_tokens < 2:
-        raise ConfigError(
-            "model.max_new_tokens is 1, but what a token after the first one takes has to be measured; give 2 or more"
         )
 
 

@@ -20,6 +20,7 @@ from pacevlm.latency.profiler import WARMUP_WINDOW, Workload, plan_workload
 from pacevlm.latency.sample_pictures import num_sample_pictures
 from pacevlm.models.elastic import read_knob_space
 from pacevlm.pipeline.artefacts import PRICES_NAME, PROFILE_NAME
+from pacevlm.pipeline.checks import check_settings
 from pacevlm.pipeline.context import Reporter, RunContext
 from pacevlm.pipeline.loading import knob_lists
 from pacevlm.pipeline.run import STEPS, finished_steps
@@ -126,7 +127,9 @@ def plan_run(
     Latencies are those of the run directory's profile, else of `profile.source`.
 
     Raises:
-        ConfigError: there is no such step, or the run directory was made with other settings.
+        ConfigError: there is no such step, the run directory was made with other settings, or the run would be refused
+            for its settings.
+        DataError: the data set has too few examples for the run.
         PacevlmError: the data set, the profile or what describes the model cannot be read.
     """
     if until not in STEPS:
@@ -134,9 +137,10 @@ def plan_run(
     run = RunContext(config, reporter)
     space = read_knob_space(config.model.path, knob_lists(config.model))
     done = set[str]() if fresh else finished_steps(run, space)
+    wanted = STEPS[: STEPS.index(until) + 1]
+    check_settings(run, [name for name in wanted if name not in done])
     clock = _Clock.of(config, fresh=fresh)
     counted = _Counter(run, space, has_prices="calibrate" in done)
-    wanted = STEPS[: STEPS.index(until) + 1]
     steps = [replace(getattr(counted, name)(clock), is_done=name in done) for name in wanted]
     splits = run.splits
     return RunPlan(

@@ -15,6 +15,7 @@ from PIL import Image
 from pacevlm.errors import ConfigError, DataError, PacevlmError
 from pacevlm.pipeline import STEPS, RunConfig, run_pipeline
 from pacevlm.pipeline.context import SilentReporter
+from pacevlm.pipeline.plan import plan_run
 from pacevlm.pipeline.run_config import save_run_config
 from tests.pipeline.test_run import Recorder, make_config
 
@@ -39,15 +40,20 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
     return config
 
 
+SEEN_WITHOUT_A_MODEL: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"data__num_train": 19}, DataError, r"19 training examples.*at least 20.*data\.num_train"),
+    ({"profile__num_lengths": 19}, ConfigError, r"profile\.num_lengths is 19.*at least 20"),
+    ({"profile__alpha": 0.01}, DataError, r"profile\.alpha 0\.01 needs at least 198"),
+    ({"calibrate__num_requests": 2}, ConfigError, r"calibrate\.num_requests is 2.*at least 3"),
+]
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"data__num_train": 19}, DataError, r"19 training examples.*at least 20.*data\.num_train"),
-        ({"profile__num_lengths": 19}, ConfigError, r"profile\.num_lengths is 19.*at least 20"),
-        ({"profile__alpha": 0.01}, DataError, r"profile\.alpha 0\.01 needs at least 198"),
+        *SEEN_WITHOUT_A_MODEL,
         ({"profile__num_samples": 2}, ConfigError, r"profile\.num_samples"),
         ({"profile__num_requests": 2, "profile__num_samples": 4}, DataError, r"profile\.num_requests"),
-        ({"calibrate__num_requests": 2}, ConfigError, r"calibrate\.num_requests is 2.*at least 3"),
         ({"model__max_new_tokens": 1}, ConfigError, r"model\.max_new_tokens is 1"),
     ],
 )
@@ -59,6 +65,17 @@ def test_too_little_is_said_before_anything_long(
         with pytest.raises(kind, match=message):
             run_pipeline(config, fresh=fresh, reporter=Stopper())
     assert not config.run_dir.exists()
+
+
+@pytest.mark.parametrize(("changes", "kind", "message"), SEEN_WITHOUT_A_MODEL)
+def test_no_run_is_planned_that_would_be_refused(
+    changes: dict[str, Any], kind: type[Exception], message: str, tiny_elastic_dir: Path, tmp_path: Path
+) -> None:
+    config = changed(make_config(tmp_path / "run", tiny_elastic_dir), **changes)
+    with pytest.raises(kind, match=message):
+        plan_run(config)
+    if "calibrate__num_requests" in changes:  # what a step lacks that is not planned does not matter
+        assert plan_run(config, "train").steps
 
 
 def test_what_is_let_through_is_not_too_little(tiny_elastic_dir: Path, tmp_path: Path) -> None:
