@@ -956,7 +956,7 @@ def test_a_plan_is_printed_and_starts_nothing(
     (checkpoint / "model.safetensors").unlink()
     monkeypatch.chdir(tmp_path)
     before = (checkpoint / "elastic.json").read_bytes()
-    data = ("--data.num-train", "30", "--data.num-val", "4", "--data.num-test", "4", "--train.steps", "2")
+    data = ("--data.num-train", "80", "--data.num-val", "4", "--data.num-test", "4", "--train.steps", "2")
     for command, last in (
         ("quickstart", "evaluate"),
         ("profile", "profile"),
@@ -967,13 +967,15 @@ def test_a_plan_is_printed_and_starts_nothing(
         said = capsys.readouterr().out
         steps = [line.split()[0] for line in said.splitlines()[2:] if " known " in line and ":" not in line]
         assert steps[-2:] == [last, "total"]
-        assert "30 training, 4 validation, 4 test questions" in said
+        assert "80 training, 4 validation, 4 test questions" in said
         assert "name one with --profile.source" in said
     assert run("importance", "--plan", "--path", checkpoint, "--num-examples", "20") == 0
     # All blocks and five alone; then at most four and three candidates.
     assert "13 sets of blocks in 3 rounds, 20 examples each: 260 answers" in capsys.readouterr().out
     assert run("importance", "--plan", "--path", checkpoint, "--min-num-blocks", "9") == 2
     assert "min_num_blocks is 9; it must be 1..5" in capsys.readouterr().err
+    assert run("train", "--plan", "--run-dir", tmp_path / "run", *data, "--data.num-train", "30") == 2
+    assert "30 training examples" in capsys.readouterr().err  # the run would be refused too
     assert run("train", "--plan", "--run-dir", tmp_path / "run", "--profile.source", "nothing.json") == 2
     assert "nothing.json" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
