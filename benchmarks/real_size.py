@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,18 @@ def time_capture(model: ElasticModel) -> dict[str, Any]:
     }
 
 
+def measured_parts(
+    model: ElasticModel, examples: list[Example], arguments: argparse.Namespace, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """All that is measured, what has a bar first."""
+    yield time_capture(model)
+    yield against_the_limit(model, progress)
+    yield rollouts_against_alone(model, examples, arguments.group_size, arguments.rounds)
+    if arguments.run_dir is not None:
+        yield {"controller_parts_ms": controller_cost(arguments.run_dir, examples, progress, arguments.device)}
+    yield {"requests": time_requests(model, examples, arguments.repeats, progress)}
+
+
 def show(results: dict[str, Any], console: Console) -> None:
     """Print what the JSON line holds."""
     table = Table(title=f"one request on {results['device']['name']}, {results['dtype']}")
@@ -169,17 +181,8 @@ def main() -> None:
         "load_s": load_s,
     }
     with Progress(console=console) as progress, torch.inference_mode():
-        parts: list[Callable[[], dict[str, Any]]] = [
-            lambda: time_capture(model),
-            lambda: against_the_limit(model, progress),
-            lambda: rollouts_against_alone(model, examples, arguments.group_size, arguments.rounds),
-            lambda: {"requests": time_requests(model, examples, arguments.repeats, progress)},
-        ]
-        if arguments.run_dir is not None:
-            run_dir, device = arguments.run_dir, arguments.device
-            parts.append(lambda: {"controller_parts_ms": controller_cost(run_dir, examples, progress, device)})
-        for part in parts:
-            results |= part()
+        for part in measured_parts(model, examples, arguments, progress):
+            results |= part
             keep_result(results, arguments.results, "real-size")
     if model.device.type == "cuda":
         results["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
